@@ -1,0 +1,220 @@
+"""What a model, an engine and a cluster are: frozen dataclasses, checked when they are made.
+
+`LlamaConfig` keeps the names of Hugging Face's config.json. Keys there that would change the maths and
+are not supported are errors; keys that do not touch the maths are ignored.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tpilite.errors import CheckpointError, ConfigError
+
+# Keys of config.json that change the forward pass in ways that model.py does not compute, with the
+# values that leave it as it is. Everything else unknown is about training, caching or other software.
+_ONLY_SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "model_type": ("llama",),
+    "hidden_act": ("silu", "swish", None),
+    "sliding_window": (None,),
+    "quantization_config": (None,),
+    "partial_rotary_factor": (1, None),
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "num_local_experts": (None, 0, 1),
+}
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How the rotary frequencies are stretched for contexts longer than those of the training.
+
+    `linear` divides every frequency by `factor`; `llama3` (Llama 3.1) divides only the low ones and blends
+    those in between, by wavelength against `original_max_position_embeddings`.
+    """
+
+    rope_type: str  # "linear" or "llama3"
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.rope_type not in ("linear", "llama3"):
+            raise ConfigError(
+                f"rope type {self.rope_type!r} is not supported; expected 'default', 'linear' or 'llama3'"
+            )
+        if not self.factor >= 1 or not math.isfinite(self.factor):
+            raise ConfigError(f"rope scaling factor must be a number >= 1, found {self.factor!r}")
+        if self.rope_type == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
+            raise ConfigError(
+                "rope scaling needs 0 < low_freq_factor < high_freq_factor, found "
+                f"{self.low_freq_factor} and {self.high_freq_factor}"
+            )
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The shape of a Llama model, by the names of config.json."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in (
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "vocab_size",
+            "max_position_embeddings",
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"{name} must be a whole number above 0, found {value!r}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ConfigError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
+                f"num_key_value_heads ({self.num_key_value_heads})"
+            )
+        if self.head_dim % 2:
+            raise ConfigError(f"head_dim must be even for rotary embedding, found {self.head_dim}")
+        for name in ("rms_norm_eps", "rope_theta"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+                raise ConfigError(f"{name} must be a number above 0, found {value!r}")
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> "LlamaConfig":
+        """The configuration that Hugging Face's config.json (and generation_config.json) describe.
+
+        Raises `ConfigError` for keys that change the maths and are not supported, each by name and value.
+        """
+        for key, supported in _ONLY_SUPPORTED.items():
+            value = config.get(key)
+            if key == "model_type" and value is None:
+                value = "llama" if "LlamaForCausalLM" in (config.get("architectures") or ()) else None
+            if value not in supported:
+                raise ConfigError(
+                    f"config.json has {key} = {_short(value)}, which is not supported; "
+                    f"expected {' or '.join(repr(v) for v in supported if v is not None) or 'none'}"
+                )
+        try:
+            hidden_size, num_heads = config["hidden_size"], config["num_attention_heads"]
+            intermediate_size, vocab_size = config["intermediate_size"], config["vocab_size"]
+            num_hidden_layers = config["num_hidden_layers"]
+        except KeyError as missing:
+            raise ConfigError(f"config.json has no {missing.args[0]}, which a Llama model needs") from None
+        head_dim = config.get("head_dim")
+        if head_dim is None:
+            if not isinstance(hidden_size, int) or not isinstance(num_heads, int) or num_heads < 1:
+                raise ConfigError(
+                    "hidden_size and num_attention_heads must be whole numbers above 0, found "
+                    f"{hidden_size!r} and {num_heads!r}"
+                )
+            if hidden_size % num_heads:
+                raise ConfigError(
+                    f"hidden_size ({hidden_size}) is not a multiple of num_attention_heads ({num_heads}) "
+                    "and config.json gives no head_dim"
+                )
+            head_dim = hidden_size // num_heads
+        generation = generation or {}
+        eos = generation.get("eos_token_id", config.get("eos_token_id"))
+        eos_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+        num_kv_heads = config.get("num_key_value_heads")
+        theta, scaling = _rope(config)
+        return cls(
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            num_hidden_layers=num_hidden_layers,
+            num_attention_heads=num_heads,
+            num_key_value_heads=num_heads if num_kv_heads is None else num_kv_heads,
+            head_dim=head_dim,
+            vocab_size=vocab_size,
+            max_position_embeddings=config.get("max_position_embeddings", 2048),
+            rms_norm_eps=config.get("rms_norm_eps", 1e-6),
+            rope_theta=theta,
+            rope_scaling=scaling,
+            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            attention_bias=bool(config.get("attention_bias", False)),
+            mlp_bias=bool(config.get("mlp_bias", False)),
+            bos_token_id=generation.get("bos_token_id", config.get("bos_token_id")),
+            eos_token_ids=eos_ids,
+        )
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "LlamaConfig":
+        """The configuration of a model folder. Raises `CheckpointError` or `ConfigError`."""
+        generation_path = folder / "generation_config.json"
+        generation = read_json(generation_path) if generation_path.exists() else None
+        return cls.from_hf(read_json(folder / "config.json"), generation)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of the model's folder. Raises `CheckpointError`."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path} does not exist; a model folder has config.json, *.safetensors and a tokenizer"
+        ) from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}); download it again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, found a {type(value).__name__}")
+    return value
+
+
+def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+    """theta and scaling, from either spelling: `rope_theta` + `rope_scaling`, or `rope_parameters`."""
+    theta = config.get("rope_theta", 10000.0)
+    key = "rope_parameters" if config.get("rope_parameters") is not None else "rope_scaling"
+    rope = config.get(key)
+    if rope is None:
+        return theta, None
+    if not isinstance(rope, Mapping):
+        raise ConfigError(f"config.json has {key} = {_short(rope)}; expected an object")
+    theta = rope.get("rope_theta", theta)
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type == "default":
+        return theta, None
+    if rope_type not in ("linear", "llama3"):
+        raise ConfigError(
+            f"config.json has {key}.rope_type = {rope_type!r}, which is not supported; "
+            "expected 'default', 'linear' or 'llama3'"
+        )
+    fields = ["factor"]
+    if rope_type == "llama3":
+        fields += ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
+    values: dict[str, Any] = {}
+    for field in fields:
+        value = rope.get(field)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise ConfigError(f"config.json has {key}.{field} = {_short(value)}; expected a number")
+        values[field] = value
+    return theta, RopeScaling(rope_type, **values)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,61 @@
+"""The keys and values of one sequence, for the heads that this rank owns.
+
+Memory grows with the text, never to the model's full context at once: `reserve` makes room in steps, a
+layer at a time, so that the copy of a growing cache is one layer's and not the whole.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float32]
+
+# Each step costs a copy of what is there; a quarter more at a time keeps that near 4 copies per position
+# at worst while at most a fifth of the memory lies unused.
+_FIRST_POSITIONS = 64
+_GROWTH = 1.25
+
+
+class KVCache:
+    """Keys and values [K, S, d] of each layer, `length` positions of them valid in every layer."""
+
+    def __init__(self, n_layers: int, n_kv_heads: int, head_dim: int, max_length: int) -> None:
+        self.length = 0
+        self.max_length = max_length
+        self._keys: list[Array] = [np.zeros((n_kv_heads, 0, head_dim), np.float32) for _ in range(n_layers)]
+        self._values = [keys.copy() for keys in self._keys]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.nbytes for layer in (*self._keys, *self._values))
+
+    def reserve(self, n_positions: int) -> None:
+        """Makes room for `n_positions` in all, keeping what is there."""
+        assert n_positions <= self.max_length, "the engine checks a request against the context"
+        capacity = self._keys[0].shape[1]
+        if n_positions <= capacity:
+            return
+        capacity = min(self.max_length, max(n_positions, _FIRST_POSITIONS, int(capacity * _GROWTH)))
+        for store in (self._keys, self._values):
+            for layer, old in enumerate(store):
+                n_heads, _, head_dim = old.shape
+                new = np.empty((n_heads, capacity, head_dim), np.float32)
+                new[:, : self.length] = old[:, : self.length]
+                store[layer] = new
+
+    def append(self, layer: int, keys: Array, values: Array) -> tuple[Array, Array]:  # [T, K, d] -> [K, S, d]
+        """This layer's keys and values up to and with the T new positions, as views.
+
+        `length` moves on once per pass, by `advance`, when every layer has its new positions.
+        """
+        end = self.length + keys.shape[0]
+        self._keys[layer][:, self.length : end] = keys.transpose(1, 0, 2)
+        self._values[layer][:, self.length : end] = values.transpose(1, 0, 2)
+        return self._keys[layer][:, :end], self._values[layer][:, :end]
+
+    def advance(self, n_positions: int) -> None:
+        self.length += n_positions
+
+    def truncate(self, length: int) -> None:
+        """Forgets all positions from `length` on."""
+        assert length <= self.length
+        self.length = length

@@ -1,0 +1,69 @@
+"""Who may speak: the cluster's token proved in both directions, and TLS where it is wanted.
+
+Each side sends a random nonce; each proves the token by an HMAC-SHA256 over its role and both nonces. The
+token itself never travels, a recorded exchange is worth nothing later, and because the role is part of
+what is signed neither side can pass with the other's own answer sent back to it.
+"""
+
+import hashlib
+import hmac
+import secrets
+import ssl
+from pathlib import Path
+
+from tpilite.errors import ConfigError
+
+NONCE_BYTES = 32
+PROOF_BYTES = 32
+
+
+def new_nonce() -> bytes:
+    return secrets.token_bytes(NONCE_BYTES)
+
+
+def prove(token: str, role: str, server_nonce: bytes, client_nonce: bytes) -> bytes:
+    """The proof [PROOF_BYTES] that the side `role` ("server" or "client") knows the token."""
+    message = b"tpilite " + role.encode() + b"\0" + server_nonce + client_nonce
+    return hmac.new(token.encode(), message, hashlib.sha256).digest()
+
+
+def verify(token: str, role: str, server_nonce: bytes, client_nonce: bytes, proof: bytes) -> bool:
+    """Whether `proof` is that of a side `role` that knows the token, compared in constant time."""
+    return hmac.compare_digest(prove(token, role, server_nonce, client_nonce), proof)
+
+
+def server_tls(cert: Path, key: Path, ca: Path | None) -> ssl.SSLContext:
+    """TLS for the listening side; with `ca`, clients must show a certificate that it signed."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    _load(context, cert, key, ca)
+    if ca is not None:
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
+
+
+def client_tls(ca: Path, cert: Path | None, key: Path | None) -> ssl.SSLContext:
+    """TLS for the joining side: the server's certificate must come from `ca`.
+
+    Host names are not compared: home machines are reached by changing addresses, and the private
+    authority plus the token say who the server is.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    _load(context, cert, key, ca)
+    return context
+
+
+def _load(context: ssl.SSLContext, cert: Path | None, key: Path | None, ca: Path | None) -> None:
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    for what, path in (("--tls_cert", cert), ("--tls_key", key), ("--tls_ca", ca)):
+        if path is not None and not path.is_file():
+            raise ConfigError(f"{what} {path} does not exist")
+    try:
+        if cert is not None:
+            context.load_cert_chain(cert, key)
+        if ca is not None:
+            context.load_verify_locations(ca)
+    except (ssl.SSLError, OSError) as error:
+        raise ConfigError(
+            f"the TLS files cannot be used: {error}; expected PEM certificates and key"
+        ) from error

@@ -1,0 +1,75 @@
+"""The small operations of a Llama block: float32 in, float32 out, NumPy only."""
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tpilite.config import LlamaConfig, RopeScaling
+
+Array = NDArray[np.float32]
+
+
+def rms_norm(x: Array, weight: Array, eps: float) -> Array:  # [T, D], [D] -> [T, D]
+    """Each row scaled to a root mean square of one, times `weight` (arXiv 1910.07467)."""
+    mean_square = np.einsum("td,td->t", x, x) / np.float32(x.shape[1])
+    scale = 1 / np.sqrt(mean_square + np.float32(eps))
+    return x * scale[:, None] * weight
+
+
+def silu(x: Array) -> Array:  # [...] -> [...]
+    """x * sigmoid(x). The tanh form has no exponential that could overflow."""
+    half = np.float32(0.5)
+    return x * (half * np.tanh(half * x) + half)
+
+
+def softmax(scores: Array) -> Array:  # [..., S] -> [..., S]
+    """Softmax over the last axis, in place: `scores` holds the result."""
+    scores -= scores.max(axis=-1, keepdims=True)
+    np.exp(scores, out=scores)
+    scores /= scores.sum(axis=-1, keepdims=True)
+    return scores
+
+
+def rope_frequencies(config: LlamaConfig) -> Array:  # -> [d / 2]
+    """The angle per position of each pair of a head's dimensions (arXiv 2104.09864)."""
+    exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    frequencies: Array = 1 / np.power(np.float32(config.rope_theta), exponent)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    if scaling.rope_type == "linear":
+        return frequencies / np.float32(scaling.factor)
+    return _llama3_frequencies(frequencies, scaling)
+
+
+def _llama3_frequencies(frequencies: Array, scaling: RopeScaling) -> Array:  # [d / 2] -> [d / 2]
+    """Wavelengths short against the training context stay, long ones stretch, those between blend."""
+    turns = scaling.original_max_position_embeddings * frequencies / np.float32(2 * math.pi)
+    keep = (turns - np.float32(scaling.low_freq_factor)) / np.float32(
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
+    keep = keep.clip(0, 1)
+    stretched: Array = (1 - keep) * frequencies / np.float32(scaling.factor) + keep * frequencies
+    return stretched
+
+
+def rope_table(
+    frequencies: Array, positions: NDArray[Any]
+) -> tuple[Array, Array]:  # [d/2], [T] -> [T, 1, d/2]
+    """Cosine and sine of each row's angles.
+
+    The angle is a float32 product: the models were trained with its rounding, which at position 8000
+    already is 5e-4 radians.
+    """
+    angles = positions.astype(np.float32)[:, None, None] * frequencies
+    return np.cos(angles), np.sin(angles)
+
+
+def rotate(x: Array, table: tuple[Array, Array]) -> Array:  # [T, H, d] -> [T, H, d]
+    """`x` with dimension i and i + d/2 of every head turned by the row's angle, as Hugging Face pairs them."""
+    cos, sin = table
+    half = x.shape[-1] // 2
+    first, second = x[..., :half], x[..., half:]
+    return np.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
