@@ -1,0 +1,87 @@
+"""Small random checkpoints in Hugging Face's format, for the tests of whatever reads one."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tpilite.config import LlamaConfig
+from tpilite.partition import LM_HEAD, tensor_shapes
+from tpilite.tensor_file import DTYPES, write_tensor_file
+
+
+def tiny_config(**changes: Any) -> LlamaConfig:
+    """A Llama of a few thousand weights, with grouped KV heads."""
+    values: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 88,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 4,
+        "vocab_size": 50,
+        "max_position_embeddings": 64,
+        "bos_token_id": 1,
+        "eos_token_ids": (2,),
+    }
+    return LlamaConfig(**(values | changes))
+
+
+def hf_config(config: LlamaConfig) -> dict[str, Any]:
+    """The config.json that describes `config`."""
+    value = {
+        name: getattr(config, name)
+        for name in LlamaConfig.__dataclass_fields__
+        if name not in ("rope_scaling", "eos_token_ids")
+    }
+    value |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu"}
+    value["eos_token_id"] = list(config.eos_token_ids) or None
+    if config.rope_scaling is not None:
+        value["rope_scaling"] = dict(vars(config.rope_scaling))
+    return value
+
+
+def random_tensors(config: LlamaConfig, dtype: str = "BF16", seed: int = 0) -> dict[str, NDArray[Any]]:
+    """Weights by name, stored as `dtype` says; of a size that keeps activations near one."""
+    rng = np.random.default_rng(seed)
+    tensors = {}
+    for name, shape in tensor_shapes(config).items():
+        if name == LM_HEAD and config.tie_word_embeddings:
+            continue
+        values = rng.standard_normal(shape, np.float32) / np.float32(np.sqrt(shape[-1]))
+        if len(shape) == 1:
+            values = np.float32(1) + np.float32(0.1) * values
+        tensors[name] = store(values, dtype)
+    return tensors
+
+
+def store(values: NDArray[np.float32], dtype: str) -> NDArray[Any]:
+    """`values` as `dtype` stores them; bfloat16 by cutting the low bits off."""
+    if dtype == "BF16":
+        return (values.view(np.uint32) >> np.uint32(16)).astype(np.uint16)
+    return values.astype(DTYPES[dtype])
+
+
+def write_checkpoint(
+    folder: Path, config: LlamaConfig, dtype: str = "BF16", seed: int = 0, shards: int = 1
+) -> Path:
+    """Writes a random model into `folder`, in one file or in `shards` with an index."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(hf_config(config)))
+    tensors = list(random_tensors(config, dtype, seed).items())
+    if shards == 1:
+        names = {"model.safetensors": tensors}
+    else:
+        names = {f"model-{i + 1:05}-of-{shards:05}.safetensors": tensors[i::shards] for i in range(shards)}
+        weight_map = {name: shard for shard, part in names.items() for name, _ in part}
+        index = {"metadata": {}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    for shard, part in names.items():
+        write_tensor_file(
+            folder / shard,
+            [(name, dtype, values.shape, [values]) for name, values in part],
+            {"format": "pt"},
+        )
+    return folder

@@ -1,0 +1,348 @@
+"""One safetensors file: its header checked, its tensors mapped or read, and new files written.
+
+The format (https://github.com/huggingface/safetensors): eight bytes of little-endian length, a JSON header
+of that length, then the tensors' bytes. The header maps each name to `dtype`, `shape` and `data_offsets`,
+the first and the last byte (excluded) counted from the end of the header; `__metadata__` maps strings to
+strings. The safetensors library cannot give BF16 to NumPy, so the header is read here: BF16 comes as
+uint16 holding its bits.
+
+Nothing but the header is read when a file is opened. A header can name dtypes that are not known here, as
+long as nobody asks for those tensors: checkpoints hold unused buffers.
+"""
+
+import hashlib
+import json
+import math
+import mmap
+import os
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeGuard
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tpilite.errors import CheckpointError
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),
+}
+
+# The limit of the safetensors library itself; a header takes some 150 bytes per tensor.
+MAX_HEADER_BYTES = 100_000_000
+
+# The data of a written file begins at a multiple of this, for direct I/O and so that its pages can be
+# released without touching a neighbour's.
+DATA_ALIGNMENT = 4096
+
+# Far above any tensor that a file can hold, and below where NumPy's sizes overflow; a tensor without
+# elements can claim such a shape. NumPy's own limit is 64 dimensions; no model has more than a few.
+_MAX_ELEMENTS = 1 << 48
+_MAX_DIMENSIONS = 8
+
+_DAMAGED = "the file is damaged: download or copy it again"
+
+
+class TensorFile:
+    """An open safetensors file. Raises `CheckpointError` when its header is not sound."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._map: mmap.mmap | None = None
+        self._lock = threading.Lock()
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} does not exist; download or copy it into its folder") from None
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be opened: {error.strerror}") from error
+        try:
+            self.nbytes = os.fstat(self._fd).st_size
+            self.tensors, self.metadata = self._read_header()
+        except OSError as error:
+            self.close()
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Closes the file. Arrays that were handed out stay valid: each holds the map."""
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd, self._map = -1, None
+
+    def __enter__(self) -> "TensorFile":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def fileno(self) -> int:
+        """The descriptor, for advice to the kernel about the file's pages."""
+        return self._fd
+
+    def check(self) -> None:
+        """Raises `CheckpointError` when the file is now smaller than it was when it was opened.
+
+        Touching a mapped page behind the end of a file kills the process, so this comes first.
+        """
+        try:
+            found = os.fstat(self._fd).st_size
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be read: {error.strerror}") from error
+        if found < self.nbytes:
+            raise CheckpointError(
+                f"{self.path} was truncated while it was in use: expected {self.nbytes} bytes, "
+                f"found {found}; download or copy it again"
+            )
+
+    def map(self) -> mmap.mmap:
+        """The whole file, mapped once, read only."""
+        with self._lock:
+            if self._map is None:
+                try:
+                    self._map = mmap.mmap(self._fd, self.nbytes, access=mmap.ACCESS_READ)
+                except (OSError, ValueError) as error:  # ValueError: the file is shorter by now
+                    raise CheckpointError(f"{self.path} cannot be mapped: {error}") from error
+            return self._map
+
+    def _error(self, text: str) -> CheckpointError:
+        return CheckpointError(f"{self.path}: {text}; {_DAMAGED}")
+
+    def _read_header(self) -> "tuple[dict[str, StoredTensor], dict[str, str]]":
+        prefix = os.pread(self._fd, 8, 0)
+        if prefix == b"version ":
+            raise CheckpointError(
+                f"{self.path} is a Git LFS pointer and not the file itself; run `git lfs pull` in its folder"
+            )
+        if len(prefix) < 8:
+            raise self._error(f"expected at least 8 bytes, found {self.nbytes}")
+        n_header = int.from_bytes(prefix, "little")
+        if n_header > min(MAX_HEADER_BYTES, self.nbytes - 8):
+            raise self._error(
+                f"the header claims {n_header} bytes; expected at most {MAX_HEADER_BYTES} "
+                f"and not more than the file's {self.nbytes}"
+            )
+        raw = bytearray(n_header)
+        read_exactly(self, memoryview(raw), 8)
+        try:
+            header = json.loads(raw.decode(), object_pairs_hook=_unique)
+        except (ValueError, RecursionError) as error:
+            raise self._error(f"the header is not valid JSON ({error})") from error
+        if not isinstance(header, dict):
+            raise self._error(f"the header must be a JSON object, found a {type(header).__name__}")
+        metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+            raise self._error("__metadata__ in the header must map strings to strings")
+        tensors = {name: self._entry(name, entry, 8 + n_header) for name, entry in header.items()}
+        end, before = 8 + n_header, ""
+        for tensor in sorted(tensors.values(), key=lambda t: (t.offset, t.end)):
+            if tensor.offset < end:
+                raise self._error(f"tensors {before!r} and {tensor.name!r} overlap")
+            end, before = tensor.end, tensor.name
+        return tensors, metadata
+
+    def _entry(self, name: str, entry: Any, data_offset: int) -> "StoredTensor":
+        if not isinstance(entry, dict):
+            raise self._error(f"the header entry of {name!r} must be an object, found {entry!r:.60}")
+        dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+        if not isinstance(dtype, str):
+            raise self._error(f"{name!r} has dtype {dtype!r:.60}; expected a string")
+        if not _is_counts(shape):
+            raise self._error(f"{name!r} has shape {shape!r:.60}; expected a list of whole numbers >= 0")
+        if len(shape) > _MAX_DIMENSIONS or math.prod(size or 1 for size in shape) > _MAX_ELEMENTS:
+            raise self._error(
+                f"{name!r} has shape {shape!r:.60}; expected at most {_MAX_DIMENSIONS} dimensions "
+                f"and {_MAX_ELEMENTS} elements"
+            )
+        if not _is_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+            raise self._error(f"{name!r} has data_offsets {offsets!r:.60}; expected two, in ascending order")
+        start, stop = offsets
+        if data_offset + stop > self.nbytes:
+            raise self._error(
+                f"{name!r} ends at byte {data_offset + stop}, behind the file's end at {self.nbytes}"
+            )
+        if dtype in DTYPES and math.prod(shape) * DTYPES[dtype].itemsize != stop - start:
+            raise self._error(
+                f"{name!r} is {dtype} of shape {shape!r:.60}, "
+                f"which does not make the {stop - start} bytes that its data_offsets span"
+            )
+        return StoredTensor(name, dtype, tuple(shape), self, data_offset + start, stop - start)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor where it lies: a contiguous range of a file."""
+
+    name: str
+    dtype: str  # as safetensors names it: "BF16", "F16", "F32"
+    shape: tuple[int, ...]
+    file: TensorFile
+    offset: int  # of the first byte, in the file
+    nbytes: int
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.nbytes
+
+    @property
+    def stored_dtype(self) -> np.dtype[Any]:
+        """The NumPy dtype of what is stored. Raises `CheckpointError` for a dtype that is not supported."""
+        try:
+            return DTYPES[self.dtype]
+        except KeyError:
+            raise CheckpointError(
+                f"{self.file.path}: {self.name!r} is stored as {self.dtype}, which is not supported; "
+                "expected F32, F16 or BF16 (quantised weights are not supported: use the original ones)"
+            ) from None
+
+    def array(self) -> NDArray[Any]:
+        """The memory-mapped values, read only; bfloat16 as uint16. Nothing is read before it is touched."""
+        dtype = self.stored_dtype
+        if not self.nbytes:
+            return np.zeros(self.shape, dtype)
+        flat = np.frombuffer(self.file.map(), dtype, self.nbytes // dtype.itemsize, self.offset)
+        return flat.reshape(self.shape)
+
+    def rows(self, start: int, stop: int) -> "StoredTensor":
+        """The rows from `start` up to `stop`, which lie together in the file as well."""
+        assert 0 <= start <= stop <= self.shape[0], (start, stop, self.shape)
+        row_bytes = self.stored_dtype.itemsize * math.prod(self.shape[1:])
+        shape = (stop - start, *self.shape[1:])
+        offset, nbytes = self.offset + start * row_bytes, (stop - start) * row_bytes
+        return StoredTensor(self.name, self.dtype, shape, self.file, offset, nbytes)
+
+    def bytes_at(self, start: int, n_bytes: int) -> bytearray:
+        """A few of the stored bytes, from the file and not through the map."""
+        assert 0 <= start <= start + n_bytes <= self.nbytes, (start, n_bytes, self.nbytes)
+        found = bytearray(n_bytes)
+        read_exactly(self.file, memoryview(found), self.offset + start)
+        return found
+
+    def read_into(self, buffer: "memoryview | bytearray | mmap.mmap | NDArray[Any]") -> None:
+        """Fills `buffer`, of exactly `nbytes` contiguous bytes, from the file and not through the map."""
+        view = buffer.data if isinstance(buffer, np.ndarray) else memoryview(buffer)
+        assert view.nbytes == self.nbytes, (view.nbytes, self.nbytes)
+        if self.nbytes:  # a view without bytes cannot be cast
+            read_exactly(self.file, view.cast("B"), self.offset)
+
+
+def read_exactly(file: TensorFile, view: memoryview, offset: int) -> None:
+    """Fills `view` from the file's bytes at `offset`. Raises `CheckpointError` when they end early."""
+    done = 0
+    while done < len(view):
+        try:
+            n_read = os.preadv(file.fileno(), [view[done:]], offset + done)
+        except OSError as error:
+            raise CheckpointError(f"{file.path} cannot be read: {error.strerror}") from error
+        if n_read == 0:
+            raise CheckpointError(
+                f"{file.path} was truncated: expected {len(view)} bytes at {offset}, found {done}; "
+                "download or copy it again"
+            )
+        done += n_read
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What the header says about a tensor that is to be written."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+class TensorFileWriter:
+    """Writes a safetensors file piece by piece: the header at once, then the tensors' bytes in its order.
+
+    The data begins at a multiple of `DATA_ALIGNMENT`; the tensors follow each other without gaps, as the
+    safetensors library demands. `close` is only for a file that is complete; a failure is left to the
+    caller, who removes the file. OS errors pass through as they are.
+    """
+
+    def __init__(self, path: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> None:
+        header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+        offset = 0
+        for spec in specs:
+            assert spec.name not in header, spec.name
+            header[spec.name] = {
+                "dtype": spec.dtype,
+                "shape": list(spec.shape),
+                "data_offsets": [offset, offset + spec.nbytes],
+            }
+            offset += spec.nbytes
+        raw = json.dumps(header, separators=(",", ":")).encode()
+        raw += b" " * (-(8 + len(raw)) % DATA_ALIGNMENT)
+        self._hash = hashlib.sha256()
+        self.nbytes = 0
+        self._expected = 8 + len(raw) + offset
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        self.write(len(raw).to_bytes(8, "little") + raw)
+
+    def write(self, data: "bytes | NDArray[Any]") -> None:
+        """Appends bytes, or a C-contiguous array's."""
+        view = data.data if isinstance(data, np.ndarray) else memoryview(data)
+        if not view.nbytes:
+            return
+        view = view.cast("B")
+        self._hash.update(view)
+        self.nbytes += len(view)
+        done = 0
+        while done < len(view):
+            done += os.write(self._fd, view[done:])
+
+    def close(self) -> str:
+        """Flushes the complete file to the disk and gives its sha256."""
+        assert self.nbytes == self._expected, (self.nbytes, self._expected)
+        os.fsync(self._fd)
+        self.abandon()
+        return self._hash.hexdigest()
+
+    def abandon(self) -> None:
+        """Closes the file as it is, for a caller that gives it up."""
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = -1
+
+
+def write_tensor_file(
+    path: Path,
+    tensors: Iterable[tuple[str, str, tuple[int, ...], Iterable["bytes | NDArray[Any]"]]],
+    metadata: Mapping[str, str],
+) -> str:
+    """Writes (name, dtype, shape, pieces) as a new safetensors file and gives its sha256.
+
+    The pieces of a tensor are taken one at a time, so memory holds one of them, whatever the file's size.
+    """
+    listed = list(tensors)
+    writer = TensorFileWriter(path, [TensorSpec(*tensor[:3]) for tensor in listed], metadata)
+    try:
+        for *_, pieces in listed:
+            for piece in pieces:
+                writer.write(piece)
+        return writer.close()
+    finally:
+        writer.abandon()
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        raise ValueError("a key stands there twice")
+    return entries
+
+
+def _is_counts(value: Any) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
