@@ -68,7 +68,7 @@ def rope_table(
 
 
 def rotate(x: Array, table: tuple[Array, Array]) -> Array:  # [T, H, d] -> [T, H, d]
-    """`x` with dimension i and i + d/2 of every head turned by the row's angle, as Hugging Face pairs them."""
+    """`x` with dimensions i and i + d/2 of every head turned by the row's angle (Hugging Face's pairs)."""
     cos, sin = table
     half = x.shape[-1] // 2
     first, second = x[..., :half], x[..., half:]

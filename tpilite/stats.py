@@ -1,0 +1,89 @@
+"""What a run cost: the figures of one generated text and of the process that made it."""
+
+import platform
+import resource
+import statistics
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tpilite.sequence import Sequence
+from tpilite.version import __version__
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Seconds waited and bytes read so far, by the whole process since its start."""
+
+    load_wait_s: float = 0.0
+    network_wait_s: float = 0.0
+    read_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Stats:
+    """The figures of one text. Times are in seconds; rates are those of decoding, after the first token."""
+
+    prompt_tokens: int
+    new_tokens: int
+    ttft_s: float | None  # from asking to the first token; None without one
+    token_s: float | None  # the median time between tokens; None below two tokens
+    tokens_per_s: float | None
+    load_wait_s: float
+    network_wait_s: float
+    read_bytes: int
+    peak_rss_bytes: int
+    finish_reason: str | None
+    seed: int
+
+    def to_dict(self) -> dict[str, Any]:
+        versions = {"tpilite": __version__, "python": platform.python_version(), "numpy": np.__version__}
+        return {**asdict(self), "versions": versions, "machine": platform.machine()}
+
+    def __str__(self) -> str:
+        parts = [f"{self.prompt_tokens} prompt tokens, {self.new_tokens} new"]
+        if self.ttft_s is not None:
+            parts.append(f"first after {self.ttft_s:.2f} s")
+        if self.tokens_per_s is not None:
+            parts.append(f"then {self.tokens_per_s:.1f} tokens/s")
+        parts.append(f"peak memory {self.peak_rss_bytes / 1e6:.0f} MB")
+        return ", ".join(parts)
+
+
+def measure(sequence: Sequence, before: Usage, after: Usage) -> Stats:
+    """The figures of a text, from its own times and what the process counted before and after it."""
+    times = sequence.token_times_s
+    gaps = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+    return Stats(
+        prompt_tokens=len(sequence.prompt_ids),
+        new_tokens=len(sequence.new_ids),
+        ttft_s=times[0] - sequence.started_s if times else None,
+        token_s=statistics.median(gaps) if gaps else None,
+        tokens_per_s=len(gaps) / sum(gaps) if gaps else None,
+        load_wait_s=after.load_wait_s - before.load_wait_s,
+        network_wait_s=after.network_wait_s - before.network_wait_s,
+        read_bytes=after.read_bytes - before.read_bytes,
+        peak_rss_bytes=peak_rss_bytes(),
+        finish_reason=sequence.finish_reason,
+        seed=sequence.seed,
+    )
+
+
+def peak_rss_bytes() -> int:
+    """The most memory that this process has had resident, mapped files included."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def disk_read_bytes() -> int:
+    """The bytes that this process has made the disk read; counted in blocks where there is no /proc."""
+    try:
+        for line in Path("/proc/self/io").read_text().splitlines():
+            if line.startswith("read_bytes:"):
+                return int(line.split()[1])
+    except OSError:
+        pass
+    return resource.getrusage(resource.RUSAGE_SELF).ru_inblock * 512
