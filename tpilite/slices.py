@@ -67,6 +67,9 @@ MANIFEST_NAME = "manifest.json"
 # A manifest takes some 130 bytes per file; a model of 126 layers (Llama 3.1 405B) has 254 files per rank.
 MAX_MANIFEST_BYTES = 1 << 20
 
+# Far above any block, and below where file offsets overflow.
+_MAX_FILE_BYTES = 1 << 48
+
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 _log = logging.getLogger(__name__)
@@ -132,8 +135,8 @@ class Manifest:
             raise SliceError(f"the manifest is not of the format {_FORMAT!r}")
         if value.get("version") != _VERSION:
             raise SliceError(
-                f"the manifest is of version {value.get('version')!r:.40}, made by another version of tpilite; "
-                f"expected {_VERSION}: use the same tpilite everywhere"
+                f"the manifest is of version {value.get('version')!r:.40}; expected {_VERSION}: "
+                "use the same version of tpilite everywhere"
             )
         keys = {"format", "version", "rank", "partition", "fingerprint", "config", "files"}
         if set(value) != keys:
@@ -278,8 +281,8 @@ class SliceFolder:
             if found is None or found.shape != shape or found.dtype not in DTYPES:
                 is_there = f"{found.dtype} {list(found.shape)}" if found else "nothing"
                 raise SliceError(
-                    f"{self.folder} holds {is_there} as {name}; its manifest implies the shape {list(shape)}: "
-                    "make the slices again with --split_bin"
+                    f"{self.folder} holds {is_there} as {name}; its manifest implies the shape "
+                    f"{list(shape)}: make the slices again with --split_bin"
                 )
         return {name: tensors[name] for name in expected}
 
@@ -308,19 +311,19 @@ def ensure_slices(
     wanted = list(range(partition.world_size)) if ranks is None else list(ranks)
     with _disk_errors(save_dir), _locked(save_dir):
         if force:
-            for folder in save_dir.iterdir():
+            for folder in list(save_dir.iterdir()):
                 if _NODE.fullmatch(folder.name) and folder.is_dir():
                     _clear(folder)
                     with contextlib.suppress(OSError):  # it holds something that is not ours
                         folder.rmdir()
         manifests = {rank: _usable(node_folder(save_dir, rank), checkpoint, partition) for rank in wanted}
-        missing = [
-            rank
+        missing = {
+            rank: node_folder(save_dir, rank)
             for rank, found in manifests.items()
             if found is None or (rank == 0 and embedding and _EMBED_FILE not in found.files)
-        ]
+        }
         if missing:
-            manifests |= _Slicer(checkpoint, partition, save_dir, missing, embedding, progress).make()
+            manifests |= _Slicer(checkpoint, partition, missing, embedding, progress).make()
     return [manifest for manifest in manifests.values() if manifest is not None]
 
 
@@ -353,17 +356,15 @@ class _Slicer:
         self,
         checkpoint: Checkpoint,
         partition: Partition,
-        save_dir: Path,
-        ranks: list[int],
+        folders: Mapping[int, Path],
         embedding: bool,
         progress: Progress | None,
     ) -> None:
         self._checkpoint, self._partition = checkpoint, partition
-        self._shards = {rank: partition.shards(checkpoint.config, rank) for rank in ranks}
-        if not embedding and 0 in ranks:
+        self._folders, self._progress = folders, progress
+        self._shards = {rank: partition.shards(checkpoint.config, rank) for rank in folders}
+        if not embedding and 0 in folders:
             del self._shards[0][EMBEDDING]
-        self._folders = {rank: node_folder(save_dir, rank) for rank in ranks}
-        self._save_dir, self._progress = save_dir, progress
         self._total = sum(
             self._spec(name, shard).nbytes
             for shards in self._shards.values()
@@ -375,9 +376,9 @@ class _Slicer:
         for folder in self._folders.values():
             folder.mkdir(parents=True, exist_ok=True)
             _clear(folder)
-        free = shutil.disk_usage(self._save_dir).free
-        if free < self._total:
-            raise _disk_full(self._save_dir, f"the slices take {_size(self._total)}")
+        save_dir = next(iter(self._folders.values())).parent
+        if shutil.disk_usage(save_dir).free < self._total:
+            raise _disk_full(save_dir, f"the slices take {_size(self._total)}")
         try:
             entries: dict[int, dict[str, FileEntry]] = {rank: {} for rank in self._folders}
             for file_name, names in _blocks(self._checkpoint.config):
@@ -411,7 +412,7 @@ class _Slicer:
         """Reads a tensor's rows once and gives each rank's writer its part of them."""
         row_shape = tensor.shape[1:]
         row_bytes = tensor.nbytes // max(1, tensor.shape[0])
-        n_rows = max(1, _CHUNK_BYTES // max(1, row_bytes))
+        n_rows = min(tensor.shape[0], max(1, _CHUNK_BYTES // max(1, row_bytes)))
         buffer = np.empty((n_rows, *row_shape), tensor.stored_dtype)
         for start in range(0, tensor.shape[0], n_rows):
             stop = min(start + n_rows, tensor.shape[0])
@@ -425,7 +426,9 @@ class _Slicer:
             rows = buffer[: stop - start]
             tensor.rows(start, stop).read_into(rows)
             for writer, first, last, columns in parts:
-                part = rows[(slice(first - start, last - start), *(slice(r.start, r.stop) for r in columns))]
+                part = rows[first - start : last - start]
+                for cut in columns:
+                    part = part[:, cut.start : cut.stop]
                 writer.write(np.ascontiguousarray(part))
                 self._done += part.nbytes
             if self._progress:
@@ -470,7 +473,7 @@ def _files(value: Any, config: LlamaConfig, rank: int) -> dict[str, FileEntry]:
         if not isinstance(entry, dict) or set(entry) != {"size", "sha256"}:
             raise SliceError(f"the manifest must give exactly size and sha256 of {name}")
         size, sha256 = entry["size"], entry["sha256"]
-        if type(size) is not int or size < 0 or not _is_sha256(sha256):
+        if type(size) is not int or not 0 <= size <= _MAX_FILE_BYTES or not _is_sha256(sha256):
             raise SliceError(f"the manifest gives {name} size {size!r:.40} and sha256 {sha256!r:.80}")
         files[name] = FileEntry(size, sha256)
     # Counted before the names are made: their number is the peer's word too.
@@ -496,9 +499,9 @@ def _config(value: Any) -> LlamaConfig:
             if type(value[flag]) is not bool:
                 raise ConfigError(f"{flag} must be true or false, found {value[flag]!r:.40}")
         value["eos_token_ids"] = tuple(value["eos_token_ids"])
-        for token in (*value["eos_token_ids"], value["bos_token_id"]):
-            if token is not None and type(token) is not int:
-                raise ConfigError(f"token ids must be whole numbers, found {token!r:.40}")
+        tokens = [*value["eos_token_ids"], 0 if value["bos_token_id"] is None else value["bos_token_id"]]
+        if any(type(token) is not int for token in tokens):
+            raise ConfigError(f"token ids must be whole numbers, found {tokens!r:.60}")
         return LlamaConfig(**value)
     # OverflowError: a whole number too large to be a float.
     except (ConfigError, TypeError, ValueError, OverflowError) as error:
@@ -513,7 +516,7 @@ def _clear(folder: Path) -> None:
     """Removes a slice, whole or half made: the manifest first, so that it stops to be one at once."""
     (folder / MANIFEST_NAME).unlink(missing_ok=True)
     _sync_folder(folder)
-    for path in folder.iterdir():
+    for path in list(folder.iterdir()):
         if path.name == _TEMPORARY or _BLOCK_FILE.fullmatch(path.name):
             path.unlink()
 
