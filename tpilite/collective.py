@@ -8,7 +8,10 @@ holds the same bits and every run gives the same ones.
 """
 
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -92,11 +95,14 @@ class ThreadGroup:
         self._barrier.abort()
 
     def _exchange(self, rank: int, value: Any) -> list[Any]:
-        """What every rank gave, in rank order. The second wait keeps a fast rank from the next round."""
+        """Copies of what every rank gave, in rank order: as on a wire, each may overwrite what it holds.
+
+        The second wait keeps a fast rank from the next round, and from what others are still copying.
+        """
         try:
             self._slots[rank] = value
             self._barrier.wait()
-            values = list(self._slots)
+            values = deepcopy(self._slots)
             self._barrier.wait()
         except threading.BrokenBarrierError:
             raise PeerLost("another rank of this process ended") from None
@@ -110,7 +116,7 @@ class _ThreadRank:
     world_size: int
 
     def all_reduce(self, x: Array) -> Array:
-        parts = self.group._exchange(self.rank, x.copy())
+        parts = self.group._exchange(self.rank, x)
         np.copyto(x, parts[0])
         for part in parts[1:]:
             x += part
@@ -126,3 +132,43 @@ class _ThreadRank:
 
     def barrier(self) -> None:
         self.group._exchange(self.rank, None)
+
+
+class Timed:
+    """A collective that counts, in `waited_s`, the seconds its caller spends in it."""
+
+    def __init__(self, inner: Collective) -> None:
+        self.inner = inner
+        self.waited_s = 0.0
+
+    @property
+    def rank(self) -> int:
+        return self.inner.rank
+
+    @property
+    def world_size(self) -> int:
+        return self.inner.world_size
+
+    def all_reduce(self, x: Array) -> Array:
+        with self._clock():
+            return self.inner.all_reduce(x)
+
+    def broadcast(self, message: Message | None) -> Message:
+        with self._clock():
+            return self.inner.broadcast(message)
+
+    def gather(self, message: Message) -> list[Message] | None:
+        with self._clock():
+            return self.inner.gather(message)
+
+    def barrier(self) -> None:
+        with self._clock():
+            self.inner.barrier()
+
+    @contextmanager
+    def _clock(self) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.waited_s += time.perf_counter() - start

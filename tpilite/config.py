@@ -168,6 +168,20 @@ class LlamaConfig:
         return cls.from_hf(read_json(folder / "config.json"), generation)
 
 
+@dataclass(frozen=True)
+class EngineConfig:
+    """How a rank works: what it may use, and how much of a prompt goes into one pass."""
+
+    threads: int | None = None  # None: one per physical core
+    max_rows: int = 256  # more gain little speed and cost activations of [T, F] floats
+
+    def __post_init__(self) -> None:
+        for name in ("threads", "max_rows"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ConfigError(f"{name} must be a whole number above 0, found {value!r}")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file of the model's folder. Raises `CheckpointError`."""
     try:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tpilite.collective import Collective
 from tpilite.config import LlamaConfig
 from tpilite.errors import ConfigError, PeerLost
 from tpilite.runner import Embedding, Rows, Runner, Step, Wanted
@@ -18,7 +17,7 @@ from tpilite.scheduler import Chunk, Scheduler
 from tpilite.sequence import Decoder, Sequence, TokenLogprob
 
 Array = NDArray[np.float32]
-Recover = Callable[[PeerLost], Collective]
+Recover = Callable[[PeerLost], None]
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +43,8 @@ class _Held:
 class Engine:
     """Serves requests with a `Runner`, one pass a `step`. For one thread at a time.
 
-    Where a rank is lost, `recover` waits for a new group; the pass is then made again from the tokens.
+    Where a rank is lost, `recover` puts the runner into a new group, and the pass is made again from the
+    tokens.
     """
 
     def __init__(
@@ -104,7 +104,8 @@ class Engine:
         except PeerLost as lost:
             if self._recover is None:
                 raise
-            self._rejoin(self._recover(lost))
+            self._recover(lost)
+            self._start_over()
             return []
 
     def run(self, sequence: Sequence) -> Iterator[Output]:
@@ -220,9 +221,8 @@ class Engine:
                 self._free.append(self._held.sequence_id)
             self._held = _Held(sequence.sequence_id, sequence.ids(0, sequence.n_cached))
 
-    def _rejoin(self, collective: Collective) -> None:
-        """Goes on in a new group, whose ranks have no caches: what was being served starts over."""
-        self.runner.reset(collective)
+    def _start_over(self) -> None:
+        """Goes on in a new group, whose ranks have no caches: what was being served is computed again."""
         self._held = None
         self._free.clear()
         self._scheduler.restart()

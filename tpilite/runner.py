@@ -76,6 +76,7 @@ class Step:
 
 
 _STOP = {"stop": True}
+_NONE: Array = np.zeros((0, 0), np.float32)
 
 
 class Runner:
@@ -86,7 +87,7 @@ class Runner:
         self.collective = collective
         self._first_vocab_id = first_vocab_id
         self._caches: dict[int, KVCache] = {}
-        self._logits: Array = np.zeros((0, 0), np.float32)
+        self._logits = _NONE
 
     def run(self, step: Step, x: Array | None = None) -> list[Candidates] | Array:
         """On rank 0: the step made by all ranks. Candidates per wanted row; the scores [R, V] if `full`."""
@@ -111,10 +112,8 @@ class Runner:
         """On rank 0: ends every other rank's `serve`."""
         self.collective.broadcast(Message(_STOP))
 
-    def reset(self, collective: Collective) -> None:
-        """Starts over within a new group: every cache is forgotten."""
-        self.collective = collective
-        self.model.collective = collective
+    def reset(self) -> None:
+        """Forgets every cache."""
         self._caches.clear()
 
     @property
@@ -128,7 +127,7 @@ class Runner:
             if x is None or x.shape != (sum(r.n_rows for r in step.rows), self.model.config.hidden_size):
                 raise ProtocolError("rank 0 sent rows whose hidden states are missing or of another shape")
             hidden = self.model.forward(x, [self._segment(rows) for rows in step.rows])
-            self._logits = self.model.logits(hidden[[w.row for w in step.wanted]])
+            self._logits = self.model.logits(hidden[[w.row for w in step.wanted]]) if step.wanted else _NONE
         if step.full:
             return Message(array=self._logits)
         reports = zip(step.wanted, self._logits, strict=True)

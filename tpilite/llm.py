@@ -1,0 +1,136 @@
+"""The Python interface: a model folder in, text out.
+
+from tpilite import LLM, SamplingParams
+
+with LLM("path/to/Llama-3.2-1B-Instruct") as llm:
+    for text in llm.stream("Once upon a time", SamplingParams(length=100, seed=1)):
+        print(text, end="", flush=True)
+"""
+
+from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as Items
+from contextlib import ExitStack
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tpilite.chat import ChatFormat, chat_format
+from tpilite.checkpoint import Checkpoint
+from tpilite.collective import Solo
+from tpilite.config import EngineConfig, LlamaConfig
+from tpilite.engine import Engine
+from tpilite.errors import ConfigError
+from tpilite.rank import Rank
+from tpilite.sampling import SamplingParams
+from tpilite.sequence import Sequence
+from tpilite.stats import Stats, measure
+from tpilite.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
+
+Prompt = str | Items[int]
+Chat = Items[Mapping[str, str]]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A finished text: the new tokens, why it ended ("stop", "length", "cancelled") and what it cost."""
+
+    text: str
+    ids: list[int]
+    finish_reason: str | None
+    stats: Stats
+
+
+class LLM:
+    """A Llama model that answers on this machine.
+
+    A prompt is a text or a list of token ids; a folder without tokenizer files serves ids alone. For one
+    thread at a time. Raises `CheckpointError` and `ConfigError` for a folder that cannot be used.
+    """
+
+    def __init__(self, model_path: str | PathLike[str], *, threads: int | None = None) -> None:
+        self.folder = Path(model_path)
+        engine = EngineConfig(threads=threads)
+        with ExitStack() as stack:
+            checkpoint = stack.enter_context(Checkpoint(self.folder))
+            self.config: LlamaConfig = checkpoint.config
+            self._tokenizer = load_tokenizer(self.folder, self.config.vocab_size)
+            self._rank = stack.enter_context(Rank(self.config, checkpoint.tensors, 0, Solo(), engine))
+            assert self._rank.embed is not None, "a whole checkpoint has the embedding"
+            self.engine = Engine(self.config, self._rank.runner, self._rank.embed, max_rows=engine.max_rows)
+            self._stack = stack.pop_all()
+
+    def close(self) -> None:
+        """Ends the threads and closes the files."""
+        self._stack.close()
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer. Raises `ConfigError` where its folder has none."""
+        if self._tokenizer is None:
+            raise ConfigError(
+                f"{self.folder} has no tokenizer (tokenizer.model or tokenizer.json): "
+                "download it, or give the prompt as a list of token ids"
+            )
+        return self._tokenizer
+
+    @property
+    def chat_format(self) -> ChatFormat | None:
+        """How messages become a prompt; None for a model that was not made for chat."""
+        return None if self._tokenizer is None else chat_format(self._tokenizer, self.folder)
+
+    def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> Completion:
+        """The whole text that follows `prompt`."""
+        request = self.start(prompt, params)
+        for _ in self.run(request):
+            pass
+        return self.completion(request)
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
+        """The text that follows `prompt`, in pieces as it is made. Ending the loop early ends the work."""
+        return self.run(self.start(prompt, params))
+
+    def start(self, prompt: Prompt, params: SamplingParams | None = None) -> Sequence:
+        """A request for what follows `prompt`, in the queue. Raises `ConfigError` if it cannot be served."""
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        return self._submit(ids, params, frozenset(self.config.eos_token_ids))
+
+    def start_chat(self, messages: Chat, params: SamplingParams | None = None) -> Sequence:
+        """A request for the answer to a conversation of {"role": ..., "content": ...} messages."""
+        chat = self.chat_format
+        if chat is None:
+            raise ConfigError(f"{self.folder} is not a chat model (no known chat format); give it a prompt")
+        stop_ids = frozenset(self.config.eos_token_ids) | frozenset(chat.stop_ids)
+        return self._submit(chat.encode(messages), params, stop_ids)
+
+    def run(self, request: Sequence) -> Iterator[str]:
+        """Serves `request` to its end and gives its text in pieces."""
+        return (output.text for output in self.engine.run(request) if output.text)
+
+    def completion(self, request: Sequence) -> Completion:
+        """What has come of `request` so far."""
+        stats = measure(request, self._usage_before, self._rank.usage)
+        return Completion(request.text, list(request.new_ids), request.finish_reason, stats)
+
+    def logits(self, ids: Items[int]) -> NDArray[np.float32]:  # [T] -> [T, V]
+        """The scores of the whole vocabulary after each of `ids`."""
+        return self.engine.logits(list(ids))
+
+    def _submit(self, ids: list[int], params: SamplingParams | None, eos_ids: frozenset[int]) -> Sequence:
+        params = params or SamplingParams()
+        decoder = None if self._tokenizer is None else StreamDecoder(self._tokenizer, after=ids)
+        if params.stop and decoder is None:
+            raise ConfigError(f"stop texts need a tokenizer, which {self.folder} does not have")
+        self._usage_before = self._rank.usage
+        return self.engine.submit(ids, params, eos_ids=eos_ids, decoder=decoder)

@@ -1,0 +1,11 @@
+"""The models that ship with the package, by name: small enough to carry, real enough to read."""
+
+from pathlib import Path
+
+SHIPPED = {"fable": Path(__file__).parent / "fable"}
+
+
+def find_model(name: str) -> Path:
+    """The folder of a model given by its path, or by the name of one that ships."""
+    path = Path(name).expanduser()
+    return SHIPPED[name] if name in SHIPPED and not path.exists() else path

@@ -1,0 +1,110 @@
+"""A person at the terminal, or a pipe: prompts in, text out as it is made, everything else to stderr."""
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import TextIO
+
+from tqdm import tqdm
+
+from tpilite.errors import ConfigError
+from tpilite.llm import LLM, Completion
+from tpilite.sampling import SamplingParams
+from tpilite.sequence import Sequence
+
+with suppress(ImportError):
+    import readline  # noqa: F401  # importing it gives `input` its line editing, where there is one
+
+# A bar for what is over at once would be noise.
+_PROGRESS_AFTER_S = 2.0
+
+_HELP = "/reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer"
+
+
+class Interrupt:
+    """Ctrl-C as a wish to stop: `wished` is true after the first; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.wished = False
+
+    @contextmanager
+    def heard(self) -> Iterator["Interrupt"]:
+        """Listens until the end of the context."""
+        before = signal.getsignal(signal.SIGINT)
+
+        def hear(_number: int, _frame: FrameType | None) -> None:
+            self.wished = True
+            signal.signal(signal.SIGINT, before)
+
+        self.wished = False
+        signal.signal(signal.SIGINT, hear)
+        try:
+            yield self
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+def answer(llm: LLM, request: Sequence, out: TextIO, interrupt: Interrupt) -> Completion:
+    """Serves `request`, its text written to `out` as it is made, until it ends or is interrupted."""
+    n_prompt = len(request.prompt_ids)
+    with tqdm(
+        total=n_prompt,
+        desc="reading the prompt",
+        unit="token",
+        delay=_PROGRESS_AFTER_S,
+        leave=False,
+        disable=None,
+    ) as bar:
+        while request.finish_reason is None:
+            for output in llm.engine.step():
+                out.write(output.text)
+                out.flush()
+            if bar.n < n_prompt:
+                bar.update(min(request.n_cached, n_prompt) - bar.n)
+                if request.n_cached >= n_prompt:
+                    bar.close()
+            if interrupt.wished:
+                llm.engine.cancel(request)
+    return llm.completion(request)
+
+
+def converse(
+    llm: LLM, params: SamplingParams, system: str | None, show: Callable[[Completion], None]
+) -> None:
+    """A chat with a person: a line in, an answer out, until the end of the input."""
+    print(_HELP, file=sys.stderr)
+    opening = [{"role": "system", "content": system}] if system else []
+    messages = list(opening)
+    while (line := _ask()) is not None:
+        if line == "/exit":
+            break
+        if line == "/reset":
+            messages = list(opening)
+        elif line.startswith("/"):
+            print(_HELP, file=sys.stderr)
+        elif line:
+            asked = [*messages, {"role": "user", "content": line}]
+            try:
+                request = llm.start_chat(asked, params)
+            except ConfigError as error:
+                print(f"{error}\n{_HELP}", file=sys.stderr)
+                continue
+            with Interrupt().heard() as interrupt:
+                completion = answer(llm, request, sys.stdout, interrupt)
+            print()
+            show(completion)
+            messages = [*asked, {"role": "assistant", "content": completion.text}]
+
+
+def _ask() -> str | None:
+    """The next line typed; None at the end of the input. Ctrl-C at the prompt clears the line."""
+    while True:
+        try:
+            return input("> ").strip()
+        except EOFError:
+            print(file=sys.stderr)
+            return None
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
