@@ -36,6 +36,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
@@ -380,10 +381,7 @@ class _Slicer:
         if shutil.disk_usage(save_dir).free < self._total:
             raise _disk_full(save_dir, f"the slices take {_size(self._total)}")
         try:
-            entries: dict[int, dict[str, FileEntry]] = {rank: {} for rank in self._folders}
-            for file_name, names in _blocks(self._checkpoint.config):
-                for rank, entry in self._write_block(file_name, names).items():
-                    entries[rank][file_name] = entry
+            entries = self._write_blocks()
             return {rank: self._write_manifest(rank, files) for rank, files in entries.items()}
         except BaseException:
             for folder in self._folders.values():
@@ -391,29 +389,45 @@ class _Slicer:
                     _clear(folder)
             raise
 
-    def _write_block(self, file_name: str, names: Iterable[str]) -> dict[int, FileEntry]:
-        # Larger elements first: so every tensor is aligned to its elements, whatever their numbers.
-        names = sorted(names, key=lambda name: -self._checkpoint.tensors[name].stored_dtype.itemsize)
-        with contextlib.ExitStack() as stack:
-            writers = {}
-            for rank, shards in self._shards.items():
-                specs = [self._spec(name, shards[name]) for name in names if name in shards]
-                if specs:
-                    writers[rank] = TensorFileWriter(self._folders[rank] / file_name, specs, {})
-                    stack.callback(writers[rank].abandon)
-            for name in names:
-                holders = [
-                    (w, self._shards[rank][name]) for rank, w in writers.items() if name in self._shards[rank]
-                ]
-                self._copy(self._checkpoint.tensors[name], holders)
-            return {rank: FileEntry(w.nbytes, w.close()) for rank, w in writers.items()}
+    def _write_blocks(self) -> dict[int, dict[str, FileEntry]]:
+        """Writes every block, each flushed to the disk while the next one is read and hashed."""
+        files: dict[int, dict[str, Future[FileEntry]]] = {rank: {} for rank in self._folders}
+        with contextlib.ExitStack() as stack, ThreadPoolExecutor(1, "slices-flush") as flusher:
+            flushing: list[Future[FileEntry]] = []
+            for file_name, names in _blocks(self._checkpoint.config):
+                writers = self._open_writers(file_name, names, stack)
+                for name in names:
+                    self._copy(name, writers)
+                for future in flushing:  # so that no more than a block waits for the disk
+                    future.result()
+                flushing = []
+                for rank, writer in writers.items():
+                    files[rank][file_name] = flusher.submit(_finish, writer)
+                    flushing.append(files[rank][file_name])
+            return {
+                rank: {name: future.result() for name, future in futures.items()}
+                for rank, futures in files.items()
+            }
 
-    def _copy(self, tensor: StoredTensor, holders: list[tuple[TensorFileWriter, tuple[range, ...]]]) -> None:
+    def _open_writers(
+        self, file_name: str, names: Iterable[str], stack: contextlib.ExitStack
+    ) -> dict[int, TensorFileWriter]:
+        """A writer for each rank that holds something of the block."""
+        writers = {}
+        for rank, shards in self._shards.items():
+            specs = [self._spec(name, shards[name]) for name in names if name in shards]
+            if specs:
+                writers[rank] = TensorFileWriter(self._folders[rank] / file_name, specs, {})
+                stack.callback(writers[rank].abandon)
+        return writers
+
+    def _copy(self, name: str, writers: Mapping[int, TensorFileWriter]) -> None:
         """Reads a tensor's rows once and gives each rank's writer its part of them."""
-        row_shape = tensor.shape[1:]
-        row_bytes = tensor.nbytes // max(1, tensor.shape[0])
-        n_rows = min(tensor.shape[0], max(1, _CHUNK_BYTES // max(1, row_bytes)))
-        buffer = np.empty((n_rows, *row_shape), tensor.stored_dtype)
+        tensor = self._checkpoint.tensors[name]
+        holders = [(w, self._shards[rank][name]) for rank, w in writers.items() if name in self._shards[rank]]
+        row_bytes = tensor.nbytes // tensor.shape[0]
+        n_rows = min(tensor.shape[0], max(1, _CHUNK_BYTES // row_bytes))
+        buffer = np.empty((n_rows, *tensor.shape[1:]), tensor.stored_dtype)
         for start in range(0, tensor.shape[0], n_rows):
             stop = min(start + n_rows, tensor.shape[0])
             parts = [
@@ -451,6 +465,10 @@ class _Slicer:
         os.replace(temporary, folder / MANIFEST_NAME)
         _sync_folder(folder)
         return manifest
+
+
+def _finish(writer: TensorFileWriter) -> FileEntry:
+    return FileEntry(writer.nbytes, writer.close())
 
 
 def _blocks(config: LlamaConfig) -> Iterator[tuple[str, Iterable[str]]]:

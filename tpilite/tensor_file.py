@@ -289,7 +289,11 @@ class TensorFileWriter:
         self.nbytes = 0
         self._expected = 8 + len(raw) + offset
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        self.write(len(raw).to_bytes(8, "little") + raw)
+        try:
+            self.write(len(raw).to_bytes(8, "little") + raw)
+        except BaseException:
+            self.abandon()
+            raise
 
     def write(self, data: "bytes | NDArray[Any]") -> None:
         """Appends bytes, or a C-contiguous array's."""
