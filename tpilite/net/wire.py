@@ -231,6 +231,10 @@ def encode(header: Header, n_payload_bytes: int = 0) -> bytes:
     return PREFIX.pack(MAGIC, VERSION, len(packed), n_payload_bytes) + packed
 
 
+class OtherVersion(ProtocolError):
+    """The peer is a tpilite node, of another version of the protocol."""
+
+
 class _NeedMore(enum.Enum):
     NEED_MORE = "NEED_MORE"
 
@@ -263,7 +267,7 @@ class Decoder:
     _buffer: memoryview = field(default_factory=lambda: memoryview(bytearray(PREFIX.size)), init=False)
     _filled: int = field(default=0, init=False)
     _n_payload_bytes: int = field(default=0, init=False)
-    _failed: str = field(default="", init=False)
+    _failure: ProtocolError | None = field(default=None, init=False)
 
     @property
     def between_frames(self) -> bool:
@@ -294,12 +298,12 @@ class Decoder:
 
     def next_event(self) -> FrameStart | FrameEnd | Literal[_NeedMore.NEED_MORE]:
         """What the bytes received so far hold. Raises `ProtocolError`, and from then on again each time."""
-        if self._failed:
-            raise ProtocolError(self._failed)
+        if self._failure is not None:
+            raise self._failure
         try:
             return self._next_event()
         except ProtocolError as error:
-            self._failed = str(error)
+            self._failure = error
             raise
 
     def feed(self, data: bytes) -> Iterator[FrameStart | FrameEnd]:
@@ -357,7 +361,7 @@ class Decoder:
         if start[: len(MAGIC)] != MAGIC[: len(start)]:
             raise ProtocolError(f"expected a tpilite node, which begins with {MAGIC!r}, found {start!r}")
         if len(start) > len(MAGIC) and start[len(MAGIC)] != VERSION:
-            raise ProtocolError(
+            raise OtherVersion(
                 f"this node speaks protocol version {VERSION}, the other {start[len(MAGIC)]}; "
                 "install the same tpilite on both"
             )

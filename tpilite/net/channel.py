@@ -1,0 +1,536 @@
+"""A connection to one peer that proved the token: whole frames out and in, exactly, or `PeerLost`.
+
+A channel reads never more than the frame at hand, so that nothing waits in a buffer of its own while its
+socket looks idle. Reads without a deadline block in one plain system call: whoever watches over the peer
+ends them from another thread by `shutdown`. The two calls of the hot path, `start_send` and
+`receive_frame`, move an array that the caller owns to and from the kernel, copying and allocating nothing.
+"""
+
+import contextlib
+import logging
+import select
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from numpy.typing import NDArray
+
+from tpilite.errors import ConfigError, PeerLost, ProtocolError
+from tpilite.net import auth, wire
+
+log = logging.getLogger(__name__)
+
+_H = TypeVar("_H", bound=wire.Header)
+
+# A connection attempt to a machine that is switched off ends after minutes by itself; home networks answer
+# in milliseconds, Wi-Fi that wakes up in a second or two.
+CONNECT_TIMEOUT_S = 5.0
+# Between attempts: quick at first, as nodes are mostly started together; then easy on the network.
+_FIRST_DELAY_S, _DELAY_GROWTH, _LAST_DELAY_S = 0.1, 1.5, 2.0
+_REMINDER_S = 60.0
+# The kernel's own watch over a dead wire, behind that of the heartbeats: idle, interval, count.
+_KEEPALIVE = (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4), ("TCP_USER_TIMEOUT", 30_000))
+
+Address = tuple[str, int]
+Rest = tuple["Channel", list[memoryview]]  # what the kernel has not taken yet of a frame for this peer
+
+
+def parse_address(text: str, default_port: int) -> Address:
+    """Host and port of HOST, HOST:PORT, [V6], [V6]:PORT or a bare IPv6 address. Raises `ConfigError`."""
+    if text.startswith("["):
+        host, bracket, rest = text[1:].partition("]")
+        port = rest[1:] if rest.startswith(":") else rest
+        valid = bool(bracket) and rest[:1] in ("", ":") and rest != ":"
+    elif text.count(":") > 1:  # no port can follow: it could be the address's own last group
+        host, port, valid = text, "", True
+    else:
+        host, colon, port = text.partition(":")
+        valid = bool(port) or not colon
+    valid = valid and bool(host) and not any(c.isspace() for c in host)
+    if port and not (port.isascii() and port.isdigit() and 0 < int(port[:6]) < 65536):
+        valid = False
+    if not valid:
+        raise ConfigError(
+            f"expected HOST, HOST:PORT or [IPV6]:PORT with a port of 1 to 65535, found {text!r}"
+        )
+    return host, int(port) if port else default_port
+
+
+def format_address(address: Sequence[Any]) -> str:
+    """What `parse_address` reads back, of a socket's address too."""
+    host, port = address[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+class Channel:
+    """One plain socket. A single thread receives; senders take turns among themselves.
+
+    `shutdown` may come from any thread; `close` from the owner, when nobody uses the channel.
+    """
+
+    def __init__(self, sock: socket.socket, peer: str) -> None:
+        self.peer = peer
+        self.sent_bytes = 0
+        self._sock = sock
+        self._decoder = wire.Decoder()
+        self._payload = memoryview(bytearray())
+        self._reason = ""
+        self._closed = False
+        sock.settimeout(None)
+        _tune(sock)
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+    @property
+    def local_host(self) -> str:
+        return str(self._sock.getsockname()[0])
+
+    @property
+    def peer_host(self) -> str:
+        return str(self._sock.getpeername()[0])
+
+    def send(
+        self, header: wire.Header, payload: NDArray[Any] | None = None, deadline_s: float | None = None
+    ) -> None:
+        """Sends one frame; returns when the kernel has all of it. `deadline_s` is by `time.monotonic`."""
+        head = wire.encode(header, 0 if payload is None else payload.nbytes)
+        rest = self.start_send(head, payload)
+        if rest is not None:
+            finish_sends([(self, rest)], deadline_s)
+
+    def receive(self, deadline_s: float | None = None) -> tuple[wire.Header, memoryview]:
+        """The next frame's header and payload, which is valid until the next call."""
+        try:
+            header, payload = self._next_frame(deadline_s)
+        except ProtocolError as error:
+            raise type(error)(f"{self.peer}: {error}") from None
+        return header, payload
+
+    def expect(self, cls: type[_H], deadline_s: float | None = None) -> tuple[_H, memoryview]:
+        """The next frame, which must be a `cls`; otherwise raises `ProtocolError`."""
+        header, payload = self.receive(deadline_s)
+        if not isinstance(header, cls):
+            raise ProtocolError(
+                f"expected {cls.__name__} from {self.peer}, found {type(header).__name__}; "
+                "the nodes are out of step: start them again"
+            )
+        return header, payload
+
+    def wait_readable(self, timeout_s: float) -> bool:
+        """Whether something can be read (the connection's end included) within this time."""
+        return self._poll(select.POLLIN, timeout_s)
+
+    def start_send(self, head: bytes, payload: NDArray[Any] | None) -> list[memoryview] | None:
+        """Hands a frame to the kernel without waiting; what it did not take, or None if that is nothing."""
+        parts = (head,) if payload is None else (head, payload)
+        n_sent = self._send_now(parts)
+        n_bytes = len(head) + (0 if payload is None else payload.nbytes)
+        self.sent_bytes += n_bytes
+        return None if n_sent == n_bytes else _behind([_flat(part) for part in parts], n_sent)
+
+    def receive_frame(
+        self, expected: bytes, head: bytearray, payload: NDArray[Any], sends: list[Rest]
+    ) -> None:
+        """Receives a frame whose first bytes must be `expected` into `head` and `payload`.
+
+        What is left of `sends` goes on meanwhile, so that ranks that all send first cannot block each other.
+        """
+        if sends:
+            push_sends(sends, self)
+        n_bytes = self._receive_some_of(head, payload)
+        if n_bytes >= len(head) and head != expected:
+            raise self._out_of_step(expected, head)
+        if n_bytes < len(head) + payload.nbytes:
+            self._receive_rest(expected, head, payload, n_bytes, sends)
+
+    def shutdown(self, reason: str) -> None:
+        """Ends the connection: whoever waits on it gets `PeerLost` with the first reason given."""
+        self._reason = self._reason or reason
+        with contextlib.suppress(OSError):  # the peer or another thread was faster
+            self._sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self.shutdown("this node closed the connection")
+        self._sock.close()
+
+    def _next_frame(self, deadline_s: float | None) -> tuple[wire.Header, memoryview]:
+        decoder = self._decoder
+        header: wire.Header | None = None
+        while True:
+            event = decoder.next_event()
+            if event is wire.NEED_MORE:
+                decoder.received(self._receive_some(decoder.wanted(), deadline_s, decoder))
+            elif isinstance(event, wire.FrameStart):
+                header = event.header
+                if event.n_payload_bytes > len(self._payload):
+                    self._payload = memoryview(bytearray(event.n_payload_bytes))
+                decoder.payload_into(self._payload[: event.n_payload_bytes])
+            else:
+                assert header is not None
+                return header, event.payload
+
+    def _receive_rest(
+        self, expected: bytes, head: bytearray, payload: NDArray[Any], n_bytes: int, sends: list[Rest]
+    ) -> None:
+        total = len(head) + payload.nbytes
+        for offset, view in ((0, memoryview(head)), (len(head), _flat(payload))):
+            while n_bytes < offset + len(view):
+                if sends:
+                    push_sends(sends, self)
+                # Behind a head that is right there are as many bytes as it says: one call waits for all.
+                whole = offset > 0 and not sends
+                n_bytes += self._receive_some(view[n_bytes - offset :], None, (n_bytes, total), whole=whole)
+            if head != expected:
+                raise self._out_of_step(expected, head)
+
+    def _out_of_step(self, expected: bytes, head: bytearray) -> ProtocolError:
+        return ProtocolError(
+            f"expected {_describe(expected)} from {self.peer}, found {_describe(bytes(head))}; "
+            "the nodes are out of step: start them again"
+        )
+
+    def _lost(self, error: OSError | None, where: wire.Decoder | tuple[int, int]) -> PeerLost:
+        if self._reason:
+            return PeerLost(self._reason)
+        progress = (
+            where.progress
+            if isinstance(where, wire.Decoder)
+            else f"after {where[0]} of {where[1]} bytes of a frame"
+        )
+        if error is None:
+            return PeerLost(f"{self.peer} closed the connection {progress}")
+        return PeerLost(f"the connection to {self.peer} broke {progress}: {error.strerror or error}")
+
+    def _late(self, where: wire.Decoder | tuple[int, int]) -> PeerLost:
+        progress = where.progress if isinstance(where, wire.Decoder) else "while it was to receive"
+        return PeerLost(f"{self.peer} was silent for too long, {progress}")
+
+    # What a TLS channel does in another way:
+
+    def _receive_some(
+        self,
+        view: memoryview,
+        deadline_s: float | None,
+        where: wire.Decoder | tuple[int, int],
+        *,
+        whole: bool = False,
+    ) -> int:
+        """Receives at least one byte, or with `whole` all, which signals can still cut short."""
+        if deadline_s is not None and not self._poll(select.POLLIN, deadline_s - time.monotonic()):
+            raise self._late(where)
+        try:
+            n_bytes = self._sock.recv_into(view, 0, socket.MSG_WAITALL if whole else 0)
+        except OSError as error:
+            raise self._lost(error, where) from error
+        if n_bytes == 0:
+            raise self._lost(None, where)
+        return n_bytes
+
+    def _receive_some_of(self, head: bytearray, payload: NDArray[Any]) -> int:
+        """Receives at least one byte of the two, in one call."""
+        try:
+            n_bytes = self._sock.recvmsg_into((head, payload.data))[0]
+        except OSError as error:
+            raise self._lost(error, (0, len(head) + payload.nbytes)) from error
+        if n_bytes == 0:
+            raise self._lost(None, (0, len(head) + payload.nbytes))
+        return n_bytes
+
+    def _send_now(self, parts: Sequence[Any]) -> int:
+        try:
+            return self._sock.sendmsg(parts, (), socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            raise self._lost(error, (0, sum(_flat(part).nbytes for part in parts))) from error
+
+    def _poll(self, event: int, timeout_s: float) -> bool:
+        poll = select.poll()
+        try:
+            poll.register(self._sock, event)
+        except ValueError:  # closed by its owner: reading tells
+            return True
+        return bool(poll.poll(max(0.0, timeout_s) * 1000))
+
+
+class TlsChannel(Channel):
+    """A channel over TLS. OpenSSL wants one call at a time on a connection, so none of them may block."""
+
+    _sock: ssl.SSLSocket
+
+    def __init__(self, sock: ssl.SSLSocket, peer: str) -> None:
+        super().__init__(sock, peer)
+        sock.setblocking(False)
+        self._lock = threading.Lock()
+
+    def wait_readable(self, timeout_s: float) -> bool:
+        with self._lock:
+            if self._sock.pending():
+                return True
+        return super().wait_readable(timeout_s)
+
+    def _receive_some(
+        self,
+        view: memoryview,
+        deadline_s: float | None,
+        where: wire.Decoder | tuple[int, int],
+        *,
+        whole: bool = False,
+    ) -> int:
+        del whole  # OpenSSL gives one record at a time
+        while True:
+            event = select.POLLIN
+            try:
+                with self._lock:
+                    n_bytes = self._sock.recv_into(view)
+            except ssl.SSLWantReadError:
+                pass
+            except ssl.SSLWantWriteError:
+                event = select.POLLOUT
+            except (OSError, ValueError) as error:  # ValueError: unwrapped by a shutdown
+                raise self._lost(error if isinstance(error, OSError) else None, where) from error
+            else:
+                if n_bytes == 0:
+                    raise self._lost(None, where)
+                return n_bytes
+            timeout_s = 3600.0 if deadline_s is None else deadline_s - time.monotonic()
+            if not self._poll(event, timeout_s) and deadline_s is not None:
+                raise self._late(where)
+
+    def _receive_some_of(self, head: bytearray, payload: NDArray[Any]) -> int:
+        return self._receive_some(memoryview(head), None, (0, len(head) + payload.nbytes))
+
+    def _send_now(self, parts: Sequence[Any]) -> int:
+        n_sent = 0
+        try:
+            for part in parts:
+                view = _flat(part)
+                while view:
+                    with self._lock:
+                        n_bytes = self._sock.send(view)
+                    n_sent += n_bytes
+                    view = view[n_bytes:]
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            pass
+        except OSError as error:
+            raise self._lost(error, (n_sent, sum(_flat(part).nbytes for part in parts))) from error
+        return n_sent
+
+
+def push_sends(sends: list[Rest], receiver: Channel) -> None:
+    """Sends on until `receiver` has something to read or everything is sent; `sends` keeps the rest."""
+    while sends:
+        readable = receiver.wait_readable(0)
+        _push(sends, receiver, 0 if readable else None)
+        if readable:
+            return
+
+
+def finish_sends(sends: list[Rest], deadline_s: float | None = None) -> None:
+    """Returns when everything of `sends` is with the kernel, and the list empty."""
+    while sends:
+        timeout_s = None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
+        if not _push(sends, None, timeout_s):
+            raise PeerLost(f"{sends[0][0].peer} was silent for too long: it takes no more bytes")
+
+
+def _push(sends: list[Rest], receiver: Channel | None, timeout_s: float | None) -> bool:
+    """Waits until one of the peers takes something or `receiver` can read, and sends what is taken."""
+    poll = select.poll()
+    for channel, _ in sends:
+        poll.register(channel, select.POLLOUT)
+    if receiver is not None:
+        both = any(channel is receiver for channel, _ in sends)
+        poll.register(receiver, select.POLLIN | select.POLLOUT if both else select.POLLIN)
+    if not poll.poll(None if timeout_s is None else timeout_s * 1000):
+        return False
+    for i in range(len(sends) - 1, -1, -1):
+        channel, views = sends[i]
+        views = _behind(views, channel._send_now(views))
+        if views:
+            sends[i] = channel, views
+        else:
+            del sends[i]
+    return True
+
+
+def _behind(views: list[memoryview], n_bytes: int) -> list[memoryview]:
+    """What follows the first `n_bytes` of the views."""
+    rest = []
+    for view in views:
+        if n_bytes < len(view):
+            rest.append(view[n_bytes:])
+        n_bytes = max(0, n_bytes - len(view))
+    return rest
+
+
+def _flat(part: Any) -> memoryview:
+    view = memoryview(part)
+    return view.cast("B") if view.nbytes else memoryview(b"")
+
+
+def _describe(head: bytes) -> str:
+    """A frame's start for an error's text."""
+    decoder = wire.Decoder()
+    try:
+        for event in decoder.feed(head):
+            if isinstance(event, wire.FrameStart):
+                return f"{event.header} with {event.n_payload_bytes} bytes"
+    except ProtocolError as error:
+        return f"no frame ({error})"
+    return "another frame"
+
+
+def connect(address: Address, token: str, *, timeout_s: float, tls: ssl.SSLContext | None = None) -> Channel:
+    """A channel to `address`, where both sides have proved the token. One attempt.
+
+    Raises `PeerLost` where trying again can help, `ConfigError` for another token, `ProtocolError` for
+    another kind of service or version.
+    """
+    deadline_s = time.monotonic() + timeout_s
+    peer = format_address(address)
+    try:
+        sock = socket.create_connection(address, timeout_s)
+    except OSError as error:
+        raise PeerLost(f"{peer} cannot be reached: {error.strerror or error}") from error
+    with _closed_on_error(sock):
+        channel = _wrap(sock, peer, tls, server_side=False, deadline_s=deadline_s)
+    with _closed_on_error(channel):
+        _greet_server(channel, token, deadline_s)
+    return channel
+
+
+def connect_until(
+    address: Address,
+    token: str,
+    *,
+    deadline_s: float | None = None,
+    tls: ssl.SSLContext | None = None,
+) -> Channel:
+    """As `connect`, tried again until it succeeds or the deadline (None: never) passes; logs the wait."""
+    delay_s, next_reminder_s = _FIRST_DELAY_S, time.monotonic()
+    while True:
+        now_s = time.monotonic()
+        timeout_s = CONNECT_TIMEOUT_S if deadline_s is None else min(CONNECT_TIMEOUT_S, deadline_s - now_s)
+        try:
+            return connect(address, token, timeout_s=max(timeout_s, 0.1), tls=tls)
+        except PeerLost as error:
+            now_s = time.monotonic()
+            if deadline_s is not None and now_s + delay_s > deadline_s:
+                raise PeerLost(f"{error}; gave up waiting for it") from error
+            if now_s >= next_reminder_s:
+                log.info("waiting for rank 0: %s; trying again until it answers", error)
+                next_reminder_s = now_s + _REMINDER_S
+        time.sleep(delay_s)
+        delay_s = min(delay_s * _DELAY_GROWTH, _LAST_DELAY_S)
+
+
+def accept(
+    sock: socket.socket, peer: str, token: str, *, timeout_s: float, tls: ssl.SSLContext | None = None
+) -> Channel:
+    """The channel of an accepted socket, once both sides have proved the token; closes the socket if not.
+
+    Raises `ProtocolError` or `PeerLost`; the whole handshake has `timeout_s`.
+    """
+    deadline_s = time.monotonic() + timeout_s
+    with _closed_on_error(sock):
+        channel = _wrap(sock, peer, tls, server_side=True, deadline_s=deadline_s)
+    with _closed_on_error(channel):
+        _greet_client(channel, token, deadline_s)
+    return channel
+
+
+def _greet_server(channel: Channel, token: str, deadline_s: float) -> None:
+    channel._decoder = wire.Decoder(wire.MAX_HANDSHAKE_BYTES, 0)
+    mine = auth.new_nonce()
+    channel.send(wire.Hello(mine), deadline_s=deadline_s)
+    theirs = _nonce(channel, deadline_s)
+    channel.send(wire.Proof(auth.prove(token, "client", theirs, mine)), deadline_s=deadline_s)
+    reply, _ = channel.receive(deadline_s)
+    if isinstance(reply, wire.Refused):  # from someone who proved nothing: its words are not repeated
+        raise ConfigError(f"{channel.peer} did not accept the token; start this node with that of rank 0")
+    if not isinstance(reply, wire.Proof) or not auth.verify(token, "server", theirs, mine, reply.proof):
+        raise ProtocolError(f"{channel.peer} does not know the token: it is not the cluster's rank 0")
+    channel._decoder = wire.Decoder()
+
+
+def _greet_client(channel: Channel, token: str, deadline_s: float) -> None:
+    # The client proves first, so that a stranger gets no proof on which to try tokens at home.
+    channel._decoder = wire.Decoder(wire.MAX_HANDSHAKE_BYTES, 0)
+    mine = auth.new_nonce()
+    try:
+        theirs = _nonce(channel, deadline_s)
+    except wire.OtherVersion:
+        # Its side finds our version in our Hello, if we do not reset the connection by unread bytes.
+        with contextlib.suppress(PeerLost):
+            channel.send(wire.Hello(mine), deadline_s=deadline_s)
+            channel._receive_some(memoryview(bytearray(wire.MAX_HANDSHAKE_BYTES)), deadline_s, (0, 0))
+        raise
+    channel.send(wire.Hello(mine), deadline_s=deadline_s)
+    proof = channel.expect(wire.Proof, deadline_s)[0].proof
+    if not auth.verify(token, "client", mine, theirs, proof):
+        channel.send(wire.Refused("the token is another one"), deadline_s=deadline_s)
+        raise ProtocolError(f"{channel.peer} does not know the token; start it with that of this node")
+    channel.send(wire.Proof(auth.prove(token, "server", mine, theirs)), deadline_s=deadline_s)
+    channel._decoder = wire.Decoder()
+
+
+def _nonce(channel: Channel, deadline_s: float) -> bytes:
+    nonce = channel.expect(wire.Hello, deadline_s)[0].nonce
+    if len(nonce) != auth.NONCE_BYTES:
+        raise ProtocolError(
+            f"expected a nonce of {auth.NONCE_BYTES} bytes from {channel.peer}, found {len(nonce)}"
+        )
+    return nonce
+
+
+def _wrap(
+    sock: socket.socket, peer: str, tls: ssl.SSLContext | None, *, server_side: bool, deadline_s: float
+) -> Channel:
+    if tls is None:
+        return Channel(sock, peer)
+    wrapped = tls.wrap_socket(sock, server_side=server_side, do_handshake_on_connect=False)
+    with _closed_on_error(wrapped):
+        wrapped.setblocking(False)
+        while True:
+            event = select.POLLIN
+            try:
+                wrapped.do_handshake()
+                return TlsChannel(wrapped, peer)
+            except ssl.SSLWantReadError:
+                pass
+            except ssl.SSLWantWriteError:
+                event = select.POLLOUT
+            except OSError as error:
+                raise ProtocolError(
+                    f"TLS with {peer} failed: {error.strerror or error}; "
+                    "start both sides with TLS and with certificates of one authority"
+                ) from error
+            poll = select.poll()
+            poll.register(wrapped, event)
+            if not poll.poll(max(0.0, deadline_s - time.monotonic()) * 1000):
+                raise PeerLost(f"{peer} was silent for too long, during TLS")
+
+
+@contextlib.contextmanager
+def _closed_on_error(closable: Any) -> Any:
+    try:
+        yield
+    except BaseException:
+        closable.close()
+        raise
+
+
+def _tune(sock: socket.socket) -> None:
+    if sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    with contextlib.suppress(OSError):  # the peer has gone already: the next read tells
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in _KEEPALIVE:
+            if hasattr(socket, name):  # macOS lacks some
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
