@@ -5,7 +5,6 @@ are not supported are errors; keys that do not touch the maths are ignored.
 """
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,12 @@ _ONLY_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "final_logit_softcapping": (None,),
     "num_local_experts": (None, 0, 1),
 }
+_FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
+_WITH_DEFAULT = ("max_position_embeddings", "rms_norm_eps", *_FLAGS)
+
+_MAX_WHOLE = 2**31 - 1  # token ids and positions are int32
+_MAX_FLOAT = 3.4e38  # the maths is float32
+_MAX_LAYERS = 10_000  # Llama 3.1 405B has 126; every layer named costs memory before a file is looked at
 
 
 @dataclass(frozen=True)
@@ -46,9 +51,12 @@ class RopeScaling:
             raise ConfigError(
                 f"rope type {self.rope_type!r} is not supported; expected 'default', 'linear' or 'llama3'"
             )
-        if not self.factor >= 1 or not math.isfinite(self.factor):
+        for name in ("factor", "low_freq_factor", "high_freq_factor"):
+            _check_number(f"rope scaling {name}", getattr(self, name))
+        _check_whole("original_max_position_embeddings", self.original_max_position_embeddings, least=1)
+        if self.factor < 1:
             raise ConfigError(f"rope scaling factor must be a number >= 1, found {self.factor!r}")
-        if self.rope_type == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
+        if self.low_freq_factor >= self.high_freq_factor:
             raise ConfigError(
                 "rope scaling needs 0 < low_freq_factor < high_freq_factor, found "
                 f"{self.low_freq_factor} and {self.high_freq_factor}"
@@ -87,9 +95,12 @@ class LlamaConfig:
             "vocab_size",
             "max_position_embeddings",
         ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{name} must be a whole number above 0, found {value!r}")
+            _check_whole(name, getattr(self, name), least=1)
+        if self.num_hidden_layers > _MAX_LAYERS:
+            raise ConfigError(
+                f"num_hidden_layers must be at most {_MAX_LAYERS}, found {self.num_hidden_layers}; "
+                "config.json seems damaged"
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
@@ -98,9 +109,14 @@ class LlamaConfig:
         if self.head_dim % 2:
             raise ConfigError(f"head_dim must be even for rotary embedding, found {self.head_dim}")
         for name in ("rms_norm_eps", "rope_theta"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-                raise ConfigError(f"{name} must be a number above 0, found {value!r}")
+            _check_number(name, getattr(self, name))
+        for name in _FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be true or false, found {_short(getattr(self, name))}")
+        if self.bos_token_id is not None:
+            _check_whole("bos_token_id", self.bos_token_id, least=0)
+        for token_id in self.eos_token_ids:
+            _check_whole("eos_token_id", token_id, least=0)
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> "LlamaConfig":
@@ -110,8 +126,8 @@ class LlamaConfig:
         """
         for key, supported in _ONLY_SUPPORTED.items():
             value = config.get(key)
-            if key == "model_type" and value is None:
-                value = "llama" if "LlamaForCausalLM" in (config.get("architectures") or ()) else None
+            if key == "model_type" and value is None and config.get("architectures") == ["LlamaForCausalLM"]:
+                value = "llama"
             if value not in supported:
                 raise ConfigError(
                     f"config.json has {key} = {_short(value)}, which is not supported; "
@@ -125,11 +141,8 @@ class LlamaConfig:
             raise ConfigError(f"config.json has no {missing.args[0]}, which a Llama model needs") from None
         head_dim = config.get("head_dim")
         if head_dim is None:
-            if not isinstance(hidden_size, int) or not isinstance(num_heads, int) or num_heads < 1:
-                raise ConfigError(
-                    "hidden_size and num_attention_heads must be whole numbers above 0, found "
-                    f"{hidden_size!r} and {num_heads!r}"
-                )
+            _check_whole("hidden_size", hidden_size, least=1)
+            _check_whole("num_attention_heads", num_heads, least=1)
             if hidden_size % num_heads:
                 raise ConfigError(
                     f"hidden_size ({hidden_size}) is not a multiple of num_attention_heads ({num_heads}) "
@@ -149,15 +162,11 @@ class LlamaConfig:
             num_key_value_heads=num_heads if num_kv_heads is None else num_kv_heads,
             head_dim=head_dim,
             vocab_size=vocab_size,
-            max_position_embeddings=config.get("max_position_embeddings", 2048),
-            rms_norm_eps=config.get("rms_norm_eps", 1e-6),
             rope_theta=theta,
             rope_scaling=scaling,
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-            attention_bias=bool(config.get("attention_bias", False)),
-            mlp_bias=bool(config.get("mlp_bias", False)),
             bos_token_id=generation.get("bos_token_id", config.get("bos_token_id")),
             eos_token_ids=eos_ids,
+            **{name: config[name] for name in _WITH_DEFAULT if config.get(name) is not None},
         )
 
     @classmethod
@@ -178,8 +187,8 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for name in ("threads", "max_rows"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ConfigError(f"{name} must be a whole number above 0, found {value!r}")
+            if value is not None:
+                _check_whole(name, value, least=1)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -200,33 +209,50 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """theta and scaling, from either spelling: `rope_theta` + `rope_scaling`, or `rope_parameters`."""
+    """theta and scaling, from either spelling: `rope_theta` + `rope_scaling`, or `rope_parameters`.
+
+    Where a file has both, transformers reads the older one.
+    """
     theta = config.get("rope_theta", 10000.0)
-    key = "rope_parameters" if config.get("rope_parameters") is not None else "rope_scaling"
+    key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     rope = config.get(key)
     if rope is None:
         return theta, None
     if not isinstance(rope, Mapping):
         raise ConfigError(f"config.json has {key} = {_short(rope)}; expected an object")
+    if rope.get("partial_rotary_factor") not in (1, None):
+        raise ConfigError(
+            f"config.json has {key}.partial_rotary_factor = {_short(rope['partial_rotary_factor'])}, "
+            "which is not supported; expected 1"
+        )
     theta = rope.get("rope_theta", theta)
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type == "default":
         return theta, None
     if rope_type not in ("linear", "llama3"):
         raise ConfigError(
-            f"config.json has {key}.rope_type = {rope_type!r}, which is not supported; "
+            f"config.json has {key}.rope_type = {_short(rope_type)}, which is not supported; "
             "expected 'default', 'linear' or 'llama3'"
         )
     fields = ["factor"]
     if rope_type == "llama3":
         fields += ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
-    values: dict[str, Any] = {}
     for field in fields:
-        value = rope.get(field)
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise ConfigError(f"config.json has {key}.{field} = {_short(value)}; expected a number")
-        values[field] = value
-    return theta, RopeScaling(rope_type, **values)
+        if field not in rope:
+            raise ConfigError(f"config.json has no {key}.{field}, which rope type {rope_type!r} needs")
+    return theta, RopeScaling(rope_type, **{field: rope[field] for field in fields})
+
+
+def _check_whole(name: str, value: Any, least: int) -> None:
+    if type(value) is not int or not least <= value <= _MAX_WHOLE:
+        raise ConfigError(
+            f"{name} must be a whole number from {least} to {_MAX_WHOLE}, found {_short(value)}"
+        )
+
+
+def _check_number(name: str, value: Any) -> None:
+    if type(value) not in (int, float) or not 0 < value <= _MAX_FLOAT:
+        raise ConfigError(f"{name} must be a number above 0, found {_short(value)}")
 
 
 def _short(value: Any) -> str:
