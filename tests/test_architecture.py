@@ -1,0 +1,206 @@
+"""The walls of the package: who may import whom, and that importing does nothing."""
+
+import ast
+import configparser
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+_ROOT = Path(__file__).resolve().parents[1]
+_PACKAGE = _ROOT / "tpilite"
+
+# Every module, in an order such that each imports only from those before it. This is the one place that
+# says so: a new module needs a row here.
+_ROWS = [
+    "errors version config ops blas linear kv_cache collective model",
+    "partition tensor_file weights checkpoint slices pager",
+    "net net.token net.auth net.wire net.channel net.sums net.group net.slice_server net.slice_client",
+    "tokenizer chat sampling sequence scheduler stats runner engine rank",
+    "llm __init__ cluster openai server models terminal cli",
+]
+_ORDER = " ".join(_ROWS).split()
+_MAY_READ_ENVIRONMENT = {"blas", "cli"}
+_FILES_AND_SOCKETS = {"mmap", "socket", "ssl", "http", "socketserver", "urllib", "msgpack", "safetensors"}
+
+
+def _name(path):
+    parts = path.relative_to(_PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+_TREES = {_name(path): ast.parse(path.read_bytes()) for path in sorted(_PACKAGE.rglob("*.py"))}
+
+
+def _imported(tree):
+    """The dotted names that the imports of a tree bind or pass through, relative ones refused."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are written in full"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _of_ours(tree):
+    """The modules of this package that a tree imports, by their names in the table."""
+    for dotted in _imported(tree):
+        first, *rest = dotted.split(".")
+        if first == "tpilite":
+            found = [".".join(rest[:n]) for n in range(len(rest), 0, -1) if ".".join(rest[:n]) in _TREES]
+            yield found[0] if found else "__init__"
+
+
+def _in_functions(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield from ast.walk(node)
+
+
+def _reaches(name):
+    """The module and all of ours that it imports, directly or not."""
+    seen, waiting = set(), [name]
+    while waiting:
+        module = waiting.pop()
+        if module not in seen:
+            seen.add(module)
+            waiting += _of_ours(_TREES[module])
+    return seen
+
+
+def _dependencies():
+    config = configparser.ConfigParser()
+    config.read(_ROOT / "setup.cfg")
+    lines = config["options"]["install_requires"].split()
+    return {line.split(">")[0].split("=")[0].strip() for line in lines}
+
+
+@pytest.mark.parametrize("name", _TREES)
+def test_imports_point_one_way(name):
+    assert name in _ORDER, f"{name} has no row in the table of this test"
+    before = _ORDER[: _ORDER.index(name)]
+    assert [other for other in _of_ours(_TREES[name]) if other not in before] == []
+
+
+def test_the_network_knows_nothing_of_the_maths():
+    for name in _TREES:
+        if name.startswith("net"):
+            assert not _reaches(name) & {"model", "ops", "linear", "kv_cache", "weights", "pager"}, name
+
+
+def test_the_maths_knows_nothing_of_files_and_sockets():
+    for name in _reaches("model"):
+        outside = {dotted.split(".")[0] for dotted in _imported(_TREES[name])}
+        assert not outside & _FILES_AND_SOCKETS, name
+        attributes = {node.attr for node in ast.walk(_TREES[name]) if isinstance(node, ast.Attribute)}
+        assert not attributes & {"memmap", "fromfile"}, name
+
+
+@pytest.mark.parametrize("name", _TREES)
+def test_optional_dependencies_alone_are_imported_inside_functions(name):
+    tree, required = _TREES[name], _dependencies() | sys.stdlib_module_names | {"tpilite"}
+    inside = {dotted.split(".")[0] for node in _in_functions(tree) for dotted in _imported_by(node)}
+    everywhere = {dotted.split(".")[0] for dotted in _imported(tree)}
+    assert not inside & required, "only what may be missing is imported inside a function"
+    assert not everywhere - inside - required, "what may be missing is imported where it is needed"
+
+
+def _imported_by(node):
+    return _imported(node) if isinstance(node, ast.Import | ast.ImportFrom) else ()
+
+
+@pytest.mark.parametrize("name", _TREES)
+def test_nothing_is_unpickled_or_evaluated(name):
+    outside = {dotted.split(".")[0] for dotted in _imported(_TREES[name])}
+    assert not outside & {"pickle", "marshal", "shelve", "dill", "cloudpickle"}
+    calls = [node.func for node in ast.walk(_TREES[name]) if isinstance(node, ast.Call)]
+    assert not {call.id for call in calls if isinstance(call, ast.Name)} & {"eval", "exec", "__import__"}
+
+
+@pytest.mark.parametrize("name", sorted(_TREES.keys() - _MAY_READ_ENVIRONMENT))
+def test_the_environment_is_read_by_the_command_line_alone(name):
+    nodes = list(ast.walk(_TREES[name]))
+    names = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    names |= {dotted.rpartition(".")[2] for dotted in _imported(_TREES[name])}
+    assert not names & {"environ", "environb", "getenv", "getenvb"}
+
+
+# Run in a process of its own with the names of all modules: what importing each of them does beyond
+# reading source. Other packages are imported first, since what they do is not ours.
+_WATCH = r"""
+import importlib, logging, os, signal, sys, threading, warnings
+
+package, others, modules = sys.argv[1], sys.argv[2].split(), sys.argv[3].split()
+for other in others:
+    try:
+        importlib.import_module(other)
+    except ImportError:
+        pass
+
+found = []
+read = os._Environ.__getitem__
+
+def watched_read(self, key):
+    frame = sys._getframe(1)
+    while frame.f_globals.get("__name__") in ("os", "_collections_abc"):
+        frame = frame.f_back
+    if frame.f_code.co_filename.startswith(package):
+        found.append(f"reads {key} from the environment")
+    return read(self, key)
+
+def audit(event, args):
+    if event.startswith(("socket.", "subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.putenv")):
+        found.append(f"raises {event}{args}")
+    if event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+"):
+        found.append(f"opens {args[0]} for writing")
+
+def state():
+    names = [name for name in logging.root.manager.loggerDict if name.startswith("tpilite")]
+    loggers = [logging.root, *map(logging.getLogger, names)]
+    return {
+        "threads": list(threading.enumerate()),
+        "signal handlers": {number: signal.getsignal(number) for number in signal.valid_signals()},
+        "logging": {logger.name: logger.level for logger in loggers if logger.handlers or logger.level},
+        "warning filters": list(warnings.filters),
+        "the working directory": os.getcwd(),
+        "the environment": dict(os.environ),
+    }
+
+os._Environ.__getitem__ = watched_read
+sys.addaudithook(audit)
+for module in modules:
+    before = state()
+    start = len(found)
+    importlib.import_module(module)
+    after = state()
+    for what in before:
+        if before[what] != after[what]:
+            found.append(f"changes {what}")
+    for line in found[start:]:
+        print(module, line)
+"""
+
+
+def test_importing_does_nothing():
+    names = [name for name in _ORDER if name in _TREES and name != "__init__"]
+    others = {dotted for tree in _TREES.values() for dotted in _imported(tree)}
+    others |= {dotted.rpartition(".")[0] or dotted for dotted in others}
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-B",
+            "-c",
+            _WATCH,
+            str(_PACKAGE),
+            " ".join(sorted(other for other in others if other.split(".")[0] != "tpilite")),
+            " ".join(f"tpilite.{name}" for name in names),
+        ],
+        cwd=_ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.stdout == ""
+    assert result.returncode == 0, result.stderr
