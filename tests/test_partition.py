@@ -94,6 +94,7 @@ def test_known_partitions() -> None:
     assert more_than_heads.kv_heads == (1, 1, 1, 1, 0, 0)
     assert min(more_than_heads.ffn_columns[4:]) > max(more_than_heads.ffn_columns[:4])
     assert Partition.of(tiny_config(), 3, (2, 1, 1)).kv_heads == (2, 1, 1)
+    assert Partition.of(tiny_config(intermediate_size=172), 2).ffn_columns == (88, 84)
     assert Partition.of(tiny_config(), 3).vocab_range(1) == range(17, 34)
 
 

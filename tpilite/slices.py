@@ -310,7 +310,7 @@ def ensure_slices(
     except ConfigError as error:
         raise SliceError(str(error)) from error
     wanted = list(range(partition.world_size)) if ranks is None else list(ranks)
-    with _disk_errors(save_dir), _locked(save_dir):
+    with _disk_errors(save_dir, checkpoint.nbytes), _locked(save_dir):
         if force:
             for folder in list(save_dir.iterdir()):
                 if _NODE.fullmatch(folder.name) and folder.is_dir():
@@ -379,7 +379,7 @@ class _Slicer:
             _clear(folder)
         save_dir = next(iter(self._folders.values())).parent
         if shutil.disk_usage(save_dir).free < self._total:
-            raise _disk_full(save_dir, f"the slices take {_size(self._total)}")
+            raise _disk_full(save_dir, f"what is missing takes {_size(self._total)}")
         try:
             entries = self._write_blocks()
             return {rank: self._write_manifest(rank, files) for rank, files in entries.items()}
@@ -554,12 +554,12 @@ def _locked(save_dir: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _disk_errors(save_dir: Path) -> Iterator[None]:
+def _disk_errors(save_dir: Path, n_bytes: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         if error.errno in _DISK_FULL:
-            raise _disk_full(save_dir, "the slices take as much as the checkpoint") from error
+            raise _disk_full(save_dir, f"all slices take about {_size(n_bytes)}") from error
         raise SliceError(f"cannot write {error.filename or save_dir}: {error.strerror or error}") from error
 
 
