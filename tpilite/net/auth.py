@@ -9,12 +9,29 @@ import hashlib
 import hmac
 import secrets
 import ssl
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tpilite.errors import ConfigError
 
 NONCE_BYTES = 32
 PROOF_BYTES = 32
+
+
+@dataclass(frozen=True)
+class Security:
+    """What a node needs to prove itself and to check others. TLS contexts: None is without TLS.
+
+    A node with only the client's context can join, but other workers cannot connect to it.
+    """
+
+    token: str = field(repr=False)
+    server_tls: ssl.SSLContext | None = None
+    client_tls: ssl.SSLContext | None = None
+
+    def __post_init__(self) -> None:
+        if not self.token:
+            raise ConfigError("the cluster's token is empty; expected --token or TPILITE_TOKEN to hold one")
 
 
 def new_nonce() -> bytes:

@@ -74,6 +74,7 @@ class Channel:
     def __init__(self, sock: socket.socket, peer: str) -> None:
         self.peer = peer
         self.sent_bytes = 0
+        self.broken = False  # by the peer or the network, not by `shutdown`
         self._sock = sock
         self._decoder = wire.Decoder()
         self._payload = memoryview(bytearray())
@@ -87,11 +88,15 @@ class Channel:
 
     @property
     def local_host(self) -> str:
-        return str(self._sock.getsockname()[0])
+        return str(self._sock.getsockname()[0]).removeprefix("::ffff:")
 
     @property
     def peer_host(self) -> str:
-        return str(self._sock.getpeername()[0])
+        """The peer's address, an IPv4 one as such also where an IPv6 socket wraps it."""
+        try:
+            return str(self._sock.getpeername()[0]).removeprefix("::ffff:")
+        except OSError as error:
+            raise self._lost(error, self._decoder) from error
 
     def send(
         self, header: wire.Header, payload: NDArray[Any] | None = None, deadline_s: float | None = None
@@ -196,6 +201,7 @@ class Channel:
     def _lost(self, error: OSError | None, where: wire.Decoder | tuple[int, int]) -> PeerLost:
         if self._reason:
             return PeerLost(self._reason)
+        self.broken = True
         progress = (
             where.progress
             if isinstance(where, wire.Decoder)

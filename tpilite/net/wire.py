@@ -25,8 +25,8 @@ The order of messages. On every connection, before anything else:
 On a connection to the port of rank 0, then, either of
 
     control   Join -> Welcome or Refused; Heartbeat both ways from then on, whenever nothing else was
-              sent for a while; Ready from the worker when it can compute; Start from rank 0 when all are
-              ready; Goodbye is a clean end, Error a failure, both ways; nothing follows them
+              sent for a while; Ready from the worker when it can compute; then, from rank 0, Refused or, when
+              all are ready, Start; Goodbye is a clean end, Error a failure, both ways; nothing follows them
     data      Attach, naming the epoch of that Start, then Formed both ways. From there on both sides
               call the same operations in the same order: Broadcast from rank 0; Gather to rank 0; Barrier
               to rank 0 and back; Reduce
@@ -129,7 +129,7 @@ class Start(Header):
 
     epoch: int
     peers: list[Any]
-    mesh: bool  # whether workers connect to each other
+    allreduce: str  # "star", or a way for which workers connect to each other too
     payload: str  # "f32", "f16" or "bf16"
 
 
@@ -218,6 +218,12 @@ def _runtime_type(annotation: Any) -> Any:
 _FIELDS: Final[dict[type[Header], dict[str, Any]]] = {
     cls: {f.name: _runtime_type(f.type) for f in dataclasses.fields(cls)} for cls in _TYPES.values()
 }
+
+
+def plain(values: dict[str, Any]) -> dict[str, Any]:
+    """The values as a peer would receive them: tuples become lists."""
+    received: dict[str, Any] = msgpack.unpackb(msgpack.packb(values))
+    return received
 
 
 def encode(header: Header, n_payload_bytes: int = 0) -> bytes:

@@ -1,0 +1,426 @@
+"""`Collective` over channels: the operations of rank 0 and of the workers, and what ends them.
+
+Every rank has a data connection to rank 0, and where they could be made also to every other rank (the
+mesh). Only frames of the operations travel there, in the order in which all ranks call them, so that no
+operation has to look what came. Beside it each worker has a control connection to rank 0, on which a
+thread of each side tells the other that its process lives. A slow rank is waited for without end; a silent
+one ends the group: its thread shuts the data connections down, and whoever waits on them gets `RankLost`.
+"""
+
+import contextlib
+import logging
+import math
+import socket
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tpilite.collective import Array, Message
+from tpilite.errors import ConfigError, PeerLost, ProtocolError, TpiliteError
+from tpilite.net import wire
+from tpilite.net.channel import Channel, Rest, finish_sends
+from tpilite.net.sums import CODECS, WAYS, Sum, new_sum
+
+log = logging.getLogger(__name__)
+
+_DTYPES = frozenset(["|b1", "|u1", "|i1", "<u2", "<i2", "<f2", "<u4", "<i4", "<f4", "<u8", "<i8", "<f8"])
+
+# Heartbeats per timeout: three may get lost in a stall of the sender before it counts as silent.
+_BEATS = 4
+# Both connections of a dead process end in the same moment; the control connection knows the reason.
+VERDICT_S = 1.0
+# The sums of a decoding step have 8 to 32 KiB, a prompt's have megabytes, which the second size foretells.
+_MEASURED_BYTES = (1 << 14, 1 << 17)
+_MEASURED_S = 0.2
+
+
+class RankLost(PeerLost):
+    """A rank is gone, and the group with it."""
+
+    def __init__(self, rank: int, reason: str) -> None:
+        super().__init__(reason)
+        self.rank = rank
+
+
+class GroupEnded(PeerLost):
+    """The other side ended the session; nothing failed."""
+
+
+class Control:
+    """A connection kept alive by a thread of its own, which hands on whatever else comes on it.
+
+    `on_message` and `on_end` are called from that thread; `on_end` once, and not after a last word of ours.
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        timeout_s: float,
+        on_message: Callable[[wire.Header], None],
+        on_end: Callable[[TpiliteError], None],
+    ) -> None:
+        self.channel = channel
+        self.alive = True
+        self._timeout_s = timeout_s
+        self._on_message, self._on_end = on_message, on_end
+        self._sending = threading.Lock()
+        self._ending = False
+        self._thread = threading.Thread(target=self._run, name=f"control {channel.peer}", daemon=True)
+
+    def start(self) -> None:
+        """Begins to listen and to send heartbeats."""
+        self._thread.start()
+
+    def send(self, header: wire.Header) -> None:
+        # Even a frozen peer's kernel takes these few bytes; the deadline is for one that took many.
+        with self._sending:
+            self.channel.send(header, deadline_s=time.monotonic() + VERDICT_S)
+
+    def say(self, last_word: wire.Header | None) -> None:
+        """Sends what ends the connection, if the peer still takes it; its end is then no failure."""
+        if not self._ending:
+            self._ending = True
+            if last_word is not None:
+                with contextlib.suppress(PeerLost):
+                    self.send(last_word)
+
+    def shutdown(self) -> None:
+        """Ends the connection without waiting, from any thread."""
+        self._ending = True
+        self.channel.shutdown("this node ended the connection")
+
+    def close(self, deadline_s: float) -> None:
+        """Gives the peer until the deadline to end the connection first, then ends it and the thread."""
+        self._thread.join(max(0.0, deadline_s - time.monotonic()))
+        self.shutdown()
+        self._thread.join()
+        self.channel.close()
+
+    def _run(self) -> None:
+        interval_s = self._timeout_s / _BEATS
+        heard_s = sent_s = time.monotonic()
+        try:
+            while True:
+                now_s = time.monotonic()
+                if self.channel.wait_readable(sent_s + interval_s - now_s):
+                    header, _ = self.channel.receive(time.monotonic() + self._timeout_s)
+                    heard_s = time.monotonic()
+                    if not isinstance(header, wire.Heartbeat):
+                        self._on_message(header)
+                elif now_s - heard_s > self._timeout_s and not self.channel.wait_readable(0):
+                    raise PeerLost(f"{self.channel.peer} was silent for {self._timeout_s:g} s")
+                if time.monotonic() - sent_s >= interval_s:
+                    self.send(wire.Heartbeat())
+                    sent_s = time.monotonic()
+        except (PeerLost, ProtocolError) as error:
+            self.alive = False
+            if not self._ending:
+                self._ending = True
+                self._on_end(error)
+
+
+class Group:
+    """What the groups of rank 0 and of the workers have in common. Made by `lobby` or `local_groups`.
+
+    `channels[r]` is the data connection to rank r, None for the own rank and for those not connected.
+    After the first failure every operation raises it again.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        channels: Sequence[Channel | None],
+        controls: Mapping[int, Control] | None = None,
+        *,
+        allreduce: str = "star",
+        payload: str = "f32",
+    ) -> None:
+        self.rank = rank
+        self.world_size = len(channels)
+        self.allreduce = allreduce
+        self.payload = payload
+        self.network_s = 0.0  # spent in all_reduce so far
+        self._channels = tuple(channels)
+        self._controls = dict(controls or {})
+        self._failure: TpiliteError | None = None
+        self.failed_s = 0.0  # by time.monotonic
+        self._settled = threading.Event()
+        self._lock = threading.Lock()
+        # Seconds and seconds per byte of each way, where they were measured.
+        self._costs: dict[str, tuple[float, float]] = {}
+        self._sum: Sum | None = None
+
+    @property
+    def has_mesh(self) -> bool:
+        return all(c is not None for r, c in enumerate(self._channels) if r != self.rank)
+
+    @property
+    def controls(self) -> list[Control]:
+        return list(self._controls.values())
+
+    @property
+    def failure(self) -> TpiliteError | None:
+        return self._failure
+
+    def all_reduce(self, x: Array) -> Array:
+        """`x` itself, float32 and contiguous, now holding the sum over all ranks."""
+        started_s = time.perf_counter()
+        assert x.dtype == np.float32, "sums are made in float32"
+        assert x.flags.c_contiguous, "the result comes in place"
+        if x.size == 0:
+            return x
+        if self._sum is None or self._sum.n != x.size:
+            self._sum = new_sum(self.way(x.size), self.rank, self._channels, self.payload, x.size)
+        try:
+            self._sum(x.reshape(-1))
+        except (PeerLost, ProtocolError) as error:
+            raise self._failed(error) from error
+        self.network_s += time.perf_counter() - started_s
+        return x
+
+    def _measure(self) -> None:
+        """Finds out what each way takes here, for a small sum and per byte."""
+        costs: dict[str, list[float]] = {}
+        for way in WAYS:
+            times_s = []
+            for n_bytes in _MEASURED_BYTES:
+                self.allreduce, self._sum = way, None
+                times_s.append(self._time_one(np.zeros(n_bytes // 4, np.float32)))
+            per_byte_s = max(0.0, (times_s[1] - times_s[0]) / (_MEASURED_BYTES[1] - _MEASURED_BYTES[0]))
+            costs[way] = [max(0.0, times_s[0] - per_byte_s * _MEASURED_BYTES[0]), per_byte_s]
+        if self.rank:
+            costs = dict(self.broadcast(None).header)
+        else:
+            self.broadcast(Message(costs))
+        self._costs = {
+            way: (float(fixed_s), float(per_byte_s)) for way, (fixed_s, per_byte_s) in costs.items()
+        }
+
+    def settle(self, allreduce: str) -> None:
+        """Decides how sums are made: the last step of forming, which every rank calls with the same."""
+        if allreduce == "auto":
+            self._measure()
+        self.allreduce, self._sum = allreduce, None
+
+    def way(self, n: int) -> str:
+        """How `n` numbers are summed."""
+        if self.allreduce != "auto":
+            return self.allreduce
+        return min(self._costs, key=lambda way: self._costs[way][0] + self._costs[way][1] * 4 * n)
+
+    def broadcast(self, message: Message | None) -> Message:
+        raise NotImplementedError
+
+    def fail(self, error: TpiliteError) -> None:
+        """Ends the group for all ranks, from any thread; the first error stays."""
+        with self._lock:
+            if self._failure is not None:
+                return
+            self._failure = error
+            self.failed_s = time.monotonic()
+        self._settled.set()
+        rank = error.rank if isinstance(error, RankLost) else None
+        last_word = None if isinstance(error, GroupEnded) else wire.Error(str(error), rank)
+        for control in self.controls:
+            control.say(last_word)
+            control.shutdown()
+        for channel in self._channels:
+            if channel is not None:
+                channel.shutdown(str(error))
+
+    def close(self) -> None:
+        """Ends the session cleanly, where it has not ended yet; the other ranks get `GroupEnded`."""
+        with self._lock:
+            clean = self._failure is None
+            self._failure = self._failure or GroupEnded("this node ended the session")
+        if clean:
+            for control in self.controls:
+                control.say(wire.Goodbye())
+        deadline_s = time.monotonic() + (VERDICT_S if clean else 0)
+        for control in self.controls:
+            control.close(deadline_s)
+        for channel in self._channels:
+            if channel is not None:
+                channel.close()
+
+    def __enter__(self) -> "Group":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _time_one(self, x: Array) -> float:
+        """Seconds for one sum, the median of as many as rank 0 finds right."""
+
+        def timed() -> float:
+            started_s = time.perf_counter()
+            self.all_reduce(x)
+            return time.perf_counter() - started_s
+
+        timed()
+        guess_s = timed()
+        if self.rank:
+            n_rounds = int(self.broadcast(None).header["n"])
+        else:
+            n_rounds = min(30, max(3, int(_MEASURED_S / guess_s)))
+            self.broadcast(Message({"n": n_rounds}))
+        return statistics.median(timed() for _ in range(n_rounds))
+
+    def _failed(self, error: PeerLost | ProtocolError) -> TpiliteError:
+        """The failure of the group that a connection's failure is part of, by the best known reason."""
+        if isinstance(error, PeerLost) and self._controls:
+            self._settled.wait(VERDICT_S)
+        self.fail(self._blame(error))
+        assert self._failure is not None
+        return self._failure
+
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        """What all_reduce, which is called too often for this, writes out."""
+        try:
+            yield
+        except (PeerLost, ProtocolError) as error:
+            raise self._failed(error) from error
+
+    def _blame(self, error: TpiliteError) -> TpiliteError:
+        broken = [r for r, channel in enumerate(self._channels) if channel is not None and channel.broken]
+        return RankLost(broken[0], str(error)) if broken and isinstance(error, PeerLost) else error
+
+    def on_control_end(self, rank: int, error: TpiliteError) -> None:
+        self.fail(RankLost(rank, str(error)))
+
+    def channel(self, rank: int) -> Channel:
+        channel = self._channels[rank]
+        assert channel is not None
+        return channel
+
+
+class RankZero(Group):
+    """The group as rank 0 sees it."""
+
+    def broadcast(self, message: Message | None) -> Message:
+        assert message is not None, "rank 0 gives the message"
+        array, dtype, shape = _portable(message.array)
+        head = wire.encode(
+            wire.Broadcast(dict(message.header), dtype, shape), 0 if array is None else array.nbytes
+        )
+        with self._failing():
+            self._to_all(head, array)
+        return message
+
+    def gather(self, message: Message) -> list[Message] | None:
+        """Every rank's message in rank order. The arrays are valid until the next call."""
+        messages = [message]
+        with self._failing():
+            for rank in range(1, self.world_size):
+                header, payload = self.channel(rank).expect(wire.Gather)
+                messages.append(_message(header, payload))
+        return messages
+
+    def barrier(self) -> None:
+        with self._failing():
+            for rank in range(1, self.world_size):
+                self.channel(rank).expect(wire.Barrier)
+            self._to_all(wire.encode(wire.Barrier()), None)
+
+    def on_control_message(self, rank: int, header: wire.Header) -> None:
+        peer = self._controls[rank].channel.peer
+        if isinstance(header, wire.Goodbye):
+            self.fail(RankLost(rank, f"{peer} left the group"))
+        elif isinstance(header, wire.Error):
+            lost = header.rank if header.rank in range(1, self.world_size) else None
+            self.fail(RankLost(rank if lost is None else lost, f"{peer} says: {header.reason:.500}"))
+        else:
+            self.fail(ProtocolError(f"expected no {type(header).__name__} from {peer} in a running group"))
+
+    def _to_all(self, head: bytes, array: NDArray[Any] | None) -> None:
+        sends: list[Rest] = []
+        for channel in self._channels[1:]:
+            assert channel is not None
+            rest = channel.start_send(head, array)
+            if rest is not None:
+                sends.append((channel, rest))
+        finish_sends(sends)
+
+
+class Worker(Group):
+    """The group as a rank above 0 sees it."""
+
+    def broadcast(self, message: Message | None) -> Message:
+        """Rank 0's message. Its array is valid until the next call."""
+        assert message is None, "rank 0 gives the message"
+        with self._failing():
+            return _message(*self.channel(0).expect(wire.Broadcast))
+
+    def gather(self, message: Message) -> list[Message] | None:
+        array, dtype, shape = _portable(message.array)
+        with self._failing():
+            self.channel(0).send(wire.Gather(dict(message.header), dtype, shape), array)
+        return None
+
+    def barrier(self) -> None:
+        with self._failing():
+            self.channel(0).send(wire.Barrier())
+            self.channel(0).expect(wire.Barrier)
+
+    def on_control_message(self, header: wire.Header) -> None:
+        if isinstance(header, wire.Goodbye):
+            self.fail(GroupEnded("rank 0 ended the session"))
+        elif isinstance(header, wire.Error):
+            reason = f"rank 0 says: {header.reason:.500}"
+            self.fail(PeerLost(reason) if header.rank is None else RankLost(header.rank, reason))
+        else:
+            self.fail(ProtocolError(f"expected no {type(header).__name__} from rank 0 in a running group"))
+
+
+def local_groups(world_size: int, *, allreduce: str = "star", payload: str = "f32") -> list[Group]:
+    """The groups of all ranks over socket pairs within this process, one per thread that uses them."""
+    channels: list[list[Channel | None]] = [[None] * world_size for _ in range(world_size)]
+    for low in range(world_size):
+        for high in range(low + 1, world_size):
+            a, b = socket.socketpair()
+            channels[low][high] = Channel(a, f"rank {high}")
+            channels[high][low] = Channel(b, f"rank {low}")
+    classes = [RankZero] + [Worker] * (world_size - 1)
+    return [
+        cls(rank, channels[rank], allreduce=allreduce, payload=payload) for rank, cls in enumerate(classes)
+    ]
+
+
+def check_options(allreduce: str, payload: str) -> None:
+    """Raises `ConfigError` for ways and payloads that do not exist."""
+    if allreduce not in (*WAYS, "auto"):
+        raise ConfigError(f"expected --allreduce to be {', '.join(WAYS)} or auto, found {allreduce!r}")
+    if payload not in CODECS:
+        raise ConfigError(f"expected the payload to be one of {', '.join(CODECS)}, found {payload!r}")
+
+
+def _portable(array: NDArray[Any] | None) -> tuple[NDArray[Any] | None, str, list[int]]:
+    """The array as it travels, its dtype and its shape."""
+    if array is None:
+        return None, "", []
+    array = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+    assert array.dtype.str in _DTYPES
+    return array, array.dtype.str, list(array.shape)
+
+
+def _message(header: wire.Broadcast | wire.Gather, payload: memoryview) -> Message:
+    if not header.dtype and not header.shape and not payload:
+        return Message(header.header)
+    valid = header.dtype in _DTYPES and len(header.shape) <= 8
+    if not valid or not all(type(n) is int and n >= 0 for n in header.shape):
+        raise ProtocolError(
+            f"expected an array's dtype and shape, found {header.dtype!r:.20}, {header.shape!r:.60}"
+        )
+    dtype = np.dtype(header.dtype)
+    n_bytes = math.prod(header.shape) * dtype.itemsize
+    if n_bytes != len(payload):
+        raise ProtocolError(
+            f"expected {n_bytes} bytes for {header.dtype} of shape {header.shape}, found {len(payload)}"
+        )
+    return Message(header.header, np.frombuffer(payload, dtype).reshape(header.shape))
