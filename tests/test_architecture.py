@@ -15,10 +15,11 @@ _PACKAGE = _ROOT / "tpilite"
 # says so: a new module needs a row here.
 _ROWS = [
     "errors version config ops blas linear kv_cache collective model",
-    "partition tensor_file weights checkpoint slices pager",
-    "net net.token net.auth net.wire net.channel net.sums net.group net.slice_server net.slice_client",
+    "partition memory tensor_file uncached weights checkpoint slices pager",
+    "net net.token net.auth net.wire net.channel net.sums net.group net.door net.lobby net.seat",
+    "net.slice_server net.slice_client",
     "tokenizer chat sampling sequence scheduler stats runner engine rank",
-    "llm __init__ cluster openai server models terminal cli",
+    "cluster host worker models llm __init__ openai service server terminal cli",
 ]
 _ORDER = " ".join(_ROWS).split()
 _MAY_READ_ENVIRONMENT = {"blas", "cli"}
@@ -143,7 +144,7 @@ read = os._Environ.__getitem__
 
 def watched_read(self, key):
     frame = sys._getframe(1)
-    while frame.f_globals.get("__name__") in ("os", "_collections_abc"):
+    while frame.f_globals.get("__name__") in ("os", "collections.abc"):
         frame = frame.f_back
     if frame.f_code.co_filename.startswith(package):
         found.append(f"reads {key} from the environment")
@@ -155,13 +156,16 @@ def audit(event, args):
     if event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+"):
         found.append(f"opens {args[0]} for writing")
 
+def _is_set_up(logger):
+    return logger.handlers or logger.level not in (logging.NOTSET, logging.WARNING)
+
 def state():
     names = [name for name in logging.root.manager.loggerDict if name.startswith("tpilite")]
     loggers = [logging.root, *map(logging.getLogger, names)]
     return {
         "threads": list(threading.enumerate()),
         "signal handlers": {number: signal.getsignal(number) for number in signal.valid_signals()},
-        "logging": {logger.name: logger.level for logger in loggers if logger.handlers or logger.level},
+        "logging": [(logger.level, list(logger.handlers)) for logger in loggers if _is_set_up(logger)],
         "warning filters": list(warnings.filters),
         "the working directory": os.getcwd(),
         "the environment": dict(os.environ),
