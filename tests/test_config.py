@@ -226,6 +226,15 @@ def test_what_changes_the_maths_and_is_not_supported_is_named(key, value, shown)
     assert "expected" in str(raised.value)
 
 
+def test_null_means_the_default():
+    names = ("max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "attention_bias", "mlp_bias")
+    without = {key: value for key, value in _LLAMA_2.items() if key not in names}
+    nulls = dict.fromkeys([*names, "head_dim", "num_key_value_heads", "bos_token_id"])
+    config = LlamaConfig.from_hf(_LLAMA_2 | nulls)
+    assert config == LlamaConfig.from_hf(without | {"bos_token_id": None})
+    assert (config.max_position_embeddings, config.rms_norm_eps) == (2048, 1e-6)
+
+
 def test_the_architecture_stands_for_a_missing_model_type():
     without = {key: value for key, value in _LLAMA_2.items() if key != "model_type"}
     assert LlamaConfig.from_hf(without) == LlamaConfig.from_hf(_LLAMA_2)
