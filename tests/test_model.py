@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_weights import random_tensors, widened
 from ranks import run_ranks
+from safetensors.numpy import load_file
 
 from tpilite import model as model_module
 from tpilite.collective import Message, Solo
@@ -66,11 +67,11 @@ def weights_of(tensors, n_layers):
 
 
 class Tiny:
-    """A random checkpoint and what runs it."""
+    """A small checkpoint, random unless given, and what runs it."""
 
-    def __init__(self, config, seed=1, stored="float32"):
+    def __init__(self, config, seed=1, stored="float32", tensors=None):
         self.config = LlamaConfig.from_hf(config)
-        self.stored = random_tensors(config, seed, stored)
+        self.stored = tensors or random_tensors(config, seed, stored)
         self.reference = lambda ids: reference.logits(config, widened(self.stored), ids)
         self.stored.setdefault("lm_head.weight", self.stored["model.embed_tokens.weight"])
         self.table = as_float32(self.stored["model.embed_tokens.weight"])
@@ -117,17 +118,17 @@ def test_logits_are_those_of_transformers_and_of_float64(case, linear):
     _assert_close(logits, tiny.reference(ids), 1e-4)
 
 
-def test_stories260k_is_that_of_float64(shared_models):
-    safetensors = pytest.importorskip("safetensors.numpy")
+@pytest.fixture(scope="module")
+def stories(shared_models):
+    """A trained model: its scores are far from random ones."""
     folder = shared_models / "stories260K"
     config = json.loads((folder / "config.json").read_text())
-    tiny = Tiny(config)
-    tiny.stored.update(safetensors.load_file(folder / "model.safetensors"))
-    if config.get("tie_word_embeddings"):
-        tiny.stored["lm_head.weight"] = tiny.stored["model.embed_tokens.weight"]
-    tiny.table = tiny.stored["model.embed_tokens.weight"]
-    ids = np.concatenate([[1], _ids(99, config["vocab_size"])])
-    _assert_close(tiny.logits(tiny.llama(), ids), tiny.reference(ids))
+    return Tiny(config, tensors=load_file(folder / "model.safetensors"))
+
+
+def test_a_trained_model_gives_the_logits_of_float64(stories):
+    ids = np.concatenate([[1], _ids(99, stories.config.vocab_size)])
+    _assert_close(stories.logits(stories.llama(), ids), stories.reference(ids))
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 7, 33, 69, 70])
@@ -274,7 +275,7 @@ def _assert_same_text(tiny, partition, prompt, n_new=12):
     _assert_close(ranks[0][0], alone, 1e-4)
 
 
-@pytest.mark.parametrize(
+_CLUSTERS = pytest.mark.parametrize(
     ("world_size", "ratio"),
     [
         (1, None),
@@ -288,12 +289,22 @@ def _assert_same_text(tiny, partition, prompt, n_new=12):
         (8, (1, 1, 9, 1, 1, 3, 1, 1)),
     ],
 )
+
+
+@_CLUSTERS
 @pytest.mark.parametrize("case", ["grouped_heads", "odd_sizes", "all_biases_tied", "multi_head"])
 def test_any_number_of_ranks_gives_the_same_text(case, world_size, ratio):
     config = json.loads((_GOLDEN / case / "config.json").read_text())
     tiny = Tiny(config)
     partition = Partition.of(tiny.config, world_size, ratio)
     _assert_same_text(tiny, partition, _ids(20))
+
+
+@_CLUSTERS
+def test_any_number_of_ranks_tells_the_same_story(stories, world_size, ratio):
+    """With 4 KV heads, so that some ranks of 5 and of 8 have none."""
+    partition = Partition.of(stories.config, world_size, ratio)
+    _assert_same_text(stories, partition, [1], n_new=40)
 
 
 @st.composite
