@@ -334,8 +334,9 @@ def test_what_a_template_refuses_or_fails_on(small_llama2: Tokenizer) -> None:
 @pytest.mark.parametrize("template", ["{% if %}", "{{", 7])
 def test_damaged_templates_are_refused(small_llama2: Tokenizer, tmp_path: Path, template: object) -> None:
     pytest.importorskip("jinja2")
-    with pytest.raises(CheckpointError, match=r"chat.template"):
+    with pytest.raises(CheckpointError, match=r"chat.template") as caught:
         chat_format(small_llama2, model_folder(tmp_path, chat_template=template))
+    assert "\n" not in str(caught.value)
 
 
 def test_the_tags_of_transformers_are_understood(small_llama3: Tokenizer) -> None:

@@ -231,11 +231,15 @@ def test_tokenizer_config_names_and_adds_tokens(tmp_path: Path, plain_model: byt
         "2": {"content": "</s>", "special": True},
         "400": {"content": "<|im_end|>", "special": True},
         "401": {"content": "<think>", "special": False},
+        "402": {"content": "<|im_end|>!", "special": True},
     }
     folder = write(tmp_path, plain_model, added_tokens_decoder=added, eos_token={"content": "<|im_end|>"})
-    tokenizer = loaded(folder, 402)
+    tokenizer = loaded(folder, 403)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.eos_ids) == (1, 400, {2, 400})
-    assert tokenizer.n_tokens == 402
+    assert tokenizer.n_tokens == 403
+    assert tokenizer.special("<unk>") is None
+    assert tokenizer.decode([0]) == " \u2047 "  # the unknown piece stands for text, as sentencepiece shows it
+    assert tokenizer.encode("<|im_end|>!<|im_end|>", bos=False, allow_special=True) == [402, 400]
     ids = tokenizer.encode("fox<think><|im_end|>", bos=False)
     assert ids.count(401) == 1
     assert 400 not in ids
@@ -441,6 +445,18 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path, plain_model: by
     (tmp_path / "tokenizer.model").unlink()
     shutil.copy(FIXTURES / "tokenizer.json", tmp_path)
     refused(tmp_path, 402, "has 403 tokens")
+
+
+def test_a_message_cut_anywhere_has_no_more_fields_than_before_the_cut() -> None:
+    message = b"\x0a\x03abc" + b"\x18\x96\x01" + b"\x15\x00\x00\x80\x3f" + b"\x12\x00"
+    whole = [(1, b"abc"), (3, 150), (2, b"\x00\x00\x80\x3f"), (2, b"")]
+    ends = {0: 0, 5: 1, 8: 2, 13: 3, 15: 4}
+    for length in range(16):
+        if length in ends:
+            assert list(module._protobuf(message[:length])) == whole[: ends[length]]
+        else:
+            with pytest.raises((ValueError, IndexError)):
+                list(module._protobuf(message[:length]))
 
 
 def test_a_sentencepiece_model_cut_anywhere_is_refused(

@@ -8,7 +8,7 @@ import datetime
 import logging
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
@@ -167,7 +167,7 @@ class JinjaChat:
         try:
             self._template = environment.from_string(_GENERATION.sub(r"{#\1 \2#}", template))
         except jinja2.TemplateError as error:
-            raise CheckpointError(f"the model's chat template is damaged: {error}") from error
+            raise CheckpointError(f"the model's chat template is damaged: {_one_line(error)}") from error
         names = {token_id: name for name, token_id in tokenizer.specials.items()}
         self._variables: dict[str, Any] = {"add_generation_prompt": True, "tools": None, "documents": None}
         for variable, token_id in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id)):
@@ -175,20 +175,18 @@ class JinjaChat:
         if today is not None:
             self._variables["date_string"] = today.strftime("%d %b %Y")
         self._tokenizer = tokenizer
-        self._could_be_special = _beginnings(tokenizer.specials)
+        self._guard = _Guard(tokenizer.specials)
         self.stop_ids = tokenizer.eos_ids
 
     def encode(self, messages: Messages) -> list[int]:
         word = secrets.token_hex(16)
-
-        def guarded(content: str) -> str:
-            return self._could_be_special.sub(lambda first: first[0] + word, content)
-
-        turns = [{"role": role, "content": guarded(content)} for role, content in _checked(messages)]
+        turns = [{"role": role, "content": self._guard(text, word)} for role, text in _checked(messages)]
         try:
             rendered = self._template.render(messages=turns, **self._variables)
         except (self._template_error, TypeError, ValueError, LookupError, ArithmeticError) as error:
-            raise ConfigError(f"the model's chat template fails on this conversation: {error}") from error
+            raise ConfigError(
+                f"the model's chat template fails on this conversation: {_one_line(error)}"
+            ) from error
         ids: list[int] = []
         for part in self._tokenizer.split_specials(rendered):
             if isinstance(part, int):
@@ -198,14 +196,24 @@ class JinjaChat:
         return ids
 
 
-def _beginnings(names: Mapping[str, int]) -> re.Pattern[str]:
-    """A pattern for each character where a name begins, or may begin at the end of a trimmed content."""
-    if not names:
-        return re.compile(r"(?!)")
-    first = "".join(re.escape(character) for character in sorted({name[0] for name in names}))
-    cut = {name[:length] for name in names for length in range(1, len(name))}
-    whole, ends = ("|".join(map(re.escape, sorted(words))) for words in (names, cut))
-    return re.compile(rf"(?=[{first}])(?={whole}|(?:{ends})\s*\Z).", re.DOTALL)
+class _Guard:
+    """Puts a word behind each character where a special token's name begins.
+
+    Also where one may begin at the end of the content, once that is trimmed, for what follows to complete.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        whole = "|".join(map(re.escape, names))
+        self._name = re.compile(rf"(?={whole}).", re.DOTALL) if whole else re.compile(r"(?!)")
+        self._cut = {name[:length] for name in names for length in range(1, len(name))}
+        self._longest = max(map(len, self._cut), default=0)
+
+    def __call__(self, content: str, word: str) -> str:
+        end = len(content.rstrip())
+        starts = [i for i in range(max(0, end - self._longest), end) if content[i:end] in self._cut]
+        for start in reversed(starts):
+            content = content[: start + 1] + word + content[start + 1 :]
+        return self._name.sub(lambda first: first[0] + word, content)
 
 
 def _checked(messages: Messages) -> list[tuple[str, str]]:
@@ -223,6 +231,10 @@ def _checked(messages: Messages) -> list[tuple[str, str]]:
             raise ConfigError(f"message {number} has a content of {type(content).__name__}; expected text")
         turns.append((role, content))
     return turns
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _existing(token_id: int | None) -> list[int]:

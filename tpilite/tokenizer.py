@@ -348,26 +348,31 @@ def _byte_characters() -> list[str]:
 
 def _from_sentencepiece(path: Path, raw: bytes, settings: "_Settings", vocab_size: int) -> Tokenizer:
     try:
-        fields = list(_protobuf(raw))
-        records = [value for number, value in fields if number == 1 and isinstance(value, bytes)]
-        normalizer = b"".join(value for number, value in fields if number == 3 and isinstance(value, bytes))
-        rules = dict(_protobuf(normalizer))
-        # The trainer's settings follow the pieces: a file without them ends too early.
-        if not records or all(number != 2 for number, _ in fields):
-            raise ValueError("no pieces or no settings")
-        processor = sentencepiece.SentencePieceProcessor(model_proto=raw)
-        n_pieces = processor.get_piece_size()
-        pieces = processor.id_to_piece(list(range(n_pieces)))
-        added = {}
-        for token_id, piece in enumerate(pieces):
-            if processor.is_control(token_id) or (
-                _MARKUP.fullmatch(piece) and dict(_protobuf(records[token_id])).get(3) == _USER_DEFINED
-            ):
-                added[token_id] = _AddedToken(piece, special=True)
+        return _read_sentencepiece(path, raw, settings, vocab_size)
     except (ValueError, IndexError, RuntimeError):
         raise CheckpointError(
             f"{path} is damaged, or neither a sentencepiece nor a tiktoken model; download it again"
         ) from None
+
+
+def _read_sentencepiece(path: Path, raw: bytes, settings: "_Settings", vocab_size: int) -> Tokenizer:
+    """The tokenizer. Raises `ValueError`, `IndexError` or `RuntimeError` where `raw` is no whole model."""
+    fields = list(_protobuf(raw))
+    records = [value for number, value in fields if number == 1 and isinstance(value, bytes)]
+    normalizer = b"".join(value for number, value in fields if number == 3 and isinstance(value, bytes))
+    rules = dict(_protobuf(normalizer))
+    # The trainer's settings follow the pieces: a file without them ends too early.
+    if not records or all(number != 2 for number, _ in fields):
+        raise ValueError("no pieces or no settings")
+    processor = sentencepiece.SentencePieceProcessor(model_proto=raw)
+    n_pieces = processor.get_piece_size()
+    pieces = processor.id_to_piece(list(range(n_pieces)))
+    added = {}
+    for token_id, piece in enumerate(pieces):
+        if processor.is_control(token_id) or (
+            _MARKUP.fullmatch(piece) and dict(_protobuf(records[token_id])).get(3) == _USER_DEFINED
+        ):
+            added[token_id] = _AddedToken(piece, special=True)
     _check_fit(path, n_pieces, vocab_size)
 
     unknown_id = processor.unk_id()
@@ -413,7 +418,8 @@ def _as_control(raw: bytes, ids: set[int]) -> bytes:
     model = bytearray()
     token_id = 0
     for number, value in _protobuf(raw):
-        assert isinstance(value, bytes), "every field of a sentencepiece model is a message"
+        if not isinstance(value, bytes):
+            raise ValueError(f"field {number} is no message")
         if number == 1:
             if token_id in ids:
                 value += bytes([3 << 3, _CONTROL])
