@@ -5,6 +5,7 @@ are not supported are errors; keys that do not touch the maths are ignored.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path

@@ -13,7 +13,7 @@ from tpilite.config import LlamaConfig
 from tpilite.errors import ConfigError, PeerLost
 from tpilite.runner import Embedding, Rows, Runner, Step, Wanted
 from tpilite.sampling import N_CANDIDATES, Candidates, SamplingParams, best, choose, edits_for
-from tpilite.scheduler import Chunk, Scheduler
+from tpilite.scheduler import Scheduler
 from tpilite.sequence import Decoder, Sequence, TokenLogprob
 
 Array = NDArray[np.float32]

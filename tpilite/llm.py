@@ -22,8 +22,9 @@ from tpilite.chat import ChatFormat, chat_format
 from tpilite.checkpoint import Checkpoint
 from tpilite.collective import Solo
 from tpilite.config import EngineConfig, LlamaConfig
-from tpilite.engine import Engine
+from tpilite.engine import Engine, Recover
 from tpilite.errors import ConfigError
+from tpilite.models import find_model
 from tpilite.rank import Rank
 from tpilite.sampling import SamplingParams
 from tpilite.sequence import Sequence
@@ -44,36 +45,27 @@ class Completion:
     stats: Stats
 
 
-class LLM:
-    """A Llama model that answers on this machine.
+class Session:
+    """Prompts and messages in, text out, by rank 0 of however many ranks. For one thread at a time.
 
-    A prompt is a text or a list of token ids; a folder without tokenizer files serves ids alone. For one
-    thread at a time. Raises `CheckpointError` and `ConfigError` for a folder that cannot be used.
+    A prompt is a text or a list of token ids; a folder without tokenizer files serves ids alone.
     """
 
-    def __init__(self, model_path: str | PathLike[str], *, threads: int | None = None) -> None:
-        self.folder = Path(model_path)
-        engine = EngineConfig(threads=threads)
-        with ExitStack() as stack:
-            checkpoint = stack.enter_context(Checkpoint(self.folder))
-            self.config: LlamaConfig = checkpoint.config
-            self._tokenizer = load_tokenizer(self.folder, self.config.vocab_size)
-            self._rank = stack.enter_context(Rank(self.config, checkpoint.tensors, 0, Solo(), engine))
-            assert self._rank.embed is not None, "a whole checkpoint has the embedding"
-            self.engine = Engine(self.config, self._rank.runner, self._rank.embed, max_rows=engine.max_rows)
-            self._stack = stack.pop_all()
-
-    def close(self) -> None:
-        """Ends the threads and closes the files."""
-        self._stack.close()
-
-    def __enter__(self) -> "LLM":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    def __init__(
+        self,
+        folder: Path,
+        config: LlamaConfig,
+        rank: Rank,
+        *,
+        max_rows: int,
+        recover: Recover | None = None,
     ) -> None:
-        self.close()
+        assert rank.embed is not None, "rank 0 has the embedding"
+        self.folder, self.config = folder, config
+        self._rank = rank
+        self._usage_before = rank.usage
+        self._tokenizer = load_tokenizer(folder, config.vocab_size)
+        self.engine = Engine(config, rank.runner, rank.embed, max_rows=max_rows, recover=recover)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -134,3 +126,31 @@ class LLM:
             raise ConfigError(f"stop texts need a tokenizer, which {self.folder} does not have")
         self._usage_before = self._rank.usage
         return self.engine.submit(ids, params, eos_ids=eos_ids, decoder=decoder)
+
+
+class LLM(Session):
+    """A Llama model that answers on this machine; a context manager.
+
+    Raises `CheckpointError` and `ConfigError` for a folder that cannot be used.
+    """
+
+    def __init__(self, model_path: str | PathLike[str], *, threads: int | None = None) -> None:
+        engine = EngineConfig(threads=threads)
+        folder = find_model(model_path)
+        with ExitStack() as stack:
+            checkpoint = stack.enter_context(Checkpoint(folder))
+            rank = stack.enter_context(Rank(checkpoint.config, checkpoint.tensors, 0, Solo(), engine))
+            super().__init__(folder, checkpoint.config, rank, max_rows=engine.max_rows)
+            self._stack = stack.pop_all()
+
+    def close(self) -> None:
+        """Ends the threads and closes the files."""
+        self._stack.close()
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,5 +1,6 @@
 """What a run cost: the figures of one generated text and of the process that made it."""
 
+import itertools
 import platform
 import resource
 import statistics
@@ -56,7 +57,7 @@ class Stats:
 def measure(sequence: Sequence, before: Usage, after: Usage) -> Stats:
     """The figures of a text, from its own times and what the process counted before and after it."""
     times = sequence.token_times_s
-    gaps = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+    gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
     return Stats(
         prompt_tokens=len(sequence.prompt_ids),
         new_tokens=len(sequence.new_ids),

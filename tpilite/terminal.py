@@ -10,7 +10,7 @@ from typing import TextIO
 from tqdm import tqdm
 
 from tpilite.errors import ConfigError
-from tpilite.llm import LLM, Completion
+from tpilite.llm import Completion, Session
 from tpilite.sampling import SamplingParams
 from tpilite.sequence import Sequence
 
@@ -46,7 +46,27 @@ class Interrupt:
             signal.signal(signal.SIGINT, before)
 
 
-def answer(llm: LLM, request: Sequence, out: TextIO, interrupt: Interrupt) -> Completion:
+@contextmanager
+def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar that appears after a while, to be told bytes done and bytes in all."""
+    with tqdm(
+        desc=what,
+        unit="B",
+        unit_scale=True,
+        unit_divisor=1000,
+        delay=_PROGRESS_AFTER_S,
+        leave=False,
+        disable=None,
+    ) as bar:
+
+        def show(n_done: int, n_total: int) -> None:
+            bar.total = n_total
+            bar.update(n_done - bar.n)
+
+        yield show
+
+
+def answer(llm: Session, request: Sequence, out: TextIO, interrupt: Interrupt) -> Completion:
     """Serves `request`, its text written to `out` as it is made, until it ends or is interrupted."""
     n_prompt = len(request.prompt_ids)
     with tqdm(
@@ -71,7 +91,7 @@ def answer(llm: LLM, request: Sequence, out: TextIO, interrupt: Interrupt) -> Co
 
 
 def converse(
-    llm: LLM, params: SamplingParams, system: str | None, show: Callable[[Completion], None]
+    llm: Session, params: SamplingParams, system: str | None, show: Callable[[Completion], None]
 ) -> None:
     """A chat with a person: a line in, an answer out, until the end of the input."""
     print(_HELP, file=sys.stderr)

@@ -1,11 +1,12 @@
 """The models that ship with the package, by name: small enough to carry, real enough to read."""
 
+from os import PathLike
 from pathlib import Path
 
 SHIPPED = {"fable": Path(__file__).parent / "fable"}
 
 
-def find_model(name: str) -> Path:
+def find_model(name: str | PathLike[str]) -> Path:
     """The folder of a model given by its path, or by the name of one that ships."""
     path = Path(name).expanduser()
-    return SHIPPED[name] if name in SHIPPED and not path.exists() else path
+    return SHIPPED.get(str(name), path) if not path.exists() else path

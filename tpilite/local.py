@@ -1,0 +1,121 @@
+"""The ranks above 0 as processes on this machine: started, watched, and started again when they die."""
+
+import contextlib
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from types import TracebackType
+
+logger = logging.getLogger(__name__)
+
+# A worker that dies at once would otherwise be started in a tight loop.
+_RESTART_S = 1.0
+
+# Workers leave by themselves when rank 0 closes its connection to them; then they are made to.
+_LEAVE_S = 5.0
+
+
+class LocalWorkers:
+    """`n` worker processes, each kept alive until the end of the context.
+
+    `arguments` are those of `tpilite-node` without its rank. The token travels in the environment, where
+    other users do not see it. A worker's stdin is a pipe of ours: when this process dies in whatever way,
+    it closes, and the worker ends.
+    """
+
+    def __init__(self, n: int, arguments: Sequence[str], token: str) -> None:
+        self._command = [sys.executable, *_program(), *arguments, "--until_eof"]
+        self._environment = dict(os.environ) | {"TPILITE_TOKEN": token}
+        self._closing, self._lock = threading.Event(), threading.Lock()
+        self._processes: dict[int, subprocess.Popen[bytes]] = {
+            rank: self._start(rank) for rank in range(1, n + 1)
+        }
+        self._watchers = [
+            threading.Thread(target=self._watch, args=(rank,), name=f"watch-rank-{rank}", daemon=True)
+            for rank in self._processes
+        ]
+        for watcher in self._watchers:
+            watcher.start()
+
+    def _start(self, rank: int) -> "subprocess.Popen[bytes]":
+        return subprocess.Popen(
+            [*self._command, "--rank", str(rank)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            env=self._environment,
+            start_new_session=True,  # Ctrl-C on this terminal is rank 0's to handle
+        )
+
+    def _watch(self, rank: int) -> None:
+        while not self._closing.is_set():
+            code = self._processes[rank].wait()
+            if self._closing.wait(_RESTART_S):
+                return
+            with self._lock:
+                if self._closing.is_set():
+                    return
+                logger.warning("rank %d ended (exit code %d); starting it again", rank, code)
+                _close(self._processes[rank])
+                self._processes[rank] = self._start(rank)
+
+    @property
+    def pids(self) -> dict[int, int]:
+        """The process of each rank."""
+        return {rank: process.pid for rank, process in self._processes.items()}
+
+    def close(self) -> None:
+        """Ends the workers, and waits until they have ended."""
+        with self._lock:
+            self._closing.set()
+        for process in self._processes.values():
+            _close(process)
+        deadline_s = time.monotonic() + _LEAVE_S
+        for process in self._processes.values():
+            try:
+                process.wait(max(0.0, deadline_s - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        for watcher in self._watchers:
+            watcher.join()
+
+    def __enter__(self) -> "LocalWorkers":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _program() -> list[str]:
+    """How this program was started, to start it again: as a script, or as a module of the package."""
+    script = os.path.abspath(sys.argv[0])
+    return (
+        [script]
+        if os.path.basename(script) == "tpilite-node" and os.path.isfile(script)
+        else ["-m", "tpilite"]
+    )
+
+
+def _close(process: "subprocess.Popen[bytes]") -> None:
+    """Closes our end of the worker's stdin."""
+    if process.stdin is not None:
+        with contextlib.suppress(OSError):
+            process.stdin.close()
+
+
+def end_with_stdin() -> None:
+    """Ends this process, at once, when its stdin is closed: the one that started it is gone."""
+
+    def watch() -> None:
+        with contextlib.suppress(OSError):
+            while os.read(0, 1024):
+                pass
+        os._exit(0)
+
+    threading.Thread(target=watch, name="until-eof", daemon=True).start()
