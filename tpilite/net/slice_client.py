@@ -165,7 +165,7 @@ class _Fetch:
         if same and not missing:
             self._report(0)
             return
-        # From here until the end the folder is not whole, and says so.
+        # From here until the end the folder is not whole, and says so before anything is removed from it.
         final.unlink(missing_ok=True)
         keep = files.keys() - missing.keys()
         if _content(unfinished) == raw:
@@ -239,7 +239,7 @@ class _Fetch:
         part = self._folder / (name + _PART)
         for _ in range(_MAX_DAMAGED):
             with part.open("a+b", buffering=0) as file:
-                digest = self._hash(file, entry.size)
+                digest = self._hash(file)
                 if file.tell() < entry.size:
                     self._patiently(partial(self._receive, file, name, entry, digest))
                 os.fsync(file.fileno())
@@ -292,11 +292,9 @@ class _Fetch:
         finally:
             hashed.result()
 
-    def _hash(self, file: io.FileIO, size: int) -> "hashlib._Hash":
-        """The sha256 of all that `file` has, which is nothing if it was too long; leaves it at its end."""
+    def _hash(self, file: io.FileIO) -> "hashlib._Hash":
+        """The sha256 of all that `file` has; leaves it at its end."""
         digest = hashlib.sha256()
-        if os.fstat(file.fileno()).st_size > size:
-            file.truncate(0)
         file.seek(0)
         buffer = self._buffers[0]
         while n := file.readinto(buffer):
@@ -311,7 +309,7 @@ class _Fetch:
         if not have and path.is_file() and path.stat().st_size == entry.size:
             _log.info("checking %s", path)
             with path.open("rb", buffering=0) as file:
-                have = self._hash(file, entry.size).hexdigest() == entry.sha256
+                have = self._hash(file).hexdigest() == entry.sha256
             if have:
                 self._verified.add(name, entry)
             else:
