@@ -118,7 +118,7 @@ def own_address() -> str:
     """The address of this machine in its network, for others to join; its name where it has none."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         try:
-            # Connecting a datagram socket sends nothing: it looks up the route, here to a documentation address.
+            # Connecting a datagram socket sends nothing: it looks up the route, to an example address.
             sock.connect(("192.0.2.1", 9))
             return str(sock.getsockname()[0])
         except OSError:

@@ -65,6 +65,10 @@ class Session:
         self._rank = rank
         self._usage_before = rank.usage
         self._tokenizer = load_tokenizer(folder, config.vocab_size)
+        # How messages become a prompt; None for a model that was not made for chat.
+        self.chat_format: ChatFormat | None = self._tokenizer and chat_format(self._tokenizer, folder)
+        own = self._tokenizer.eos_ids if self._tokenizer else frozenset()
+        self._eos_ids = frozenset(config.eos_token_ids) | own
         self.engine = Engine(config, rank.runner, rank.embed, max_rows=max_rows, recover=recover)
 
     @property
@@ -76,11 +80,6 @@ class Session:
                 "download it, or give the prompt as a list of token ids"
             )
         return self._tokenizer
-
-    @property
-    def chat_format(self) -> ChatFormat | None:
-        """How messages become a prompt; None for a model that was not made for chat."""
-        return None if self._tokenizer is None else chat_format(self._tokenizer, self.folder)
 
     def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> Completion:
         """The whole text that follows `prompt`."""
@@ -96,15 +95,13 @@ class Session:
     def start(self, prompt: Prompt, params: SamplingParams | None = None) -> Sequence:
         """A request for what follows `prompt`, in the queue. Raises `ConfigError` if it cannot be served."""
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        return self._submit(ids, params, frozenset(self.config.eos_token_ids))
+        return self._submit(ids, params, after=ids)
 
     def start_chat(self, messages: Chat, params: SamplingParams | None = None) -> Sequence:
         """A request for the answer to a conversation of {"role": ..., "content": ...} messages."""
-        chat = self.chat_format
-        if chat is None:
+        if self.chat_format is None:
             raise ConfigError(f"{self.folder} is not a chat model (no known chat format); give it a prompt")
-        stop_ids = frozenset(self.config.eos_token_ids) | frozenset(chat.stop_ids)
-        return self._submit(chat.encode(messages), params, stop_ids)
+        return self._submit(self.chat_format.encode(messages), params, stop_ids=self.chat_format.stop_ids)
 
     def run(self, request: Sequence) -> Iterator[str]:
         """Serves `request` to its end and gives its text in pieces."""
@@ -119,13 +116,20 @@ class Session:
         """The scores of the whole vocabulary after each of `ids`."""
         return self.engine.logits(list(ids))
 
-    def _submit(self, ids: list[int], params: SamplingParams | None, eos_ids: frozenset[int]) -> Sequence:
+    def _submit(
+        self,
+        ids: list[int],
+        params: SamplingParams | None,
+        *,
+        after: Items[int] = (),
+        stop_ids: frozenset[int] = frozenset(),
+    ) -> Sequence:
         params = params or SamplingParams()
-        decoder = None if self._tokenizer is None else StreamDecoder(self._tokenizer, after=ids)
+        decoder = None if self._tokenizer is None else StreamDecoder(self._tokenizer, after=after)
         if params.stop and decoder is None:
             raise ConfigError(f"stop texts need a tokenizer, which {self.folder} does not have")
         self._usage_before = self._rank.usage
-        return self.engine.submit(ids, params, eos_ids=eos_ids, decoder=decoder)
+        return self.engine.submit(ids, params, eos_ids=self._eos_ids | stop_ids, decoder=decoder)
 
 
 class LLM(Session):
