@@ -79,7 +79,6 @@ class Channel:
         self._decoder = wire.Decoder()
         self._payload = memoryview(bytearray())
         self._reason = ""
-        self._closed = False
         sock.settimeout(None)
         _tune(sock)
 
@@ -151,6 +150,11 @@ class Channel:
             raise self._out_of_step(expected, head)
         if n_bytes < len(head) + payload.nbytes:
             self._receive_rest(expected, head, payload, n_bytes, sends)
+
+    def end_sends(self) -> None:
+        """Tells the peer that nothing follows what was sent; receiving goes on."""
+        with contextlib.suppress(OSError):  # it has ended already
+            self._sock.shutdown(socket.SHUT_WR)
 
     def shutdown(self, reason: str) -> None:
         """Ends the connection: whoever waits on it gets `PeerLost` with the first reason given."""

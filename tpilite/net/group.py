@@ -149,7 +149,8 @@ class Group:
         self._controls = dict(controls or {})
         self._failure: TpiliteError | None = None
         self.failed_s = 0.0  # by time.monotonic
-        self._settled = threading.Event()
+        self._settled = threading.Event()  # why it failed is known
+        self._noticed = threading.Event()  # by the thread that calls the operations
         self._lock = threading.Lock()
         # Seconds and seconds per byte of each way, where they were measured.
         self._costs: dict[str, tuple[float, float]] = {}
@@ -218,29 +219,22 @@ class Group:
 
     def fail(self, error: TpiliteError) -> None:
         """Ends the group for all ranks, from any thread; the first error stays."""
-        with self._lock:
-            if self._failure is not None:
-                return
-            self._failure = error
-            self.failed_s = time.monotonic()
-        self._settled.set()
-        rank = error.rank if isinstance(error, RankLost) else None
-        last_word = None if isinstance(error, GroupEnded) else wire.Error(str(error), rank)
-        for control in self.controls:
-            control.say(last_word)
-            control.shutdown()
-        for channel in self._channels:
-            if channel is not None:
-                channel.shutdown(str(error))
+        if self._set_failure(error):
+            rank = error.rank if isinstance(error, RankLost) else None
+            for control in self.controls:
+                control.say(wire.Error(str(error), rank))
+            self._cut(str(error))
 
     def close(self) -> None:
         """Ends the session cleanly, where it has not ended yet; the other ranks get `GroupEnded`."""
-        with self._lock:
-            clean = self._failure is None
-            self._failure = self._failure or GroupEnded("this node ended the session")
+        self._noticed.set()
+        clean = self._set_failure(GroupEnded("this node ended the session"))
         if clean:
             for control in self.controls:
                 control.say(wire.Goodbye())
+            for channel in self._channels:
+                if channel is not None:
+                    channel.end_sends()  # behind what was sent, which is still to be received
         deadline_s = time.monotonic() + (VERDICT_S if clean else 0)
         for control in self.controls:
             control.close(deadline_s)
@@ -271,10 +265,28 @@ class Group:
             self.broadcast(Message({"n": n_rounds}))
         return statistics.median(timed() for _ in range(n_rounds))
 
+    def _set_failure(self, error: TpiliteError) -> bool:
+        """Whether this is the first one."""
+        with self._lock:
+            if self._failure is not None:
+                return False
+            self._failure = error
+            self.failed_s = time.monotonic()
+        self._settled.set()
+        return True
+
+    def _cut(self, reason: str) -> None:
+        for control in self.controls:
+            control.shutdown()
+        for channel in self._channels:
+            if channel is not None:
+                channel.shutdown(reason)
+
     def _failed(self, error: PeerLost | ProtocolError) -> TpiliteError:
         """The failure of the group that a connection's failure is part of, by the best known reason."""
         if isinstance(error, PeerLost) and self._controls:
             self._settled.wait(VERDICT_S)
+        self._noticed.set()
         self.fail(self._blame(error))
         assert self._failure is not None
         return self._failure
@@ -370,7 +382,10 @@ class Worker(Group):
 
     def on_control_message(self, header: wire.Header) -> None:
         if isinstance(header, wire.Goodbye):
-            self.fail(GroupEnded("rank 0 ended the session"))
+            # This may come before the last of the data, whose end it is.
+            if self._set_failure(GroupEnded("rank 0 ended the session")):
+                self._noticed.wait(VERDICT_S)
+            self._cut("rank 0 ended the session")
         elif isinstance(header, wire.Error):
             reason = f"rank 0 says: {header.reason:.500}"
             self.fail(PeerLost(reason) if header.rank is None else RankLost(header.rank, reason))
