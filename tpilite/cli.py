@@ -251,7 +251,7 @@ def _token(args: argparse.Namespace, *, make: bool) -> str:
 
 
 def _save_dir(args: argparse.Namespace, folder: Path | None) -> Path:
-    """Where slices are: as `--save_dir` says, in the model's folder, or in the cache where that isn't ours."""
+    """Where slices are: as `--save_dir` says, in the model's folder, or in the cache if that is not ours."""
     if args.save_dir is not None:
         return (folder or Path()) / args.save_dir
     assert folder is not None, "a worker without either uses its cache"

@@ -66,9 +66,11 @@ class Session:
         self._usage_before = rank.usage
         self._tokenizer = load_tokenizer(folder, config.vocab_size)
         # How messages become a prompt; None for a model that was not made for chat.
-        self.chat_format: ChatFormat | None = self._tokenizer and chat_format(self._tokenizer, folder)
-        own = self._tokenizer.eos_ids if self._tokenizer else frozenset()
-        self._eos_ids = frozenset(config.eos_token_ids) | own
+        self.chat_format: ChatFormat | None = None
+        self._eos_ids = frozenset(config.eos_token_ids)
+        if self._tokenizer is not None:
+            self.chat_format = chat_format(self._tokenizer, folder)
+            self._eos_ids |= self._tokenizer.eos_ids
         self.engine = Engine(config, rank.runner, rank.embed, max_rows=max_rows, recover=recover)
 
     @property
