@@ -3,9 +3,11 @@
 import json
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -149,15 +151,75 @@ def test_a_reader_that_goes_away_ends_it_quietly(tmp_path: Path) -> None:
     process.stderr.close()
 
 
-def test_a_terminal_without_a_chat_model_asks_for_a_prompt() -> None:
-    master, slave = pty.openpty()
-    try:
-        done = node("--model_path", "fable", stdin=slave)
-    finally:
-        os.close(master)
+class Terminal:
+    """A node on a pseudo-terminal: what it shows there is read until an expected text has come."""
+
+    def __init__(self, *args: str) -> None:
+        self._master, slave = pty.openpty()
+        self.process = subprocess.Popen([*NODE, *args], stdin=slave, stdout=slave, stderr=slave)
         os.close(slave)
-    assert done.returncode == 2
-    assert "not a chat model" in done.stderr
+
+    def type(self, text: str) -> None:
+        os.write(self._master, text.encode())
+
+    def read_until(self, expected: str) -> str:
+        shown = b""
+        while expected.encode() not in shown:
+            ready, _, _ = select.select([self._master], [], [], 30)
+            assert ready, f"expected {expected!r} on the terminal, found {shown.decode()!r}"
+            shown += os.read(self._master, 65536)
+        return shown.decode(errors="replace")
+
+    def end(self) -> int:
+        try:
+            return self.process.wait(timeout=30)
+        finally:
+            self.process.kill()
+            self.process.wait()
+            os.close(self._master)
+
+
+CHAT_TEMPLATE = "{{ bos_token }}{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}<<SYS>>"
+
+
+def chat_model(tmp_path: Path) -> str:
+    """fable as if it were made for chat: it answers nonsense, but it takes conversations."""
+    fable = Path(__file__).parents[1] / "tpilite" / "models" / "fable"
+    for name in ("config.json", "model.safetensors", "tokenizer.model", "generation_config.json"):
+        (tmp_path / name).write_bytes((fable / name).read_bytes())
+    settings = json.loads((fable / "tokenizer_config.json").read_text()) | {"chat_template": CHAT_TEMPLATE}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    return str(tmp_path)
+
+
+def test_a_chat_on_a_terminal(tmp_path: Path) -> None:
+    terminal = Terminal("--model_path", chat_model(tmp_path), "--length", "5", "--temperature", "0")
+    terminal.read_until("> ")
+    terminal.type("Hello there\n")
+    first = terminal.read_until("> ")
+    assert "5 new" in first
+    n_first = int(first.split(" prompt tokens")[0].split("[")[-1])
+    terminal.type("And then?\n")
+    second = terminal.read_until("> ")
+    assert int(second.split(" prompt tokens")[0].split("[")[-1]) > n_first
+    terminal.type("/reset\n")
+    terminal.read_until("> ")
+    terminal.type("/help\n")
+    assert "/reset" in terminal.read_until("> ")
+    terminal.type("\x04")
+    assert terminal.end() == 0
+
+
+def test_ctrl_c_on_a_terminal_stops_the_answer_and_not_the_program(tmp_path: Path) -> None:
+    terminal = Terminal(*endless(tmp_path))
+    assert "not made for chat" in terminal.read_until("> ")
+    terminal.type("Once\n")
+    terminal.read_until("Once\r\n")
+    time.sleep(0.5)
+    terminal.type("\x03")
+    assert "new" in terminal.read_until("> ")
+    terminal.type("/exit\n")
+    assert terminal.end() == 0
 
 
 def test_version_and_help_name_the_program() -> None:

@@ -192,10 +192,8 @@ def split(args: argparse.Namespace, folder: Path, world_size: int) -> int:
 
 
 def converse_or_complete(session: Session, args: argparse.Namespace, params: SamplingParams) -> int:
-    """A chat with the person at the terminal, or the texts that follow the prompts."""
+    """A conversation with the person at the terminal, or the texts that follow the prompts."""
     if args.prompt is None and sys.stdin.isatty():
-        if session.chat_format is None:
-            raise ConfigError(f"{args.model_path} is not a chat model; give it a text with --prompt")
         converse(session, params, args.system, lambda completion: _report(args, completion))
         return 0
     return complete(session, args, params)

@@ -20,7 +20,8 @@ with suppress(ImportError):
 # A bar for what is over at once would be noise.
 _PROGRESS_AFTER_S = 2.0
 
-_HELP = "/reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer"
+_CHAT_HELP = "/reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer"
+_TEXT_HELP = "not made for chat: it continues each line as a text; /exit or Ctrl-D ends, Ctrl-C stops"
 
 
 class Interrupt:
@@ -93,8 +94,10 @@ def answer(llm: Session, request: Sequence, out: TextIO, interrupt: Interrupt) -
 def converse(
     llm: Session, params: SamplingParams, system: str | None, show: Callable[[Completion], None]
 ) -> None:
-    """A chat with a person: a line in, an answer out, until the end of the input."""
-    print(_HELP, file=sys.stderr)
+    """A line in, a text out, until the end of the input: a conversation, where the model is made for it."""
+    chats = llm.chat_format is not None
+    help_text = _CHAT_HELP if chats else _TEXT_HELP
+    print(help_text, file=sys.stderr)
     opening = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
     while (line := _ask()) is not None:
@@ -103,13 +106,13 @@ def converse(
         if line == "/reset":
             messages = list(opening)
         elif line.startswith("/"):
-            print(_HELP, file=sys.stderr)
+            print(help_text, file=sys.stderr)
         elif line:
             asked = [*messages, {"role": "user", "content": line}]
             try:
-                request = llm.start_chat(asked, params)
+                request = llm.start_chat(asked, params) if chats else llm.start(line, params)
             except ConfigError as error:
-                print(f"{error}\n{_HELP}", file=sys.stderr)
+                print(f"{error}\n{help_text}", file=sys.stderr)
                 continue
             with Interrupt().heard() as interrupt:
                 completion = answer(llm, request, sys.stdout, interrupt)
