@@ -6,23 +6,65 @@ are uint16 holding its bits; float16 and float32 are themselves. Everything that
 A `Matrix` comes in parts, each some whole rows, which is to say one contiguous range of a file. A part is
 there between entering and leaving it: for weights in memory that is nothing; for paged ones it is the
 wait for the disk and the release of the memory. Parts are entered in their order, each once per use.
+
+`Linear` cuts the parts into blocks of rows. A thread takes a block, widens it to float32 in memory of its
+own that stays in the cache, and multiplies. A sum's bits depend neither on the threads nor on the blocks;
+nor on the parts, if each begins at a multiple of `block_rows`.
 """
 
 import itertools
+import json
+import logging
+import math
+import os
+import platform
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Protocol
+from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
+logger = logging.getLogger(__name__)
+
 Array = NDArray[np.float32]
 Stored = NDArray[Any]  # bfloat16 as uint16, float16, float32
+
+# Blocks are measured as float32. Beside more than one row of x they always have this size, since the bits
+# may depend on it. It fits any second-level cache, and a product of this size runs at the BLAS's full rate.
+_BLOCK_BYTES = 1 << 20
+
+# Beside one row, larger blocks are faster where the caches behind are large: each NumPy call on fresh memory
+# costs some microseconds before it streams, and hands the interpreter over twice.
+_BLOCK_BYTES_OF_ONE_ROW = (1 << 18, 1 << 20, 1 << 21, 1 << 22)
+
+# Blocks per thread and call, at least: what one thread may wait for the other at the end of a call.
+_BLOCKS_PER_THREAD = 4
+
+# Products of up to so many multiplications take OpenBLAS's way for small matrices, which packs nothing and
+# is up to three times faster for few rows. Where there is no such way, the smaller products cost nothing.
+_SMALL_PRODUCT = 1_000_000
+_FEW_ROWS = 32
+
+WAYS = ("bits", "cast")
+
+# Sum of bias and sign of zero exponents: what a float16's bits mean, moved to where float32 has them.
+_FLOAT16_EXPONENT_GAP = 112
+_SIXTEEN, _THIRTEEN = np.uint32(16), np.uint32(13)
+_SIGN_AND_VALUE = np.uint32(0x8FFFFFFF)
+
+# A call on fewer weights than this is over before it matters how it is done.
+_MEASURED_FROM = 1 << 20
+_MEASURED_ON = (8192, 2048)
+_MEASURE_S = 0.06  # per question, of which there are two per dtype
 
 
 class Part(Protocol):
@@ -73,23 +115,41 @@ def as_float32(stored: Stored) -> Array:
     return stored.astype(np.float32)
 
 
-# A thread's converted block: it must stay in the second-level cache until it is multiplied.
-_BLOCK_BYTES = 1 << 20
-_HIGH_HALF = np.uint32(0xFFFF0000)
-_SIXTEEN = np.uint32(16)
+def block_rows(n_cols: int, n_bytes: int = _BLOCK_BYTES) -> int:
+    """How many rows make a block. The BLAS takes rows in groups of up to eight, which must not be cut."""
+    return max(8, n_bytes // (4 * n_cols) // 8 * 8)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How blocks of one stored dtype become float32, and how large they are beside one row of x.
+
+    `cast` is NumPy's own conversion. `bits` moves bits: for bfloat16 in one pass instead of two, for
+    float16 by three integer operations, where NumPy's cast is slow (without hardware for it).
+    """
+
+    way: str
+    block_bytes: int = _BLOCK_BYTES
 
 
 class Linear:
     """y = x W^T + b for each of the matrices, float32, by `n_threads` threads of which the caller is one.
 
-    The threads live until `close`. One call at a time: the scratch memory belongs to the object.
+    The threads live until `close`. One call at a time: the scratch memory belongs to the object. `way`
+    forces one of `WAYS`; else the faster one for this machine is measured when a large matrix of a dtype
+    first comes, in 0.15 s, and noted in `cache`, a file (default: in the user's cache directory).
     """
 
-    def __init__(self, n_threads: int = 1) -> None:
+    def __init__(self, n_threads: int = 1, way: str | None = None, cache: Path | None = None) -> None:
+        assert way is None or way in WAYS
         self.n_threads = n_threads
+        self.plans: dict[str, Plan] = {}  # by dtype, once decided
+        self._way = way
+        self._notes = _Notes(cache, n_threads)
         self._team = _Team(n_threads)
         self._scratch = [_Scratch() for _ in range(n_threads)]
         self._input = _Input()
+        self._finite: WeakValueDictionary[int, Part] = WeakValueDictionary()
 
     def __enter__(self) -> "Linear":
         return self
@@ -104,8 +164,9 @@ class Linear:
         self._team.close()
 
     def __call__(self, x: Array, *matrices: Matrix) -> list[Array]:  # [T, D] -> [T, n_rows] each
+        assert all(x.shape[1] == matrix.n_cols for matrix in matrices)
         results = [np.empty((x.shape[0], m.n_rows), np.float32) for m in matrices]
-        if x.shape[0] and x.shape[1]:
+        if x.size:
             self._multiply(x, matrices, results)
         else:
             for y in results:
@@ -118,7 +179,7 @@ class Linear:
     def _multiply(self, x: Array, matrices: tuple[Matrix, ...], results: list[Array]) -> None:
         """What is in memory goes first, all at once: meanwhile the disk brings the paged parts."""
         self._input.set(x)
-        here: list[tuple[Stored, Array]] = []
+        here: list[tuple[Part, Stored, Array]] = []
         paged: list[tuple[Part, Array]] = []
         for matrix, y in zip(matrices, results, strict=True):
             start = 0
@@ -126,100 +187,248 @@ class Linear:
                 out = y[:, start : start + part.n_rows]
                 start += part.n_rows
                 if isinstance(part, InMemory):
-                    here.append((part.array, out))
+                    here.append((part, part.array, out))
                 else:
                     paged.append((part, out))
-        self._run(here)
+        if here:
+            self._run(self._input, here)
         for part, out in paged:
             with part.open() as rows:
-                self._run([(rows, out)])
+                self._run(self._input, [(part, rows, out)])
 
-    def _run(self, pieces: list[tuple[Stored, Array]]) -> None:
-        """Multiplies all pieces; blocks are the same whatever the threads do, so the bits are as well."""
-        blocks = _blocks(pieces)
-        x = self._input
+    def _run(self, x: "_Input", pieces: list[tuple[Part, Stored, Array]]) -> None:
+        """Multiplies all pieces, each thread taking the next block as soon as it is done with one."""
+        n_weights = sum(rows.size for _, rows, _ in pieces)
+        fair_share = 4 * n_weights // (self.n_threads * _BLOCKS_PER_THREAD)
+        blocks: deque[tuple[Stored, Array, str, int, int]] = deque()
+        for part, rows, out in pieces:
+            plan = self._plan(rows.dtype, n_weights)
+            way = plan.way
+            if way == "bits" and rows.dtype == np.float16:
+                if self._is_finite(part, rows):
+                    x.lift()
+                else:
+                    way = "cast"
+            n_bytes = _BLOCK_BYTES
+            if x.n_rows == 1:
+                n_bytes = min(plan.block_bytes, max(fair_share, _BLOCK_BYTES_OF_ONE_ROW[0]))
+            step = min(block_rows(rows.shape[1], n_bytes), rows.shape[0])
+            for scratch in self._scratch:
+                scratch.reserve(step * rows.shape[1], step * x.n_rows)
+            for start in range(0, rows.shape[0], max(step, 1)):
+                blocks.append((rows, out, way, start, start + step))
 
         def work(thread: int) -> None:
             scratch = self._scratch[thread]
-            for rows, out in blocks:
-                _multiply_block(x, rows, out, scratch)
+            # Infinities in x or in the weights are the model's affair; they show in the result.
+            with np.errstate(all="ignore"):
+                while True:
+                    try:
+                        rows, out, way, start, stop = blocks.popleft()
+                    except IndexError:
+                        return
+                    _multiply_block(x, rows[start:stop], out[:, start:stop], way, scratch)
 
         self._team.run(work)
 
+    def _is_finite(self, part: Part, rows: Stored) -> bool:
+        """Whether float16 rows have neither infinities nor NaN, which `bits` would take for numbers.
 
-def _blocks(pieces: list[tuple[Stored, Array]]) -> Iterator[tuple[Stored, Array]]:
-    """The pieces cut into cache-sized blocks of rows; `next` is atomic, so threads may share it."""
-    blocks = []
-    for rows, out in pieces:
-        step = max(8, _BLOCK_BYTES // (4 * rows.shape[1]) // 8 * 8)
+        They are looked at when they are first used, and noted for as long as the part lives.
+        """
+        if self._finite.get(id(part)) is part:
+            return True
+        step = block_rows(rows.shape[1])
         for start in range(0, rows.shape[0], step):
-            blocks.append((rows[start : start + step], out[:, start : start + step]))
-    return iter(blocks)
+            bits = rows[start : start + step].view(np.int16)
+            if (bits & np.int16(0x7C00)).max() == 0x7C00:
+                return False
+        self._finite[id(part)] = part
+        return True
+
+    def _plan(self, dtype: np.dtype[Any], n_weights: int) -> Plan:
+        if (plan := self.plans.get(dtype.name)) is not None:
+            return plan
+        if self._way is not None:
+            return Plan(self._way)
+        if n_weights < _MEASURED_FROM:
+            return Plan(WAYS[0])
+        plan = self._notes.read(dtype.name)
+        if plan is None:
+            plan = self._measure(dtype)
+            self._notes.write(dtype.name, plan)
+        self.plans[dtype.name] = plan
+        logger.info("%s weights: %s", dtype.name, plan)
+        return plan
+
+    def _measure(self, dtype: np.dtype[Any]) -> Plan:
+        """The fastest plan, on more weights than caches hold: first which way, then which size of block."""
+        values = np.resize(np.linspace(-0.1, 0.1, 4093, dtype=np.float32), _MEASURED_ON)
+        stored = values.view(np.uint16)[:, 1::2].copy() if dtype == np.uint16 else values.astype(dtype)
+        part, x = InMemory(stored), _Input()
+        x.set(values[:1])
+        out = np.empty((1, part.n_rows), np.float32)
+
+        def fastest(plans: list[Plan]) -> Plan:
+            seconds = dict.fromkeys(plans, math.inf)
+            end = time.perf_counter() + _MEASURE_S
+            while math.inf in seconds.values() or time.perf_counter() < end:
+                for plan in plans:
+                    self.plans[dtype.name] = plan
+                    start = time.perf_counter()
+                    self._run(x, [(part, stored, out)])
+                    seconds[plan] = min(seconds[plan], time.perf_counter() - start)
+            return min(plans, key=seconds.__getitem__)
+
+        way = fastest([Plan(way) for way in WAYS]).way
+        return fastest([Plan(way, n_bytes) for n_bytes in _BLOCK_BYTES_OF_ONE_ROW])
+
+
+class _Notes:
+    """The plans measured before on this machine, in a file that may as well be missing."""
+
+    def __init__(self, path: Path | None, n_threads: int) -> None:
+        self._path = path
+        self._key = f"{platform.machine()} {_cpu()} numpy {np.__version__} threads {n_threads}"
+
+    def read(self, dtype: str) -> Plan | None:
+        match self._all().get(self._key, {}).get(dtype):
+            case [str(way), int(n_bytes)] if way in WAYS and n_bytes in _BLOCK_BYTES_OF_ONE_ROW:
+                return Plan(way, n_bytes)
+        return None
+
+    def write(self, dtype: str, plan: Plan) -> None:
+        notes = self._all()
+        notes.setdefault(self._key, {})[dtype] = [plan.way, plan.block_bytes]
+        try:
+            path = self._file()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            new = path.with_name(f"{path.name}.{os.getpid()}")
+            new.write_text(json.dumps(notes, indent=1))
+            new.replace(path)
+        except (OSError, RuntimeError) as error:
+            logger.debug("the measured plan is not kept: %s", error)
+
+    def _all(self) -> dict[str, dict[str, Any]]:
+        try:
+            notes = json.loads(self._file().read_text())
+        except (OSError, RuntimeError, ValueError):
+            return {}
+        if isinstance(notes, dict) and all(isinstance(value, dict) for value in notes.values()):
+            return notes
+        return {}
+
+    def _file(self) -> Path:
+        return self._path or Path.home() / ".cache" / "tpilite" / "linear.json"
+
+
+def _cpu() -> str:
+    """The processor's name, or what there is instead: ARM's Linux has numbers only."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    for name in ("model name", "CPU part"):
+        for line in lines:
+            if line.startswith(name):
+                return line.partition(":")[2].strip()
+    return platform.processor()
 
 
 class _Input:
-    """The rows x of one call, laid out for the kernels in memory that is kept between calls."""
+    """The rows x of one call as the products take them, in memory that is kept between calls."""
 
     def __init__(self) -> None:
-        self._memory = np.empty(0, np.float32)
-        self.whole = self.even = self.odd = np.empty((0, 0), np.float32)
+        self._memory = (np.empty(0, np.float32), np.empty(0, np.float32))
+        self.columns: Array  # [D, T]
+        self.lifted: Array
+        self.n_rows = 0
+        self.lift_bits = 0  # of `lifted`; none where it is not needed
 
     def set(self, x: Array) -> None:
-        self.whole = x
-        n_rows, n_cols = x.shape
-        if n_cols % 2:
-            return
-        if self._memory.size < x.size:
-            self._memory = np.empty(x.size, np.float32)
-        half = x.size // 2
-        self.even = self._memory[:half].reshape(n_rows, -1)
-        self.odd = self._memory[half : x.size].reshape(n_rows, -1)
-        self.even[...] = x[:, 0::2]
-        self.odd[...] = x[:, 1::2]
+        if self._memory[0].size < x.size:
+            self._memory = (np.empty(x.size, np.float32), np.empty(x.size, np.float32))
+        shape = x.shape[1], x.shape[0]
+        self.columns, self.lifted = (memory[: x.size].reshape(shape) for memory in self._memory)
+        self.columns[...] = x.T
+        self.n_rows = x.shape[0]
+        self.lift_bits = 0
+
+    def lift(self) -> None:
+        """Makes `lifted`: x times a power of two, the one that float16's bits lack if there is room for it.
+
+        The sums alone could be lifted instead, but then products of small numbers would lose bits.
+        """
+        if not self.lift_bits:
+            _, exponent = math.frexp(max(self.columns.max(), -self.columns.min()))
+            self.lift_bits = min(_FLOAT16_EXPONENT_GAP, 126 - exponent)
+            np.multiply(self.columns, np.float32(2.0**self.lift_bits), out=self.lifted)
 
 
 class _Scratch:
-    """One thread's memory, grown to the largest block seen."""
+    """One thread's memory, as much as the largest block so far took."""
 
     def __init__(self) -> None:
-        self._weights = np.empty(0, np.uint32)
+        self._wide = np.empty(0, np.uint8)
         self._sums = np.empty(0, np.float32)
 
-    def weights(self, size: int) -> NDArray[np.uint32]:
-        if self._weights.size < size:
-            self._weights = np.empty(size, np.uint32)
-        return self._weights[:size]
+    def reserve(self, n_weights: int, n_sums: int) -> None:
+        n_bytes = 4 * n_weights + 4  # the last few for `wide` with an offset
+        if self._wide.size < n_bytes:
+            memory = np.empty(n_bytes + 63, np.uint8)
+            self._wide = memory[-memory.ctypes.data % 64 :][:n_bytes]
+        if self._sums.size < n_sums:
+            self._sums = np.empty(n_sums, np.float32)
 
-    def sums(self, size: int) -> Array:
-        if self._sums.size < size:
-            self._sums = np.empty(size, np.float32)
-        return self._sums[:size]
+    def wide(self, n_weights: int, offset: int = 0) -> NDArray[np.uint32]:
+        """So many numbers of four bytes, `offset` bytes behind the beginning, which is a cache line's."""
+        return self._wide[offset : offset + 4 * n_weights].view(np.uint32)
+
+    def sums(self, n_rows: int, n_cols: int) -> Array:
+        return self._sums[: n_rows * n_cols].reshape(n_rows, n_cols)
 
 
-def _multiply_block(x: _Input, rows: Stored, out: Array, scratch: _Scratch) -> None:
-    n_rows, n_cols = rows.shape
-    if rows.dtype == np.float32 and rows.flags.aligned:
-        np.matmul(x.whole, rows.T, out=out)
-        return
-    buffer = scratch.weights(n_rows * n_cols)
-    if rows.dtype == np.uint16 and n_cols % 2 == 0:
-        pairs = rows.view(np.uint32)
-        half = buffer[: pairs.size].reshape(pairs.shape)
-        sums = scratch.sums(out.size).reshape(out.shape)
-        np.bitwise_and(pairs, _HIGH_HALF, out=half)
-        np.matmul(x.odd, half.view(np.float32).T, out=out)
-        np.left_shift(pairs, _SIXTEEN, out=half)
-        np.matmul(x.even, half.view(np.float32).T, out=sums)
-        out += sums
-        return
-    buffer = buffer.reshape(rows.shape)
-    wide = buffer.view(np.float32)
-    if rows.dtype == np.uint16:
-        buffer[...] = rows
-        np.left_shift(buffer, _SIXTEEN, out=buffer)
+def _multiply_block(x: _Input, rows: Stored, out: Array, way: str, scratch: _Scratch) -> None:
+    """out = x rows^T for a block of rows: [n, D] -> [T, n]."""
+    n = rows.shape[0]
+    stays = rows.dtype == np.float32 and rows.flags.aligned
+    weights = rows if stays else _widen(rows, way, scratch)
+    lifted = rows.dtype == np.float16 and way == "bits"
+    columns = x.lifted if lifted else x.columns
+    if x.n_rows == 1:
+        np.dot(weights, columns[:, 0], out=out[0])
     else:
-        wide[...] = rows
-    np.matmul(x.whole, wide.T, out=out)
+        sums = scratch.sums(n, x.n_rows)
+        step = _SMALL_PRODUCT // columns.size // 8 * 8
+        if step < 2 * 8 or x.n_rows > _FEW_ROWS:
+            step = n
+        for start in range(0, n, step):
+            np.matmul(weights[start : start + step], columns, out=sums[start : start + step])
+        out[...] = sums.T
+    if lifted and x.lift_bits < _FLOAT16_EXPONENT_GAP:
+        out *= np.float32(2.0 ** (_FLOAT16_EXPONENT_GAP - x.lift_bits))
+
+
+def _widen(rows: Stored, way: str, scratch: _Scratch) -> Array:  # [n, D] -> [n, D]
+    """The values of the rows, exactly; those of float16 by `bits` are too small by its exponent gap."""
+    wide = scratch.wide(rows.size)
+    flat = rows.reshape(-1)
+    if rows.dtype == np.uint16 and way == "bits":
+        # Each value is written as an integer of four bytes two bytes further on: there it is the upper half
+        # of its float32, and its zeros are the lower half of the next. NumPy casts to odd addresses as fast.
+        wide[0] = 0
+        np.copyto(scratch.wide(rows.size, offset=2), flat)
+    elif rows.dtype == np.uint16:
+        np.copyto(wide, flat)
+        np.left_shift(wide, _SIXTEEN, out=wide)
+    elif rows.dtype == np.float16 and way == "bits":
+        # The sign is extended over the exponent's three upper bits, which float16 does not have.
+        np.copyto(wide.view(np.int32), flat.view(np.int16))
+        np.left_shift(wide, _THIRTEEN, out=wide)
+        np.bitwise_and(wide, _SIGN_AND_VALUE, out=wide)
+    else:
+        np.copyto(wide.view(np.float32), flat)
+    return wide.view(np.float32).reshape(rows.shape)
 
 
 class _Team:
