@@ -1,12 +1,13 @@
 """Ranks as threads of one process: they must not see less, or more, of each other than over a wire."""
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from ranks import run_ranks
 
-from tpilite.collective import Message, Solo, ThreadGroup
+from tpilite.collective import Message, Solo, ThreadGroup, Timed
 from tpilite.errors import PeerLost
 
 
@@ -60,3 +61,26 @@ def test_one_rank_alone_gets_back_what_it_gave():
     assert solo.all_reduce(x) is x
     assert solo.broadcast(message) is message
     assert solo.gather(message) == [message]
+
+
+def test_a_timed_collective_counts_and_passes_on():
+    class Slow(Solo):
+        def all_reduce(self, x):
+            time.sleep(0.02)
+            x += 1
+            return x
+
+        def barrier(self):
+            time.sleep(0.01)
+
+    timed = Timed(Slow())
+    x = np.zeros((1, 2), np.float32)
+    assert timed.all_reduce(x) is x
+    assert x.tolist() == [[1, 1]]
+    timed.barrier()
+    assert (timed.rank, timed.world_size) == (0, 1)
+    assert timed.reduced_s >= 0.02
+    assert timed.waited_s >= timed.reduced_s + 0.01
+    message = Message({"a": 1})
+    assert timed.broadcast(message) is message
+    assert timed.gather(message) == [message]

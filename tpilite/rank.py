@@ -44,7 +44,9 @@ class Rank:
 
     @property
     def usage(self) -> Usage:
-        return Usage(0.0, self._network.waited_s, disk_read_bytes())
+        load_wait_s = 0.0
+        compute_s = self.runner.forward_s - self._network.reduced_s - load_wait_s
+        return Usage(compute_s, load_wait_s, self._network.waited_s, disk_read_bytes())
 
     def close(self) -> None:
         self._stack.close()

@@ -4,6 +4,7 @@ Rank 0 alone knows tokens: a step carries the embedded rows (no other rank store
 belong to which sequence at which position, and which rows' scores are wanted in what form.
 """
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -85,6 +86,7 @@ class Runner:
     def __init__(self, model: Llama, first_vocab_id: int, collective: Collective) -> None:
         self.model = model
         self.collective = collective
+        self.forward_s = 0.0  # in the model so far, its waits for the disk and for other ranks included
         self._first_vocab_id = first_vocab_id
         self._caches: dict[int, KVCache] = {}
         self._logits = _NONE
@@ -126,8 +128,10 @@ class Runner:
         if step.rows:
             if x is None or x.shape != (sum(r.n_rows for r in step.rows), self.model.config.hidden_size):
                 raise ProtocolError("rank 0 sent rows whose hidden states are missing or of another shape")
+            start_s = time.perf_counter()
             hidden = self.model.forward(x, [self._segment(rows) for rows in step.rows])
             self._logits = self.model.logits(hidden[[w.row for w in step.wanted]]) if step.wanted else _NONE
+            self.forward_s += time.perf_counter() - start_s
         if step.full:
             return Message(array=self._logits)
         reports = zip(step.wanted, self._logits, strict=True)

@@ -17,8 +17,9 @@ from tpilite.version import __version__
 
 @dataclass(frozen=True)
 class Usage:
-    """Seconds waited and bytes read so far, by the whole process since its start."""
+    """Seconds spent and bytes read so far, by this rank since its start."""
 
+    compute_s: float = 0.0  # in the model, without its waits
     load_wait_s: float = 0.0
     network_wait_s: float = 0.0
     read_bytes: int = 0
@@ -33,8 +34,11 @@ class Stats:
     ttft_s: float | None  # from asking to the first token; None without one
     token_s: float | None  # the median time between tokens; None below two tokens
     tokens_per_s: float | None
+    total_s: float  # from asking to the last token, and of these seconds:
+    compute_s: float
     load_wait_s: float
     network_wait_s: float
+    rest_s: float  # choosing, decoding, what waited before it, and what nobody counted
     read_bytes: int
     peak_rss_bytes: int
     finish_reason: str | None
@@ -57,6 +61,10 @@ class Stats:
 def measure(sequence: Sequence, before: Usage, after: Usage) -> Stats:
     """The figures of a text, from its own times and what the process counted before and after it."""
     times = sequence.token_times_s
+    total_s = times[-1] - sequence.started_s if times else 0.0
+    compute_s = after.compute_s - before.compute_s
+    load_wait_s = after.load_wait_s - before.load_wait_s
+    network_wait_s = after.network_wait_s - before.network_wait_s
     gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
     return Stats(
         prompt_tokens=len(sequence.prompt_ids),
@@ -64,8 +72,11 @@ def measure(sequence: Sequence, before: Usage, after: Usage) -> Stats:
         ttft_s=times[0] - sequence.started_s if times else None,
         token_s=statistics.median(gaps) if gaps else None,
         tokens_per_s=len(gaps) / sum(gaps) if gaps else None,
-        load_wait_s=after.load_wait_s - before.load_wait_s,
-        network_wait_s=after.network_wait_s - before.network_wait_s,
+        total_s=total_s,
+        compute_s=compute_s,
+        load_wait_s=load_wait_s,
+        network_wait_s=network_wait_s,
+        rest_s=max(0.0, total_s - compute_s - load_wait_s - network_wait_s),
         read_bytes=after.read_bytes - before.read_bytes,
         peak_rss_bytes=peak_rss_bytes(),
         finish_reason=sequence.finish_reason,
