@@ -19,10 +19,10 @@ _ROWS = [
     "net net.token net.auth net.wire net.channel net.sums net.group net.door net.lobby net.seat",
     "net.slice_server net.slice_client",
     "tokenizer chat sampling sequence scheduler stats runner engine rank",
-    "cluster host worker local models llm __init__ openai service server terminal hub cli __main__",
+    "cluster host worker local models llm __init__ openai service server terminal hub options cli __main__",
 ]
 _ORDER = " ".join(_ROWS).split()
-_MAY_READ_ENVIRONMENT = {"blas", "cli", "local"}  # local hands its own on to the ranks that it starts
+_MAY_READ_ENVIRONMENT = {"blas", "cli", "options", "local"}  # local hands its own on to the ranks that it starts
 _FILES_AND_SOCKETS = {"mmap", "socket", "ssl", "http", "socketserver", "urllib", "msgpack", "safetensors"}
 
 

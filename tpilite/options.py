@@ -1,0 +1,230 @@
+"""What can be asked for on the command line and in the environment, and the configurations it comes to."""
+
+import argparse
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from tpilite.config import ClusterConfig, EngineConfig
+from tpilite.errors import ConfigError
+from tpilite.models import SHIPPED
+from tpilite.net.sums import CODECS, WAYS
+from tpilite.net.token import checked_token, kept_token
+from tpilite.sampling import SamplingParams
+from tpilite.version import __version__
+
+PORT = 29700
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The options, by the names of TPI-LLM; hyphens are accepted for underscores."""
+    parser = _parser()
+    known = {option for action in parser._actions for option in action.option_strings}
+
+    def underscored(word: str) -> str:
+        name, equals, value = word.partition("=")
+        renamed = "--" + name[2:].replace("-", "_")
+        return renamed + equals + value if name.startswith("--") and renamed in known else word
+
+    return parser.parse_args([underscored(word) for word in argv])
+
+
+def sampling_params(args: argparse.Namespace) -> SamplingParams:
+    """The options that say how text is made."""
+    return SamplingParams(
+        temperature=args.temperature,
+        k=args.k,
+        p=args.p,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        seed=args.seed,
+        length=args.length,
+        stop=tuple(args.stop),
+    )
+
+
+def engine_config(args: argparse.Namespace, threads: int | None = None) -> EngineConfig:
+    """The options that say what this rank may use; `threads` where they do not say how many."""
+    return EngineConfig(threads=args.threads or threads)
+
+
+def cluster_config(args: argparse.Namespace, world_size: int, *, make_token: bool) -> ClusterConfig:
+    """The options that say how ranks find and trust each other."""
+    return ClusterConfig(
+        token=_token(args, make=make_token),
+        world_size=world_size,
+        ratio=args.ratio,
+        broadcast_port=args.broadcast_port,
+        file_port=args.file_port,
+        timeout_s=args.timeout,
+        rejoin_timeout_s=args.rejoin_timeout,
+        allreduce=args.allreduce,
+        payload=args.payload,
+        tls_cert=args.tls_cert,
+        tls_key=args.tls_key,
+        tls_ca=args.tls_ca,
+    )
+
+
+def number_of(option: int | None, variable: str) -> int | None:
+    """An option, or the environment's variable in its place."""
+    if option is not None or not os.environ.get(variable):
+        return option
+    try:
+        return int(os.environ[variable])
+    except ValueError:
+        raise ConfigError(f"{variable} must be a whole number, found {os.environ[variable]!r}") from None
+
+
+def save_dir_of(args: argparse.Namespace, folder: Path | None, world_size: int = 0) -> Path:
+    """Where slices are: as `--save_dir` says, in the model's folder, or in the cache if that is not ours."""
+    if args.save_dir is not None:
+        return (folder or Path()) / args.save_dir
+    assert folder is not None, "a worker without either uses its cache"
+    ours = folder not in SHIPPED.values() and folder.is_dir() and folder.stat().st_mode & 0o222
+    if ours and os.access(folder, os.W_OK):
+        return folder / "split"
+    key = f"{folder.resolve()} {world_size} {args.ratio}"
+    return cache_folder() / "split" / hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+def cache_folder() -> Path:
+    """Where this user's programs keep what can be made again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tpilite"
+
+
+def _token(args: argparse.Namespace, *, make: bool) -> str:
+    if args.token is not None:
+        return checked_token(args.token, "--token")
+    if "TPILITE_TOKEN" in os.environ:
+        return checked_token(os.environ["TPILITE_TOKEN"], "TPILITE_TOKEN")
+    config = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    token = kept_token(config / "tpilite" / "token", make=make)
+    if token is None:
+        raise ConfigError("the cluster's token is missing: give --token, as rank 0 shows it at its start")
+    return token
+
+
+def _ratio(text: str) -> tuple[float, ...]:
+    """The shares in a text like 2,1,1."""
+    return tuple(float(share) for share in text.split(","))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tpilite-node",
+        description="Runs a Llama model on this machine, or together with others as one of its ranks.",
+        epilog="The new text goes to stdout, everything else to stderr. Exit codes: 0 done, 2 something is "
+        "wrong with what was asked for or with a file, 3 a peer was lost or misbehaved, 130 interrupted.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"tpilite {__version__}")
+    parser.add_argument("--verbose", action="store_true", help="log what happens in detail")
+
+    model = parser.add_argument_group("the model")
+    model.add_argument(
+        "--model_path", metavar="DIR", help="a Hugging Face folder of a Llama model, or 'fable', which ships"
+    )
+    model.add_argument("--model_type", metavar="TYPE", help="llama, the only type there is")
+    model.add_argument("--use_gpu", action="store_true", help="refused: tpilite computes on the CPU")
+    model.add_argument("--threads", type=int, metavar="N", help="threads to compute with (physical cores)")
+
+    cluster = parser.add_argument_group("the cluster")
+    cluster.add_argument("--world_size", type=int, metavar="N", help="ranks in all; this is rank 0 (1)")
+    cluster.add_argument("--local", type=int, metavar="N", help="N ranks, all of them on this machine")
+    cluster.add_argument("--join", metavar="HOST[:PORT]", help="work for the rank 0 there; needs no model")
+    cluster.add_argument("--rank", type=int, metavar="I", help="the rank to have (a free one)")
+    cluster.add_argument("--master_addr", metavar="HOST", help="where rank 0 is, for a start with --rank")
+    cluster.add_argument(
+        "--token", metavar="T", help="the cluster's secret (TPILITE_TOKEN, or made and kept)"
+    )
+    cluster.add_argument("--broadcast_port", type=int, default=PORT, metavar="P", help="(%(default)s)")
+    cluster.add_argument("--file_port", type=int, default=29600, metavar="P", help="for slices (%(default)s)")
+    cluster.add_argument("--ratio", type=_ratio, metavar="2,1,1", help="the ranks' shares of the work (even)")
+    cluster.add_argument(
+        "--save_dir", type=Path, metavar="DIR", help="where slices are, from the model's folder (split)"
+    )
+    cluster.add_argument("--split_bin", action="store_true", help="slice the model anew")
+    cluster.add_argument(
+        "--split_only", action="store_true", help="slice the model for --world_size ranks, and end"
+    )
+    cluster.add_argument("--force_download", action="store_true", help="fetch this rank's slices anew")
+    cluster.add_argument(
+        "--timeout", type=float, default=10.0, metavar="S", help="longest silence of a rank (%(default)s s)"
+    )
+    cluster.add_argument(
+        "--rejoin_timeout", type=float, metavar="S", help="longest wait for a lost rank (for ever)"
+    )
+    cluster.add_argument("--once", action="store_true", help="a worker ends with its session")
+    cluster.add_argument("--until_eof", action="store_true", help=argparse.SUPPRESS)
+    cluster.add_argument(
+        "--allreduce", default="auto", choices=("auto", *WAYS), help="how ranks sum (%(default)s)"
+    )
+    cluster.add_argument(
+        "--payload", default="f32", choices=tuple(CODECS), help="numbers on the wire (%(default)s)"
+    )
+    cluster.add_argument(
+        "--tls_cert", type=Path, metavar="PEM", help="TLS on all connections: this node's certificate,"
+    )
+    cluster.add_argument("--tls_key", type=Path, metavar="PEM", help="its key,")
+    cluster.add_argument(
+        "--tls_ca", type=Path, metavar="PEM", help="and the authority that signed all nodes' ones"
+    )
+
+    text = parser.add_argument_group("the text")
+    text.add_argument(
+        "--prompt",
+        metavar="TEXT",
+        help="the text to continue; without it stdin is read, or a chat begins on a terminal",
+    )
+    text.add_argument("--prefix", default="", metavar="TEXT", help="put before every prompt")
+    text.add_argument("--lines", action="store_true", help="every line of stdin is a prompt of its own")
+    text.add_argument("--chat", action="store_true", help="the prompt is a message to a chat model")
+    text.add_argument("--system", metavar="TEXT", help="what a chat model is told before everything else")
+    text.add_argument("--echo", action="store_true", help="show the prompt before the new text")
+    text.add_argument("--length", type=int, metavar="N", help="the most new tokens (until the text ends)")
+    text.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="ends the text where it appears; repeatable",
+    )
+    text.add_argument("--stats", type=Path, metavar="FILE", help="write the figures of the text as JSON")
+
+    choice = parser.add_argument_group("the choice of tokens")
+    defaults = SamplingParams()
+    choice.add_argument(
+        "--temperature",
+        type=float,
+        default=defaults.temperature,
+        metavar="X",
+        help="0 is greedy (%(default)s)",
+    )
+    choice.add_argument(
+        "--k",
+        type=int,
+        default=defaults.k,
+        metavar="N",
+        help="choose among the N best; 0 for all (%(default)s)",
+    )
+    choice.add_argument(
+        "--p",
+        type=float,
+        default=defaults.p,
+        metavar="X",
+        help="and the likeliest that reach X (%(default)s)",
+    )
+    choice.add_argument(
+        "--min_p", type=float, default=defaults.min_p, metavar="X", help="and X times the best (%(default)s)"
+    )
+    choice.add_argument(
+        "--repetition_penalty",
+        type=float,
+        default=defaults.repetition_penalty,
+        metavar="X",
+        help="above 1, tokens that were there become less likely (%(default)s)",
+    )
+    choice.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text (random)")
+    return parser
