@@ -411,6 +411,24 @@ def test_the_same_over_tls(tls: tuple[ssl.SSLContext, ssl.SSLContext], pool: Thr
         client.close()
 
 
+def test_a_tls_channel_that_is_shut_down_gives_no_bytes(
+    tls: tuple[ssl.SSLContext, ssl.SSLContext], pool: ThreadPoolExecutor
+) -> None:
+    """What came encrypted must not pass for the rest of an array when another thread ends the channel."""
+    with listener() as server:
+        accepted = pool.submit(accept_one, server, tls=tls[0])
+        client = connect(server.getsockname(), TOKEN, timeout_s=10, tls=tls[1])
+        with contextlib.closing(accepted.result()) as served, contextlib.closing(client):
+            served.send(wire.Barrier())
+            assert client.receive()[0] == wire.Barrier()
+            reading = pool.submit(client.receive)
+            time.sleep(0.05)
+            client.shutdown("rank 1 is gone")
+            with pytest.raises(PeerLost, match="rank 1 is gone"):
+                reading.result()
+            assert client._sock._sslobj is not None
+
+
 def test_without_tls_a_tls_port_gives_nothing(
     tls: tuple[ssl.SSLContext, ssl.SSLContext], pool: ThreadPoolExecutor
 ) -> None:

@@ -3,8 +3,10 @@
 import contextlib
 import logging
 import shutil
+import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -386,6 +388,69 @@ def test_while_a_group_runs_nobody_else_gets_in_but_the_lost_rank_does_after() -
                 join(address(cluster.lobby), SECURITY, timeout_s=0.2)
             with join(address(cluster.lobby), SECURITY, rank=1) as other:
                 assert other.rank == 1
+
+
+WORKER = """
+import sys
+from tpilite.errors import PeerLost
+from tpilite.net.auth import Security
+from tpilite.net.group import GroupEnded
+from tpilite.net.seat import join
+import numpy as np
+
+while True:
+    try:
+        with join(("127.0.0.1", int(sys.argv[1])), Security("a token"), rank=int(sys.argv[2])) as seat:
+            with seat.wait_for_group({}) as group:
+                while True:
+                    n = group.broadcast(None).header["n"]
+                    group.all_reduce(np.full(n, group.rank + 1, np.float32))
+    except GroupEnded:
+        break
+    except PeerLost as error:
+        print(error, flush=True)
+"""
+
+
+@contextlib.contextmanager
+def worker_process(lobby: Lobby, rank: int) -> Iterator["subprocess.Popen[str]"]:
+    command = [sys.executable, "-c", WORKER, str(lobby.port), str(rank)]
+    root = Path(__file__).resolve().parents[1]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root)
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_processes_that_are_killed_and_frozen() -> None:
+    with lobby_of(3, terms={}, timeout_s=1.0, allreduce="auto") as lobby, contextlib.ExitStack() as stack:
+        workers = {rank: stack.enter_context(worker_process(lobby, rank)) for rank in (1, 2)}
+        for harm, text in (
+            (signal.SIGKILL, "rank 2 at .*(closed|broke)"),
+            (signal.SIGSTOP, "was silent for 1 s"),
+        ):
+            with lobby.wait_for_group(LONG_S) as group:
+                group.broadcast(Message({"n": 100}))
+                assert (group.all_reduce(np.ones(100, np.float32)) == 6).all()
+                workers[2].send_signal(harm)
+                with pytest.raises(RankLost, match=text) as caught:
+                    ask_for_sums(group)
+                assert caught.value.rank == 2
+            assert workers[1].stdout is not None
+            assert "rank 2" in workers[1].stdout.readline()
+            workers[2].kill()
+            workers[2] = stack.enter_context(worker_process(lobby, 2))
+        with lobby.wait_for_group(LONG_S):
+            pass
+        assert [worker.wait(30) for worker in workers.values()] == [0, 0]
+
+
+def ask_for_sums(group: Group) -> None:
+    while True:
+        group.broadcast(Message({"n": 100}))
+        group.all_reduce(np.ones(100, np.float32))
 
 
 def test_a_worker_lost_while_it_prepares_leaves_its_place(caplog: pytest.LogCaptureFixture) -> None:

@@ -153,18 +153,21 @@ class Channel:
 
     def end_sends(self) -> None:
         """Tells the peer that nothing follows what was sent; receiving goes on."""
-        with contextlib.suppress(OSError):  # it has ended already
-            self._sock.shutdown(socket.SHUT_WR)
+        self._shut(socket.SHUT_WR)
 
     def shutdown(self, reason: str) -> None:
         """Ends the connection: whoever waits on it gets `PeerLost` with the first reason given."""
         self._reason = self._reason or reason
-        with contextlib.suppress(OSError):  # the peer or another thread was faster
-            self._sock.shutdown(socket.SHUT_RDWR)
+        self._shut(socket.SHUT_RDWR)
 
     def close(self) -> None:
         self.shutdown("this node closed the connection")
         self._sock.close()
+
+    def _shut(self, how: int) -> None:
+        # Not by a TLS socket's own method: that one would have the next read return what is not decrypted.
+        with contextlib.suppress(OSError):  # the peer or another thread was faster
+            socket.socket.shutdown(self._sock, how)
 
     def _next_frame(self, deadline_s: float | None) -> tuple[wire.Header, memoryview]:
         decoder = self._decoder
@@ -301,8 +304,8 @@ class TlsChannel(Channel):
                 pass
             except ssl.SSLWantWriteError:
                 event = select.POLLOUT
-            except (OSError, ValueError) as error:  # ValueError: unwrapped by a shutdown
-                raise self._lost(error if isinstance(error, OSError) else None, where) from error
+            except OSError as error:
+                raise self._lost(error, where) from error
             else:
                 if n_bytes == 0:
                     raise self._lost(None, where)

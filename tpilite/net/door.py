@@ -26,6 +26,7 @@ HANDSHAKE_S = 5.0
 _MAX_UNPROVEN = 32
 # One line for each stranger, but no more than these in a window: a port scan must not fill a disk.
 _LOG_LINES, _LOG_WINDOW_S = 5, 60.0
+_ACCEPT_PAUSE_S = 0.1
 
 
 class Door:
@@ -39,10 +40,11 @@ class Door:
     ) -> None:
         self._security, self._on_guest = security, on_guest
         self._listener = _listen(address)
+        self._listener.setblocking(False)
         self.port = int(self._listener.getsockname()[1])
         self._wake, self._woken = socket.socketpair()
         self._lock = threading.Lock()
-        self._unproven: dict[socket.socket, threading.Thread] = {}
+        self._unproven: dict[threading.Thread, socket.socket] = {}
         self._threads: set[threading.Thread] = set()
         self._log_window_s, self._n_logged = 0.0, 0
         self._thread = threading.Thread(target=self._run, name=f"door {self.port}", daemon=True)
@@ -53,7 +55,7 @@ class Door:
         self._thread.join()
         with self._lock:
             threads = list(self._threads)
-            for handle in self._unproven:
+            for handle in self._unproven.values():
                 _shutdown(handle)
         for thread in threads:
             thread.join()
@@ -68,32 +70,42 @@ class Door:
             if any(fd == self._woken.fileno() for fd, _ in poll.poll()):
                 return
             try:
-                sock, address = self._listener.accept()
-                handle = sock.dup()
-            except OSError as error:  # the stranger has gone again, or no file descriptors are left
-                log.warning("a connection could not be accepted: %s", error.strerror)
-                time.sleep(0.05)
+                sock, handle, address = self._accept()
+            except BlockingIOError:  # the stranger has gone again
+                continue
+            except OSError as error:  # no file descriptors are left, for which there is only waiting
+                self._log("a stranger", error)
+                time.sleep(_ACCEPT_PAUSE_S)
                 continue
             peer = format_address((address[0].removeprefix("::ffff:"), address[1]))
             thread = threading.Thread(target=self._serve, args=(sock, handle, peer), name=peer, daemon=True)
             with self._lock:
                 while len(self._unproven) >= _MAX_UNPROVEN:
                     oldest = next(iter(self._unproven))
-                    _shutdown(oldest)
-                    del self._unproven[oldest]
-                self._unproven[handle] = thread
+                    _shutdown(self._unproven.pop(oldest))
+                self._unproven[thread] = handle
                 self._threads.add(thread)
             thread.start()
+
+    def _accept(self) -> tuple[socket.socket, socket.socket, Address]:
+        """A connection, a second handle by which it can be ended whoever holds the first, and its address."""
+        sock, address = self._listener.accept()
+        try:
+            return sock, sock.dup(), address
+        except OSError:
+            sock.close()
+            raise
 
     def _serve(self, sock: socket.socket, handle: socket.socket, peer: str) -> None:
         deadline_s = time.monotonic() + HANDSHAKE_S
         tls = self._security.server_tls
+        me = threading.current_thread()
         try:
             channel = accept(sock, peer, self._security.token, timeout_s=HANDSHAKE_S, tls=tls)
             try:
                 header, _ = channel.receive(deadline_s)
                 with self._lock:
-                    self._unproven.pop(handle, None)
+                    self._unproven.pop(me, None)
                 self._on_guest(channel, header)
             except BaseException:
                 channel.close()
@@ -101,12 +113,12 @@ class Door:
         except (PeerLost, ProtocolError) as error:
             self._log(peer, error)
         finally:
-            handle.close()
             with self._lock:
-                self._unproven.pop(handle, None)
-                self._threads.discard(threading.current_thread())
+                self._unproven.pop(me, None)
+                self._threads.discard(me)
+            handle.close()
 
-    def _log(self, peer: str, error: TpiliteError) -> None:
+    def _log(self, peer: str, error: TpiliteError | OSError) -> None:
         with self._lock:
             now_s = time.monotonic()
             if now_s - self._log_window_s > _LOG_WINDOW_S:
