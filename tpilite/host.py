@@ -6,6 +6,7 @@ survivors join again for their places, so that a group forms as soon as the miss
 
 import logging
 import socket
+import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,6 +16,7 @@ from tpilite.checkpoint import Checkpoint
 from tpilite.cluster import security_of, terms_of
 from tpilite.config import ClusterConfig, EngineConfig, LlamaConfig
 from tpilite.errors import PeerLost, SliceError
+from tpilite.net.group import RankLost, RankZero
 from tpilite.net.lobby import Lobby
 from tpilite.net.slice_server import SliceServer
 from tpilite.partition import EMBEDDING, Partition
@@ -24,11 +26,14 @@ from tpilite.tensor_file import StoredTensor
 
 logger = logging.getLogger(__name__)
 
-# What a user of a worker changes where its slices are not those of rank 0.
+# What a user of a worker changes where it has not what rank 0 has.
 _ADVICE = {
-    "model": "this node's slices are of another model: use --force_download or another --save_dir",
-    "partition": "this node's slices are of another world size or ratio: use --force_download",
+    "model": "it is another model: take away --model_path, or replace its slices with --force_download",
+    "partition": "its slices are of another world size or ratio: replace them with --force_download",
 }
+
+# Ranks that come back within this time are not worth a line, and a user who waits wants one at times.
+_SETTLE_S, _REMIND_S = 1.0, 60.0
 
 
 class Host:
@@ -80,7 +85,7 @@ class Host:
             for rank in others:
                 self._server.publish(rank, node_folder(save_dir, rank))
             slices = stack.enter_context(SliceFolder(node_folder(save_dir, 0)))
-            group = self._lobby.wait_for_group()
+            group = self._whole_group(None)
             self.rank = stack.enter_context(
                 Rank(self.config, source.with_embedding(slices.tensors), 0, group, engine)
             )
@@ -98,8 +103,27 @@ class Host:
 
     def recover(self, lost: PeerLost) -> None:
         """Waits until the group is whole again, to go on in it. Raises `PeerLost` if that takes too long."""
-        logger.warning("%s; waiting until the group is whole again", lost)
-        self.rank.regroup(self._lobby.wait_for_group(self._cluster.rejoin_timeout_s))
+        who = f"rank {lost.rank}" if isinstance(lost, RankLost) else "everyone"
+        logger.warning("the text goes on when %s is back; what has ended there must be started again", who)
+        self.rank.regroup(self._whole_group(self._cluster.rejoin_timeout_s))
+
+    def _whole_group(self, timeout_s: float | None) -> RankZero:
+        """The group of all ranks; says who is waited for."""
+        started_s = time.monotonic()
+        told, told_s = "", started_s
+        while True:
+            left_s = _SETTLE_S if timeout_s is None else started_s + timeout_s - time.monotonic()
+            try:
+                return self._lobby.wait_for_group(min(_SETTLE_S, left_s), on_change=lambda _: None)
+            except PeerLost:
+                now_s, waiting = time.monotonic(), _describe(self._lobby.states)
+                if timeout_s is not None and left_s <= _SETTLE_S:
+                    raise PeerLost(
+                        f"gave up after {timeout_s:g} s: {waiting}; --rejoin_timeout sets how long to wait"
+                    ) from None
+                if waiting != told or now_s - told_s > _REMIND_S:
+                    logger.info("waiting: %s", waiting)
+                    told, told_s = waiting, now_s
 
     def close(self) -> None:
         """Ends the session of every rank, closes the ports and frees what is held."""
@@ -123,6 +147,18 @@ def own_address() -> str:
             return str(sock.getsockname()[0])
         except OSError:
             return socket.gethostname()
+
+
+def _describe(states: Mapping[int, str]) -> str:
+    """ "rank 1 is preparing; ranks 2, 4 are missing" """
+    parts = []
+    for state in ("preparing", "missing"):
+        ranks = [str(rank) for rank, found in states.items() if found == state]
+        if ranks:
+            parts.append(
+                f"rank{'s' * (len(ranks) > 1)} {', '.join(ranks)} {'are' if ranks[1:] else 'is'} {state}"
+            )
+    return "; ".join(parts)
 
 
 class _Source:

@@ -273,6 +273,9 @@ class Group:
             self._failure = error
             self.failed_s = time.monotonic()
         self._settled.set()
+        # At once, as its user may be about to ask for something; a worker is told as it joins again.
+        if self.rank == 0 and not isinstance(error, GroupEnded):
+            log.warning("%s", error)
         return True
 
     def _cut(self, reason: str) -> None:

@@ -99,7 +99,10 @@ class Seat:
     def __enter__(self) -> "Seat":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        # Its own failures: rank 0 knows all others.
+        if self._group is None and isinstance(error, TpiliteError) and self._failure is None:
+            self._control.say(wire.Error(str(error)))
         self.close()
 
     def check(self) -> None:

@@ -123,6 +123,7 @@ class _Fetch:
         self._buffers = [memoryview(bytearray(_BUFFER_BYTES)) for _ in range(2)]
         self._hasher = ThreadPoolExecutor(1, "slice-hash")
         self._verified = _Verified(folder)
+        self._is_checking = False
         # Bytes of whole files, the same with what there is of the current one, of all, and from the network.
         self._done_bytes = self._reached_bytes = self._total_bytes = self._received_bytes = 0
         self._samples: deque[tuple[float, int]] = deque(maxlen=_RATE_WINDOW)
@@ -307,7 +308,9 @@ class _Fetch:
         path = self._folder / name
         have = self._verified.has(name, entry)
         if not have and path.is_file() and path.stat().st_size == entry.size:
-            _log.info("checking %s", path)
+            if not self._is_checking:
+                self._is_checking = True
+                _log.info("checking the slices in %s", self._folder)
             with path.open("rb", buffering=0) as file:
                 have = self._hash(file).hexdigest() == entry.sha256
             if have:
