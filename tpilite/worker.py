@@ -3,12 +3,14 @@
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tpilite.checkpoint import Checkpoint
 from tpilite.cluster import security_of, terms_of
 from tpilite.collective import Solo
 from tpilite.config import ClusterConfig, EngineConfig
@@ -25,6 +27,11 @@ logger = logging.getLogger(__name__)
 # How long a worker that holds another rank's slices waits for that rank's place before it takes any.
 _PREFER_S = 3.0
 
+# Without a sign of the server for this long it asks for its place again, which says who is not there.
+_PATIENCE_S = 10.0
+
+_NODE = re.compile(r"node_([1-9][0-9]{0,5})")
+
 
 @dataclass(frozen=True)
 class WorkerOptions:
@@ -32,6 +39,7 @@ class WorkerOptions:
 
     save_dir: Path | None = None  # None: a folder of its own for every model and partition, below `cache`
     cache: Path = Path("slices")
+    model: Path | None = None  # a folder that may have the model, which is then to be that of rank 0
     rank: int | None = None
     force_download: bool = False
     once: bool = False
@@ -46,6 +54,7 @@ class Worker:
     ) -> None:
         self._address, self._cluster, self._engine, self._options = address, cluster, engine, options
         self._security = security_of(cluster)
+        self._terms = _known_terms(options.model)
         self._force = options.force_download
         self._manifest: Manifest | None = None
         self._rank: Rank | None = None
@@ -70,7 +79,11 @@ class Worker:
 
     def _work(self, seat: Seat) -> None:
         folder = self._save_dir(seat.info)
-        manifest = self._fetch(seat, folder)
+        try:
+            manifest = self._fetch(seat, folder)
+        except PeerLost:
+            seat.check()  # knows better why, if rank 0 has ended the session
+            raise
         if self._rank is None or manifest != self._manifest:
             self._held.close()
             slices = self._held.enter_context(SliceFolder(node_folder(folder, seat.rank)))
@@ -87,30 +100,40 @@ class Worker:
 
     def _join(self, wish: int | None) -> Seat:
         """A seat, for the rank whose slices are here already where that can be had."""
-        seat = join(self._address, self._security, rank=wish)
+        if wish != self._options.rank:
+            try:
+                return self._ask(wish)
+            except ConfigError as refused:  # rank 0 may have been started for fewer ranks meanwhile
+                logger.debug("%s", refused)
+        seat = self._ask(self._options.rank)
         held = self._held_ranks(self._save_dir(seat.info))
         if self._options.rank is not None or seat.rank in held:
             return seat
         for rank in held:
             seat.close()
             try:
-                return join(self._address, self._security, rank=rank, timeout_s=_PREFER_S)
+                return self._ask(rank, timeout_s=_PREFER_S)
             except (PeerLost, ConfigError):
-                seat = join(self._address, self._security, rank=wish)
+                seat = self._ask(None)
         return seat
+
+    def _ask(self, rank: int | None, timeout_s: float | None = None) -> Seat:
+        return join(self._address, self._security, terms=self._terms, rank=rank, timeout_s=timeout_s)
 
     def _fetch(self, seat: Seat, folder: Path) -> Manifest:
         """The manifest of this rank's slices, which are on this disk now."""
         node = node_folder(folder, seat.rank)
         terms = {name: seat.info.get(name) for name in ("model", "partition")}
         found = Manifest.read(node) if (node / MANIFEST_NAME).exists() and not self._force else None
-        if found is not None and terms_of(found.fingerprint, found.partition) != terms:
+        fits = found is None or terms_of(found.fingerprint, found.partition) == terms
+        # In the cache, a folder's name says what belongs into it: what does not is simply replaced.
+        if not fits and self._options.save_dir is not None:
             raise SliceError(
                 f"{node} holds slices of another model, world size or ratio than rank 0's: "
                 "replace them with --force_download, or give another --save_dir"
             )
         if seat.rank not in seat.info.get("served", ()):
-            if found is None:
+            if found is None or not fits:
                 raise SliceError(f"rank 0 has no slices for rank {seat.rank}: bring them to {node}")
             return found
         fetch_slices(
@@ -122,6 +145,7 @@ class Worker:
             force=self._force,
             tls=self._security.client_tls,
             progress=self._options.progress,
+            patience_s=_PATIENCE_S,
         )
         self._force = False
         return Manifest.read(node)
@@ -134,9 +158,16 @@ class Worker:
 
     @staticmethod
     def _held_ranks(folder: Path) -> list[int]:
-        return sorted(
-            int(path.parent.name.removeprefix("node_")) for path in folder.glob(f"node_*/{MANIFEST_NAME}")
-        )
+        names = [_NODE.fullmatch(path.parent.name) for path in folder.glob(f"node_*/{MANIFEST_NAME}")]
+        return sorted(int(name[1]) for name in names if name)
+
+
+def _known_terms(folder: Path | None) -> dict[str, Any]:
+    """What this node knows of rank 0's terms before it joins: which model it is, where it has one itself."""
+    if folder is None or not any(folder.glob("*.safetensors")):
+        return {}
+    with Checkpoint(folder) as checkpoint:
+        return {"model": checkpoint.fingerprint}
 
 
 def _port(info: Mapping[str, Any]) -> int:
