@@ -12,8 +12,9 @@ from types import TracebackType
 
 logger = logging.getLogger(__name__)
 
-# A worker that dies at once would otherwise be started in a tight loop.
-_RESTART_S = 1.0
+# A worker that dies at once, and again, is started ever more rarely: it has said why, and may never work.
+_RESTART_S, _MAX_RESTART_S = 1.0, 30.0
+_HEALTHY_S = 10.0
 
 # Workers leave by themselves when rank 0 closes its connection to them; then they are made to.
 _LEAVE_S = 5.0
@@ -40,6 +41,9 @@ class LocalWorkers:
         ]
         for watcher in self._watchers:
             watcher.start()
+        if n:
+            pids = ", ".join(f"rank {rank} is process {pid}" for rank, pid in self.pids.items())
+            logger.info("on this machine, %s", pids)
 
     def _start(self, rank: int) -> "subprocess.Popen[bytes]":
         return subprocess.Popen(
@@ -51,16 +55,27 @@ class LocalWorkers:
         )
 
     def _watch(self, rank: int) -> None:
+        delay_s = _RESTART_S
         while not self._closing.is_set():
+            started_s = time.monotonic()
             code = self._processes[rank].wait()
-            if self._closing.wait(_RESTART_S):
+            if code == 0:  # its session has ended: rank 0 is about to
                 return
+            delay_s = _RESTART_S if time.monotonic() - started_s > _HEALTHY_S else delay_s
+            if self._closing.wait(delay_s):
+                return
+            delay_s = min(2 * delay_s, _MAX_RESTART_S)
             with self._lock:
                 if self._closing.is_set():
                     return
-                logger.warning("rank %d ended (exit code %d); starting it again", rank, code)
                 _close(self._processes[rank])
                 self._processes[rank] = self._start(rank)
+                logger.warning(
+                    "rank %d ended (exit code %d) and is started again, as process %d",
+                    rank,
+                    code,
+                    self._processes[rank].pid,
+                )
 
     @property
     def pids(self) -> dict[int, int]:
