@@ -323,6 +323,22 @@ def test_another_frame_than_the_expected_one_does_not_hang(
         left.receive_frame(HEAD, bytearray(len(HEAD)), np.zeros(3, np.float32), [])
 
 
+def test_another_frame_in_pieces_does_not_hang(pool: ThreadPoolExecutor) -> None:
+    a, b = socket.socketpair()
+    frame = wire.encode(wire.Reduce("f16"), 6)
+
+    def send() -> None:
+        for i in range(len(frame)):
+            b.sendall(frame[i : i + 1])
+            time.sleep(0.001)
+
+    with contextlib.closing(Channel(a, "peer")) as receiver, b:
+        sending = pool.submit(send)
+        with pytest.raises(ProtocolError, match=r"found Reduce\(payload='f16'\) with 6 bytes"):
+            receiver.receive_frame(HEAD, bytearray(len(HEAD)), np.zeros(3, np.float32), [])
+        sending.result()
+
+
 def test_both_may_send_more_than_the_kernel_holds(
     pair: tuple[Channel, Channel], pool: ThreadPoolExecutor
 ) -> None:

@@ -353,6 +353,17 @@ def test_a_slow_rank_is_waited_for() -> None:
         assert [(future.result() == 6).all() for future in summing] == [True] * 3
 
 
+def test_what_was_sent_before_a_clean_end_is_received_after_it() -> None:
+    with Cluster(2) as cluster:
+        cluster.hub.broadcast(Message({"n": 1}))
+        closing = cluster.pool.submit(cluster.hub.close)
+        until(lambda: cluster.workers[1].failure is not None)
+        assert cluster.workers[1].broadcast(None).header == {"n": 1}
+        with pytest.raises(GroupEnded, match="rank 0 ended the session"):
+            cluster.workers[1].broadcast(None)
+        closing.result()
+
+
 def test_a_worker_that_leaves_is_not_a_crash_but_ends_the_group() -> None:
     with Cluster(3) as cluster:
         summing = cluster.start(sum_of_ranks, 0, 2)
