@@ -29,6 +29,7 @@ from tpilite.options import (
     cluster_config,
     engine_config,
     number_of,
+    own_save_dir,
     parse,
     sampling_params,
     save_dir_of,
@@ -54,9 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="replace")
+    # Ranks that rank 0 started on its own terminal leave the telling to it, unless something is wrong.
+    usual = logging.WARNING if args.until_eof else logging.INFO
     logging.basicConfig(
-        level=logging.DEBUG if args.verbose else logging.INFO,
-        format="tpilite: %(message)s",
+        level=logging.DEBUG if args.verbose else usual,
+        format=f"tpilite{'' if args.rank is None else f', rank {args.rank}'}: %(message)s",
         stream=sys.stderr,
     )
     signal.signal(signal.SIGTERM, _terminate)
@@ -94,19 +97,25 @@ def run(args: argparse.Namespace) -> int:
     if args.model_type not in (None, "llama"):
         raise ConfigError(f"--model_type {args.model_type} is not supported; expected llama")
     rank = number_of(args.rank, "RANK")
-    world_size = number_of(args.world_size, "WORLD_SIZE") or 1
+    world_size = number_of(args.world_size, "WORLD_SIZE")
+    if rank is not None and rank < 0:
+        raise ConfigError(f"a rank must be a whole number from 0, found {rank}")
+    if args.local is not None:
+        if args.world_size not in (None, args.local):
+            raise ConfigError(
+                f"--local {args.local} and --world_size {args.world_size} differ: give only one"
+            )
+        world_size = args.local
     master = args.join or args.master_addr or os.environ.get("MASTER_ADDR")
     if args.join or (rank or 0) > 0:
         return work(args, master, rank)
     if args.model_path is None:
         raise ConfigError("--model_path is missing: give a model's folder, or 'fable' for the one that ships")
     params, folder = sampling_params(args), find_model(args.model_path)
-    if args.local is not None:
-        world_size = args.local
     if args.split_only:
-        return split(args, folder, world_size)
-    if world_size == 1:
-        with LLM(folder, threads=args.threads) as llm:
+        return split(args, folder, world_size or 1)
+    if world_size in (None, 1):
+        with LLM(folder, threads=args.threads, kv_dtype=args.kv_dtype) as llm:
             return converse_or_complete(llm, args, params)
     with ExitStack() as stack:
         host = stack.enter_context(hosted(args, folder, world_size, stack))
@@ -126,8 +135,9 @@ def work(args: argparse.Namespace, master: str | None, rank: int | None) -> int:
     folder = None if args.model_path is None else find_model(args.model_path)
     with progress_bar("fetching slices") as bar:
         options = WorkerOptions(
-            save_dir=save_dir_of(args, folder) if folder or args.save_dir else None,
+            save_dir=own_save_dir(args, folder),
             cache=cache_folder() / "slices",
+            model=folder,
             rank=rank,
             force_download=args.force_download,
             once=args.once,
@@ -151,6 +161,7 @@ def hosted(args: argparse.Namespace, folder: Path, world_size: int, stack: ExitS
             print(_invitation(host, cluster), file=sys.stderr)
             return
         options = ["--join", f"127.0.0.1:{host.broadcast_port}", "--threads", str(threads), "--once"]
+        options += ["--kv_dtype", args.kv_dtype]
         options += ["--save_dir", str(save_dir)]
         for name in ("tls_cert", "tls_key", "tls_ca"):
             if getattr(args, name) is not None:
@@ -175,6 +186,10 @@ def split(args: argparse.Namespace, folder: Path, world_size: int) -> int:
     with Checkpoint(folder) as checkpoint, progress_bar("slicing the model") as bar:
         partition = Partition.of(checkpoint.config, world_size, args.ratio)
         ensure_slices(checkpoint, partition, save_dir, force=args.split_bin, progress=bar)
+    print(
+        "tpilite: carry each node_I to the machine of rank I, into the folder named there with --save_dir",
+        file=sys.stderr,
+    )
     for rank in range(world_size):
         print(node_folder(save_dir, rank))
     return 0
@@ -199,8 +214,10 @@ def complete(llm: Session, args: argparse.Namespace, params: SamplingParams) -> 
         if args.echo:
             sys.stdout.write(prompt)
         with Interrupt().heard() as interrupt:
-            completion = answer(llm, request, sys.stdout, interrupt)
-        print(flush=True)
+            try:
+                completion = answer(llm, request, sys.stdout, interrupt)
+            finally:
+                print(flush=True)
         _report(args, completion)
         if interrupt.wished:
             return INTERRUPTED

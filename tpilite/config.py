@@ -178,12 +178,16 @@ class LlamaConfig:
         return cls.from_hf(read_json(folder / "config.json"), generation)
 
 
+KV_DTYPES = ("f32", "f16")
+
+
 @dataclass(frozen=True)
 class EngineConfig:
     """How a rank works: what it may use, and how much of a prompt goes into one pass."""
 
     threads: int | None = None  # None: one per physical core
     max_rows: int = 256  # more gain little speed and cost activations of [T, F] floats
+    kv_dtype: str = "f32"  # or "f16": half the memory of keys and values, rounded to 11 bits
 
     def __post_init__(self) -> None:
         for name in ("threads", "max_rows"):

@@ -140,8 +140,10 @@ class LLM(Session):
     Raises `CheckpointError` and `ConfigError` for a folder that cannot be used.
     """
 
-    def __init__(self, model_path: str | PathLike[str], *, threads: int | None = None) -> None:
-        engine = EngineConfig(threads=threads)
+    def __init__(
+        self, model_path: str | PathLike[str], *, threads: int | None = None, kv_dtype: str = "f32"
+    ) -> None:
+        engine = EngineConfig(threads=threads, kv_dtype=kv_dtype)
         folder = find_model(model_path)
         with ExitStack() as stack:
             checkpoint = stack.enter_context(Checkpoint(folder))

@@ -10,7 +10,7 @@ together are the two `all_reduce` of each layer.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from tpilite.collective import Collective
 from tpilite.config import LlamaConfig
-from tpilite.kv_cache import KVCache
-from tpilite.linear import Matrix
+from tpilite.kv_cache import Kept, KVCache
+from tpilite.linear import FLOAT16_LIFT, Matrix, float16_bits
 from tpilite.ops import rms_norm, rope_frequencies, rope_table, rotate, silu, softmax
 
 Array = NDArray[np.float32]
@@ -28,6 +28,12 @@ Array = NDArray[np.float32]
 # Scores are [H, T, S] floats; a tile of query rows keeps them within this, so that a long prompt costs
 # no more memory than a short one.
 _SCORE_BYTES = 8 << 20
+
+# float16 keys and values are widened in pieces that stay in any second-level cache.
+_WIDENED_BYTES = 256 << 10
+
+# Attention over fewer products than this is done before other threads have woken up for it.
+_SHARED_FROM = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -55,9 +61,15 @@ class LlamaWeights:
 
 
 class Linear(Protocol):
-    """y = x W^T + b for each of the matrices: `linear.Linear`, or a plain reference in the tests."""
+    """What computes: `linear.Linear`, or a plain reference in the tests."""
 
-    def __call__(self, x: Array, *matrices: Matrix) -> list[Array]: ...
+    def __call__(self, x: Array, *matrices: Matrix) -> list[Array]:
+        """y = x W^T + b for each of the matrices."""
+        ...
+
+    def share(self, n: int, work: Callable[[int, int], None]) -> None:
+        """Calls `work(start, stop)` on ranges that make up 0 to n, maybe at once."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -72,19 +84,26 @@ class Llama:
     """One rank's share of a Llama model."""
 
     def __init__(
-        self, config: LlamaConfig, weights: LlamaWeights, collective: Collective, linear: Linear
+        self,
+        config: LlamaConfig,
+        weights: LlamaWeights,
+        collective: Collective,
+        linear: Linear,
+        kv_dtype: type = np.float32,
     ) -> None:
         self.config = config
         self.weights = weights
         self.collective = collective
         self.linear = linear
+        self.kv_dtype = kv_dtype
         self._frequencies = rope_frequencies(config)
 
     def new_cache(self) -> KVCache:
         """An empty cache for one sequence, for the KV heads of this rank."""
         head_dim = self.config.head_dim
         n_kv_heads = self.weights.layers[0].k_proj.n_rows // head_dim
-        return KVCache(len(self.weights.layers), n_kv_heads, head_dim, self.config.max_position_embeddings)
+        max_length = self.config.max_position_embeddings
+        return KVCache(len(self.weights.layers), n_kv_heads, head_dim, max_length, self.kv_dtype)
 
     def forward(self, x: Array, segments: Sequence[Segment]) -> Array:  # [T, D] -> [T, D]
         """The last layer's hidden states for the embedded rows `x`, which is overwritten.
@@ -128,10 +147,24 @@ class Llama:
         for segment in segments:
             rows = slice(start, start + segment.n_rows)
             keys, values = segment.cache.append(layer, k[rows], v[rows])
-            attend(q[rows], keys, values, out=heads[rows])
+            self._attend(q[rows], keys, values, heads[rows])
             start += segment.n_rows
         (y,) = self.linear(heads.reshape(n_rows, -1), w.o_proj)
         return y
+
+    def _attend(self, q: Array, keys: Kept, values: Kept, out: Array) -> None:
+        """`attend`, its KV heads shared out to the threads where that pays."""
+        n_kv_heads = keys.shape[0]
+        if n_kv_heads < 2 or q.size * keys.shape[1] < _SHARED_FROM:
+            attend(q, keys, values, out)
+            return
+        n_groups = q.shape[1] // n_kv_heads
+
+        def some(start: int, stop: int) -> None:
+            heads = slice(start * n_groups, stop * n_groups)
+            attend(q[:, heads], keys[start:stop], values[start:stop], out[:, heads])
+
+        self.linear.share(n_kv_heads, some)
 
     def _feed_forward(self, x: Array, w: LayerWeights) -> Array:  # [T, D] -> [T, D]
         gate, up = self.linear(x, w.gate_proj, w.up_proj)
@@ -141,7 +174,7 @@ class Llama:
         return y
 
 
-def attend(q: Array, keys: Array, values: Array, out: Array) -> None:  # [T, H, d], [K, S, d] x 2 -> [T, H, d]
+def attend(q: Array, keys: Kept, values: Kept, out: Array) -> None:  # [T, H, d], [K, S, d] x 2 -> [T, H, d]
     """Causal attention of the last T of S positions, written to `out`; G query heads share a KV head."""
     n_rows, n_heads, d = q.shape
     n_kv_heads, n_cached, _ = keys.shape
@@ -156,9 +189,29 @@ def attend(q: Array, keys: Array, values: Array, out: Array) -> None:  # [T, H, 
         seen = n_cached - n_rows + stop  # the last row of the tile sees this many positions
         grouped = (q[start:stop] * scale).reshape(t, n_kv_heads, n_groups, d)
         grouped = grouped.transpose(1, 2, 0, 3).reshape(n_kv_heads, n_groups * t, d)
-        scores = grouped @ keys[:, :seen].transpose(0, 2, 1)  # [K, G * t, S]
+        scores = np.empty((n_kv_heads, n_groups * t, seen), np.float32)
+        for part, lift, k in _widened(keys[:, :seen]):
+            np.matmul(grouped * lift, k.transpose(0, 2, 1), out=scores[:, :, part])
         if t > 1:
             hidden = np.arange(seen) > np.arange(seen - t, seen)[:, None]  # [t, S]
             scores.reshape(n_kv_heads, n_groups, t, seen)[:, :, hidden] = -np.inf
-        mixed = (softmax(scores) @ values[:, :seen]).reshape(n_kv_heads, n_groups, t, d)
-        out[start:stop] = mixed.transpose(2, 0, 1, 3).reshape(t, n_heads, d)
+        softmax(scores)
+        mixed = np.zeros((n_kv_heads, n_groups * t, d), np.float32)
+        for part, lift, v in _widened(values[:, :seen]):
+            mixed += (scores[:, :, part] * lift) @ v
+        out[start:stop] = (
+            mixed.reshape(n_kv_heads, n_groups, t, d).transpose(2, 0, 1, 3).reshape(t, n_heads, d)
+        )
+
+
+def _widened(kept: Kept) -> Iterator[tuple[slice, np.float32, Array]]:  # [K, S, d] -> slice, [K, s, d]
+    """What was kept, as float32, in parts by position that fit the cache; each times `lift` is the value."""
+    n_heads, n_cached, d = kept.shape
+    if kept.dtype == np.float32:
+        yield slice(0, n_cached), np.float32(1), kept
+        return
+    size = max(16, _WIDENED_BYTES // (4 * n_heads * d))
+    scratch = np.empty((n_heads, min(size, n_cached), d), np.float32)
+    for start in range(0, n_cached, size):
+        part = slice(start, min(start + size, n_cached))
+        yield part, FLOAT16_LIFT, float16_bits(kept[:, part], scratch[:, : part.stop - start])

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from tpilite.config import ClusterConfig, EngineConfig
+from tpilite.config import KV_DTYPES, ClusterConfig, EngineConfig
 from tpilite.errors import ConfigError
 from tpilite.models import SHIPPED
 from tpilite.net.sums import CODECS, WAYS
@@ -46,7 +46,7 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
 
 def engine_config(args: argparse.Namespace, threads: int | None = None) -> EngineConfig:
     """The options that say what this rank may use; `threads` where they do not say how many."""
-    return EngineConfig(threads=args.threads or threads)
+    return EngineConfig(threads=args.threads or threads, kv_dtype=args.kv_dtype)
 
 
 def cluster_config(args: argparse.Namespace, world_size: int, *, make_token: bool) -> ClusterConfig:
@@ -77,16 +77,23 @@ def number_of(option: int | None, variable: str) -> int | None:
         raise ConfigError(f"{variable} must be a whole number, found {os.environ[variable]!r}") from None
 
 
-def save_dir_of(args: argparse.Namespace, folder: Path | None, world_size: int = 0) -> Path:
-    """Where slices are: as `--save_dir` says, in the model's folder, or in the cache if that is not ours."""
+def own_save_dir(args: argparse.Namespace, folder: Path | None) -> Path | None:
+    """Where slices are: as `--save_dir` says or in the model's folder; None where that is not the user's."""
     if args.save_dir is not None:
-        return (folder or Path()) / args.save_dir
-    assert folder is not None, "a worker without either uses its cache"
-    ours = folder not in SHIPPED.values() and folder.is_dir() and folder.stat().st_mode & 0o222
-    if ours and os.access(folder, os.W_OK):
-        return folder / "split"
+        return Path(folder or "", args.save_dir)
+    if folder is None or folder in SHIPPED.values():
+        return None
+    nearest = folder if folder.exists() else folder.absolute().parent
+    # The superuser may write everywhere, but not where nobody is meant to.
+    ours = nearest.is_dir() and nearest.stat().st_mode & 0o222 and os.access(nearest, os.W_OK)
+    return folder / "split" if ours else None
+
+
+def save_dir_of(args: argparse.Namespace, folder: Path, world_size: int) -> Path:
+    """Where rank 0 has the slices: in the cache, if there is no other place."""
     key = f"{folder.resolve()} {world_size} {args.ratio}"
-    return cache_folder() / "split" / hashlib.sha256(key.encode()).hexdigest()[:16]
+    in_cache = cache_folder() / "split" / hashlib.sha256(key.encode()).hexdigest()[:16]
+    return own_save_dir(args, folder) or in_cache
 
 
 def cache_folder() -> Path:
@@ -108,7 +115,12 @@ def _token(args: argparse.Namespace, *, make: bool) -> str:
 
 def _ratio(text: str) -> tuple[float, ...]:
     """The shares in a text like 2,1,1."""
-    return tuple(float(share) for share in text.split(","))
+    try:
+        return tuple(float(share) for share in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected a number for each rank, as in 2,1,1, found {text!r}"
+        ) from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -129,6 +141,13 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--model_type", metavar="TYPE", help="llama, the only type there is")
     model.add_argument("--use_gpu", action="store_true", help="refused: tpilite computes on the CPU")
     model.add_argument("--threads", type=int, metavar="N", help="threads to compute with (physical cores)")
+
+    model.add_argument(
+        "--kv_dtype",
+        default="f32",
+        choices=KV_DTYPES,
+        help="f16 halves the memory of a long text (%(default)s)",
+    )
 
     cluster = parser.add_argument_group("the cluster")
     cluster.add_argument("--world_size", type=int, metavar="N", help="ranks in all; this is rank 0 (1)")

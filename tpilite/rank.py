@@ -6,6 +6,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
+import numpy as np
+
 from tpilite.blas import limit_blas_threads
 from tpilite.collective import Collective, Timed
 from tpilite.config import EngineConfig, LlamaConfig
@@ -34,7 +36,9 @@ class Rank:
         linear = self._stack.enter_context(Linear(engine.threads or physical_cores()))
         weights = assemble(tensors, config.num_hidden_layers, mapped)
         self._network = Timed(collective)
-        self.runner = Runner(Llama(config, weights, self._network, linear), first_vocab_id, self._network)
+        kv_dtype = np.float16 if engine.kv_dtype == "f16" else np.float32
+        model = Llama(config, weights, self._network, linear, kv_dtype)
+        self.runner = Runner(model, first_vocab_id, self._network)
         self.embed = Embedding(tensors[EMBEDDING]) if EMBEDDING in tensors else None
 
     def regroup(self, collective: Collective) -> None:
