@@ -1,0 +1,182 @@
+"""What memory this machine can spare, what this process uses, and a time line of both.
+
+A process is bounded by the machine's free memory and by the limits of the control groups that it is in,
+of version 1 or 2, at any level of their tree: the tightest one counts.
+"""
+
+import csv
+import logging
+import os
+import re
+import resource
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+
+from tpilite.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_UNITS |= {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(|[kmgt]i?)b", re.IGNORECASE | re.ASCII)
+
+_ROOT = Path("/")
+
+# Left to others, and to the kernel's own memory for this process, which its control group counts.
+_MARGIN_BYTES = 64 << 20
+
+
+def parse_size(text: str) -> int:
+    """The bytes that `700MB` (decimal), `1.5GiB` (binary) or `123456789B` say. Raises `ConfigError`."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise ConfigError(f"{text!r} is not a size; expected a number and a unit, such as 700MB or 1.5GiB")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def format_size(n_bytes: float) -> str:
+    """A size for people, in decimal megabytes (gigabytes from ten thousand of them on)."""
+    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e10 else f"{n_bytes / 1e6:.0f} MB"
+
+
+def rss_bytes() -> int:
+    """The memory that this process has now, its mapped files' pages included.
+
+    Where there is no /proc (macOS), the most that it has had.
+    """
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except OSError:
+        return peak_rss_bytes()
+
+
+def peak_rss_bytes() -> int:
+    """The most memory that this process has had, its mapped files' pages included."""
+    kib = _fields(Path("/proc/self/status")).get("VmHWM:")
+    if kib is not None:
+        return kib * 1024
+    # Not the first choice: on Linux it begins with the memory of the process that started this one.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def spare_bytes(root: Path = _ROOT) -> int | None:
+    """What this process could take in addition without another's or its own control group's harm.
+
+    None where the system tells nothing of it (macOS). Other files' cached pages count as free. `root`
+    is where /proc and /sys are.
+    """
+    found = list(_cgroup_spares(root))
+    free = _fields(root / "proc/meminfo").get("MemAvailable:")
+    if free is not None:
+        found.append(free * 1024)
+    return max(0, min(found)) if found else None
+
+
+def auto_budget_bytes(root: Path = _ROOT) -> int:
+    """The budget of a process that takes what the machine can spare now, and leaves others a margin."""
+    spare = spare_bytes(root)
+    if spare is None:
+        return os.sysconf("SC_PHYS_PAGES") * resource.getpagesize() // 2
+    return rss_bytes() + spare - min(spare, max(_MARGIN_BYTES, spare // 10))
+
+
+def _cgroup_spares(root: Path) -> Iterator[int]:
+    """The room below each limit of each group that this process is in."""
+    for folder, limit_name, usage_name in _cgroup_folders(root):
+        try:
+            limit, usage = (int((folder / name).read_text()) for name in (limit_name, usage_name))
+        except (OSError, ValueError):
+            continue  # "max", or the top of a tree, which has no limit
+        stat = _fields(folder / "memory.stat")
+        # Version 1 counts what is below a group under names of its own.
+        cached = sum(
+            stat.get(f"total_{name}", stat.get(name, 0)) for name in ("active_file", "inactive_file")
+        )
+        yield limit - usage + cached
+
+
+def _cgroup_folders(root: Path) -> Iterator[tuple[Path, str, str]]:
+    """Every memory control group of this process, up to the top, with its files' names."""
+    paths: dict[str, PurePosixPath] = {}
+    for line in _lines(root / "proc/self/cgroup"):
+        _, controllers, group = line.split(":", 2)
+        if not controllers or "memory" in controllers.split(","):
+            paths["cgroup" if controllers else "cgroup2"] = PurePosixPath(group)
+    for line in _lines(root / "proc/self/mountinfo"):
+        # id parent major:minor root mount-point options [tags...] - type source super-options
+        left, _, right = line.partition(" - ")
+        kind, _, options = right.split(" ", 2)
+        top, mount_point = left.split(" ")[3:5]
+        if kind not in paths or (kind == "cgroup" and "memory" not in options.split(",")):
+            continue
+        # A container may see a part of the tree mounted, and its path counted from the whole tree's top.
+        path = paths[kind]
+        inside = path.relative_to(top) if path.is_relative_to(top) else path.relative_to("/")
+        names = ("memory.max", "memory.current")
+        if kind == "cgroup":
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        for folder in (inside, *inside.parents):
+            yield root / mount_point.lstrip("/") / folder, *names
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []
+
+
+def _fields(path: Path) -> dict[str, int]:
+    """The numbers of a file of `name number` lines; other lines are left out."""
+    rows = [line.split() for line in _lines(path)]
+    return {row[0]: int(row[1]) for row in rows if len(row) > 1 and row[1].isdecimal()}
+
+
+class MemoryReport:
+    """A CSV file that gets a line each `interval_s` until `close`: the time, this process's memory, and
+    the figures that `sample` gives.
+    """
+
+    def __init__(self, path: Path, sample: Callable[[], Mapping[str, float]], interval_s: float = 0.05):
+        self._sample = sample
+        self._interval_s = interval_s
+        self._start_s = time.perf_counter()
+        try:
+            # By lines, so that a process that is killed leaves all but the last one.
+            self._file = path.open("w", buffering=1, newline="", encoding="utf-8")
+            self._writer = csv.writer(self._file)
+            self._writer.writerow(["time_s", "rss_bytes", *sample()])
+        except OSError as error:
+            raise ConfigError(f"the memory report {path} cannot be written: {error.strerror}") from error
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="memory-report", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Writes the last line and closes the file."""
+        self._closing.set()
+        self._thread.join()
+
+    def __enter__(self) -> "MemoryReport":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _run(self) -> None:
+        closing = False
+        try:
+            with self._file:
+                while not closing:
+                    closing = self._closing.wait(self._interval_s)
+                    elapsed_s = round(time.perf_counter() - self._start_s, 3)
+                    self._writer.writerow([elapsed_s, rss_bytes(), *self._sample().values()])
+        except OSError as error:  # a full disk must not end the text that is being made
+            logger.warning("the memory report ends here: %s", error.strerror)
