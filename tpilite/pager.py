@@ -1,0 +1,528 @@
+"""The memory window: weights that do not fit into memory come from the disk, just in time, in every pass.
+
+Each matrix is cut into parts of some MiB: whole rows, so one range of a file. A part is *resident*, read
+once and kept; or it is *streamed*: a thread reads it into a slot of the window shortly before its use, and
+the slot is free again right after it. Parts are used in the same order in every pass, so the thread runs
+ahead of the pass, and across its end into the next one, as far as there are free slots. Resident parts lie
+spread evenly among streamed ones: while they are used, the disk fills the window.
+
+Memory is bounded by a budget for the whole process, of which the weights get what the rest leaves: the
+interpreter and its libraries (measured), the arrays of a pass (by its rows), the caches, the window. When
+these grow, resident parts give way one by one; when they shrink, the parts come back. Where everything
+fits there is no window and no thread: the files are mapped, and the kernel keeps them.
+"""
+
+import bisect
+import mmap
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from types import TracebackType
+
+import numpy as np
+
+from tpilite.config import LlamaConfig
+from tpilite.errors import ConfigError
+from tpilite.linear import Array, Matrix, Stored, block_rows
+from tpilite.memory import format_size, rss_bytes
+from tpilite.partition import EMBEDDING, LM_HEAD
+from tpilite.tensor_file import StoredTensor, TensorFile
+from tpilite.uncached import UncachedFile, allocate, buffer_bytes
+from tpilite.weights import assemble, mapped
+
+# Larger reads are no faster, smaller ones leave the disk idle in between: benchmarks/paging.py measures it.
+# A part should also be small beside the budget, so that little of that is lost to the window.
+PART_BYTES = 16 << 20
+_MIN_PART_BYTES = 1 << 20
+_PARTS_PER_BUDGET = 32
+
+# One part in use, one being read, and two with which the disk goes on while resident parts are used.
+_WINDOW = 4
+MIN_WINDOW = 2
+
+# What a pass takes besides arrays of its rows: tiles of attention scores and what softmax makes of them,
+# the threads' and the BLAS's own memory.
+_FIXED_WORK_BYTES = 40 << 20
+_ROWS_OF_SCORES = 8
+
+
+@dataclass(frozen=True)
+class PagerUsage:
+    """What paging holds now and has done so far. Seconds and counts are since the start."""
+
+    budget_bytes: int | None
+    window_bytes: int  # the slots, full or not
+    resident_bytes: int
+    streaming_bytes: int  # what a pass has to read
+    cache_bytes: int
+    loaded_bytes: int  # of resident parts and in slots, by now
+    passes: int
+    loads: int
+    read_bytes: int
+    load_s: float  # that the disk was being read
+    load_wait_s: float  # that passes waited for it
+
+    @property
+    def overlap(self) -> float:
+        """The share of the reading that went on behind the computing, 0 to 1."""
+        return max(0.0, 1 - self.load_wait_s / self.load_s) if self.load_s else 0.0
+
+    def __str__(self) -> str:
+        text = "" if self.budget_bytes is None else f"memory budget {format_size(self.budget_bytes)}, "
+        text += f"weights {format_size(self.resident_bytes)} resident"
+        if not self.streaming_bytes:
+            return text
+        return (
+            f"{text} and {format_size(self.streaming_bytes)} streaming, {format_size(self.read_bytes)} read "
+            f"in {self.passes} passes, waited {self.load_wait_s:.2f} s of {self.load_s:.2f} s of reading "
+            f"(overlap {self.overlap:.0%})"
+        )
+
+
+@dataclass(eq=False)
+class PagedPart:
+    """Some rows of a matrix, kept or streamed as the pager decides."""
+
+    tensor: StoredTensor
+    index: int  # in the order of use
+    in_head: bool  # of lm_head, which a pass that wants no scores does not use
+    open_by: "Callable[[PagedPart], AbstractContextManager[Stored]]" = field(repr=False)
+    resident: bool = False
+    array: Stored | None = field(default=None, repr=False)  # of a resident part, once it is in memory
+
+    @property
+    def n_rows(self) -> int:
+        return self.tensor.shape[0]
+
+    @property
+    def buffer_bytes(self) -> int:
+        return buffer_bytes(self.tensor.nbytes)
+
+    def open(self) -> AbstractContextManager[Stored]:
+        """The rows, there until the context ends. Raises `CheckpointError` where they cannot be read."""
+        return nullcontext(self.array) if self.array is not None else self.open_by(self)
+
+
+class Pager:
+    """The `weights` that `tensors` make, within a budget or a window; closed by `with`.
+
+    `budget_bytes` bounds the memory of the process. `window` keeps at most so many blocks (which are parts)
+    in memory, and none of them longer than for its use. With neither, everything is mapped and left to the
+    kernel. The thread that makes the passes calls `begin_pass` before each.
+
+    `max_rows` is the most rows of a pass. `base_bytes` is what the process needs besides weights, caches
+    and the arrays of a pass; None measures it, here and before every pass. `way` is one of `uncached.WAYS`.
+    Raises `ConfigError` where the budget is too small, and says what is needed.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, StoredTensor],
+        config: LlamaConfig,
+        *,
+        budget_bytes: int | None = None,
+        window: int | None = None,
+        max_rows: int = 1,
+        base_bytes: int | None = None,
+        part_bytes: int = PART_BYTES,
+        way: str | None = None,
+    ) -> None:
+        if window is not None and (type(window) is not int or window < MIN_WINDOW):
+            raise ConfigError(f"the memory window must be at least {MIN_WINDOW} blocks, found {window!r}")
+        self.budget_bytes = budget_bytes
+        self._max_rows, self._way = max_rows, way
+        self._measures_base = base_bytes is None
+        self._base = rss_bytes() if base_bytes is None else base_bytes
+        self._work_bytes = _work_bytes(tensors, config)
+        self._cache_bytes = self._passes = 0
+        self._files = {tensor.file.path: tensor.file for tensor in tensors.values()}
+        self._gave_way: list[PagedPart] = []
+        self._loader: _Loader | None = None
+        self._lock = threading.Condition()  # guards what the parts are; notified when that changes
+        self._parts: list[PagedPart] = []
+
+        matrices = [t for name, t in tensors.items() if len(t.shape) == 2 and name != EMBEDDING]
+        room = None if budget_bytes is None else budget_bytes - self._base - self._work_bytes(max_rows)
+        self._maps = window is None and (room is None or sum(t.nbytes for t in matrices) <= room)
+        if room is not None and not self._maps:
+            part_bytes = min(part_bytes, max(_MIN_PART_BYTES, room // _PARTS_PER_BUDGET))
+        head = tensors[LM_HEAD]
+
+        def matrix_of(tensor: StoredTensor, bias: Array | None) -> Matrix:
+            if not tensor.nbytes:  # of a rank without heads
+                return mapped(tensor, bias)
+            first = len(self._parts)
+            parts = tuple(
+                PagedPart(rows, first + i, tensor is head, self._open)
+                for i, rows in enumerate(_cut(tensor, part_bytes))
+            )
+            self._parts.extend(parts)
+            return Matrix(tensor.shape[0], tensor.shape[1], parts, bias)
+
+        self.weights = assemble(tensors, config.num_hidden_layers, matrix_of)
+        self._slot_bytes = max(part.buffer_bytes for part in self._parts)
+        self._n_slots = window or next(
+            (n for n in range(_WINDOW, MIN_WINDOW, -1) if room is None or 4 * n * self._slot_bytes <= room),
+            MIN_WINDOW,
+        )
+        if self._maps:
+            for part in self._parts:
+                part.resident, part.array = True, part.tensor.array()
+            return
+        if room is not None:
+            self._check_room(room)
+            if window is None:
+                room += self._work_bytes(max_rows) - self._work_bytes(1)
+                _spread(self._parts, room - self._window_bytes)
+                self._make_room(max_rows, 0)
+        self._start()
+
+    def close(self) -> None:
+        """Ends the loading and gives the memory back."""
+        if self._loader is not None:
+            self._loader.close()
+
+    def __enter__(self) -> "Pager":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def cache_room_bytes(self) -> int | None:
+        """The most that all caches together can ever get, with nothing resident; None without a budget."""
+        if self.budget_bytes is None:
+            return None
+        return self.budget_bytes - self._base - self._work_bytes(self._max_rows) - self._window_bytes
+
+    def begin_pass(self, n_rows: int = 1, cache_bytes: int = 0, scores: bool = True) -> None:
+        """Makes room for a pass of `n_rows` rows with caches of `cache_bytes`, which may use lm_head or not.
+
+        Raises `ConfigError` where the caches do not fit, and `CheckpointError` where a file was truncated:
+        to touch a map of what is no longer there would kill the process.
+        """
+        for file in self._files.values():
+            file.check()
+        self._make_room(n_rows, cache_bytes)
+        if self._loader is not None:
+            self._loader.skip_head(not scores)
+        self._passes += 1
+
+    def usage(self) -> PagerUsage:
+        resident = [part for part in self._parts if part.resident]
+        kept = sum(part.tensor.nbytes for part in resident)
+        loaded = sum(part.tensor.nbytes for part in resident if part.array is not None)
+        loader = self._loader
+        return PagerUsage(
+            self.budget_bytes,
+            0 if loader is None else self._window_bytes,
+            kept,
+            sum(part.tensor.nbytes for part in self._parts) - kept,
+            self._cache_bytes,
+            loaded + (0 if loader is None else loader.slots_in_use * self._slot_bytes),
+            self._passes,
+            0 if loader is None else loader.loads,
+            0 if loader is None else loader.read_bytes,
+            0.0 if loader is None else loader.load_s,
+            0.0 if loader is None else loader.wait_s,
+        )
+
+    @property
+    def _window_bytes(self) -> int:
+        return self._n_slots * self._slot_bytes
+
+    def _start(self) -> "_Loader":
+        if self._loader is None:
+            self._loader = _Loader(self._parts, self._n_slots, self._slot_bytes, self._lock, self._way)
+        return self._loader
+
+    def _open(self, part: PagedPart) -> AbstractContextManager[Stored]:
+        return self._start().open(part)
+
+    def _check_room(self, room: int) -> None:
+        """Raises `ConfigError` unless the window fits into what the rest of the process leaves."""
+        if room < self._window_bytes:
+            assert self.budget_bytes is not None
+            raise ConfigError(
+                f"the memory budget of {format_size(self.budget_bytes)} is too small: at least "
+                f"{format_size(self.budget_bytes - room + self._window_bytes)} are needed, of which "
+                f"{format_size(self._base)} for the program, {format_size(self._cache_bytes)} for the text, "
+                f"{format_size(self._window_bytes)} for the smallest window and the rest for the work of a "
+                "pass; give a larger budget or ask for a shorter text"
+            )
+
+    def _make_room(self, n_rows: int, cache_bytes: int) -> None:
+        """Lets resident parts give way, or come back, until the budget holds."""
+        before, self._cache_bytes = self._cache_bytes, cache_bytes
+        if self.budget_bytes is None:
+            return
+        runtime = self._base + self._work_bytes(n_rows)
+        if self._measures_base:
+            loaded = sum(part.tensor.nbytes for part in self._parts if part.array is not None)
+            window = 0 if self._loader is None else self._window_bytes
+            runtime = max(runtime, rss_bytes() - loaded - window - before)
+        room = self.budget_bytes - runtime - cache_bytes
+        resident = sum(part.buffer_bytes for part in self._parts if part.resident)
+        if self._loader is None and self._maps and resident <= room:
+            return
+        try:
+            self._check_room(room)
+        except ConfigError:
+            self._cache_bytes = before
+            raise
+        room -= self._window_bytes
+        with self._lock:
+            while resident > room:
+                part = _loneliest(self._parts)
+                part.resident, part.array = False, None
+                if self._maps:
+                    _forget(part.tensor)
+                self._gave_way.append(part)
+                resident -= part.buffer_bytes
+            while self._gave_way and resident + self._gave_way[-1].buffer_bytes <= room:
+                part = self._gave_way.pop()
+                part.resident = True
+                resident += part.buffer_bytes
+            self._lock.notify_all()
+
+
+@dataclass(eq=False)
+class _Load:
+    """A part on its way into a buffer, or there."""
+
+    part: PagedPart
+    buffer: mmap.mmap
+    in_slot: bool
+    place: int = 0  # where in the buffer the part begins
+    done: bool = False
+    opened: bool = False
+    dropped: bool = False  # nobody waits for it any more
+    error: BaseException | None = None
+
+    def rows(self) -> Stored:
+        tensor = self.part.tensor
+        dtype = tensor.stored_dtype
+        flat = np.frombuffer(self.buffer, dtype, tensor.nbytes // dtype.itemsize, self.place)
+        flat.flags.writeable = False
+        return flat.reshape(tensor.shape)
+
+
+class _Loader:
+    """The thread that reads parts in the order of their use, round and round, as far as there is room.
+
+    It guesses that the parts are opened in that order. Where another one is opened, what was read ahead
+    is given up and the thread goes on from there. Errors are raised where the part is opened; opening it
+    again tries again.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[PagedPart],
+        n_slots: int,
+        slot_bytes: int,
+        lock: threading.Condition,
+        way: str | None,
+    ) -> None:
+        self._parts = parts
+        self._changed = lock
+        self._way = way
+        self._files: dict[TensorFile, UncachedFile] = {}
+        self._free = [allocate(slot_bytes) for _ in range(n_slots)]
+        self._loads: deque[_Load] = deque()  # in the order of use; the first may be open
+        self._next = 0
+        self._skips_head = self._closed = False
+        self.loads = self.read_bytes = self.slots_in_use = 0
+        self.load_s = self.wait_s = 0.0
+        self._thread = threading.Thread(target=self._run, name="pager", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join()
+        self._free.clear()
+        self._loads.clear()
+        self.slots_in_use = 0
+        for part in self._parts:
+            part.array = None
+        for file in self._files.values():
+            file.close()
+
+    def skip_head(self, skips: bool) -> None:
+        """Whether the pass that begins leaves lm_head out."""
+        with self._changed:
+            self._skips_head = skips
+            self._changed.notify_all()
+
+    @contextmanager
+    def open(self, part: PagedPart) -> Iterator[Stored]:
+        load = self._wait_for(part)
+        if isinstance(load, np.ndarray):
+            yield load
+            return
+        try:
+            load.opened = True
+            yield load.rows()
+        finally:
+            with self._changed:
+                self._loads.remove(load)
+                self._drop(load)
+
+    def _wait_for(self, part: PagedPart) -> "_Load | Stored":
+        start_s = time.perf_counter()
+        with self._changed:
+            assert not any(load.opened for load in self._loads), "one part is open at a time"
+            while self._loads and self._loads[0].part is not part:
+                self._drop(self._loads.popleft())
+            if not self._loads:
+                self._next = part.index
+                self._skips_head &= not part.in_head
+                self._changed.notify_all()
+            try:
+                while not self._closed:
+                    if part.array is not None:
+                        return part.array
+                    load = self._loads[0] if self._loads else None
+                    if load is not None and load.error is not None:
+                        self._drop(self._loads.popleft())
+                        raise load.error
+                    if load is not None and load.done:
+                        return load
+                    self._changed.wait()
+                raise RuntimeError("a closed pager's part was opened")
+            finally:
+                self.wait_s += time.perf_counter() - start_s
+
+    def _drop(self, load: _Load) -> None:
+        """Frees the slot of a load that has left the queue; the thread does it where it is still reading."""
+        load.dropped = True
+        if load.done and load.in_slot:
+            self._free.append(load.buffer)
+            self.slots_in_use -= 1
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        while (load := self._begin()) is not None:
+            start_s = time.perf_counter()
+            tensor = load.part.tensor
+            try:
+                file = self._file(tensor.file)
+                load.place = file.read(memoryview(load.buffer), tensor.offset, tensor.nbytes)
+            except BaseException as error:  # carried to the pass, which raises it
+                load.error = error
+            self._end(load, time.perf_counter() - start_s)
+
+    def _begin(self) -> _Load | None:
+        """The next load, once there is room for it; None at the end."""
+        with self._changed:
+            while not self._closed:
+                load = self._plan()
+                if load is not None:
+                    self._loads.append(load)
+                    return load
+                self._changed.wait()
+        return None
+
+    def _plan(self) -> _Load | None:
+        if any(load.error for load in self._loads):
+            return None
+        for _ in self._parts:
+            part = self._parts[self._next]
+            if part.array is None and not (part.in_head and self._skips_head):
+                if not part.resident and not self._free:
+                    return None
+                self._next = (self._next + 1) % len(self._parts)
+                if part.resident:
+                    return _Load(part, allocate(part.buffer_bytes), in_slot=False)
+                self.slots_in_use += 1
+                return _Load(part, self._free.pop(), in_slot=True)
+            self._next = (self._next + 1) % len(self._parts)
+        return None
+
+    def _end(self, load: _Load, elapsed_s: float) -> None:
+        with self._changed:
+            self.loads += 1
+            self.load_s += elapsed_s
+            load.done = True
+            if load.error is None:
+                self.read_bytes += load.part.tensor.nbytes
+            if load.dropped:
+                self._drop(load)
+            elif load.error is None and not load.in_slot:
+                self._loads.remove(load)
+            if load.error is None and not load.in_slot and load.part.resident:
+                load.part.array = load.rows()
+            self._changed.notify_all()
+
+    def _file(self, file: TensorFile) -> UncachedFile:
+        if file not in self._files:
+            self._files[file] = UncachedFile(file, self._way)
+        return self._files[file]
+
+
+def _work_bytes(
+    tensors: Mapping[str, StoredTensor], config: LlamaConfig
+) -> Callable[[int], int]:  # rows -> bytes
+    """What a pass takes besides weights and caches, by the number of its rows."""
+    prefix = "model.layers.0"
+    n_q, n_kv = (tensors[f"{prefix}.self_attn.{name}.weight"].shape[0] for name in ("q_proj", "k_proj"))
+    n_ffn, n_vocab = tensors[f"{prefix}.mlp.up_proj.weight"].shape[0], tensors[LM_HEAD].shape[0]
+    # Rows before and after a norm and a matrix; q, rotated q, scaled q, heads; gate, up, silu's own.
+    row_floats = 4 * config.hidden_size + max(5 * n_q + 4 * n_kv, 4 * n_ffn)
+    fixed = _FIXED_WORK_BYTES + 4 * _ROWS_OF_SCORES * n_vocab
+    return lambda n_rows: fixed + 4 * row_floats * n_rows
+
+
+def _cut(tensor: StoredTensor, part_bytes: int) -> Iterator[StoredTensor]:
+    """The matrix in parts of about equal size, at most `part_bytes` where rows allow it.
+
+    They begin where `linear` begins a block, so that the sums' bits do not depend on paging.
+    """
+    n_rows, n_cols = tensor.shape
+    unit = block_rows(n_cols)
+    most = max(unit, part_bytes * n_rows // tensor.nbytes // unit * unit)
+    n_parts = -(-n_rows // most)
+    step = -(-n_rows // (n_parts * unit)) * unit
+    for start in range(0, n_rows, step):
+        yield tensor.rows(start, min(start + step, n_rows))
+
+
+def _spread(parts: Sequence[PagedPart], room: int) -> None:
+    """Makes parts of up to `room` bytes resident, evenly among the others."""
+    share = max(0, room) / sum(part.buffer_bytes for part in parts)
+    due = 0.0
+    for part in parts:
+        due += share * part.buffer_bytes
+        part.resident = due >= part.buffer_bytes
+        if part.resident:
+            due -= part.buffer_bytes
+
+
+def _loneliest(parts: Sequence[PagedPart]) -> PagedPart:
+    """The resident part that is farthest from any streaming one."""
+    streaming = [part.index for part in parts if not part.resident]
+
+    def distance(part: PagedPart) -> int:
+        at = bisect.bisect(streaming, part.index)
+        before, after = streaming[at - 1], streaming[at % len(streaming)]
+        return min((part.index - before) % len(parts), (after - part.index) % len(parts))
+
+    resident = [part for part in parts if part.resident]
+    return max(resident, key=distance) if streaming else resident[-1]
+
+
+def _forget(tensor: StoredTensor) -> None:
+    """Takes a tensor's mapped pages out of memory, but for those that it shares with a neighbour."""
+    page = mmap.PAGESIZE
+    start, stop = -(-tensor.offset // page) * page, tensor.end // page * page
+    if stop > start and hasattr(mmap, "MADV_DONTNEED"):
+        tensor.file.map().madvise(mmap.MADV_DONTNEED, start, stop - start)
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(tensor.file.fileno(), tensor.offset, tensor.nbytes, os.POSIX_FADV_DONTNEED)
