@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from numpy.typing import NDArray
 
-from tpilite.errors import ConfigError, PeerLost, ProtocolError
+from tpilite.errors import ConfigError, PeerLost, ProtocolError, TpiliteError
 from tpilite.net import auth, wire
 
 log = logging.getLogger(__name__)
@@ -33,6 +33,9 @@ _FIRST_DELAY_S, _DELAY_GROWTH, _LAST_DELAY_S = 0.1, 1.5, 2.0
 _REMINDER_S = 60.0
 # The kernel's own watch over a dead wire, behind that of the heartbeats: idle, interval, count.
 _KEEPALIVE = (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4), ("TCP_USER_TIMEOUT", 30_000))
+
+# How a TLS connection ends that nothing is wrong with.
+_TLS_ENDS = (ssl.SSLEOFError, ssl.SSLZeroReturnError)
 
 Address = tuple[str, int]
 Rest = tuple["Channel", list[memoryview]]  # what the kernel has not taken yet of a frame for this peer
@@ -460,8 +463,11 @@ def accept(
 def _greet_server(channel: Channel, token: str, deadline_s: float) -> None:
     channel._decoder = wire.Decoder(wire.MAX_HANDSHAKE_BYTES, 0)
     mine = auth.new_nonce()
-    channel.send(wire.Hello(mine), deadline_s=deadline_s)
-    theirs = _nonce(channel, deadline_s)
+    try:
+        channel.send(wire.Hello(mine), deadline_s=deadline_s)
+        theirs = _nonce(channel, deadline_s)
+    except PeerLost as error:
+        raise _not_greeted(channel, error) from error
     channel.send(wire.Proof(auth.prove(token, "client", theirs, mine)), deadline_s=deadline_s)
     reply, _ = channel.receive(deadline_s)
     if isinstance(reply, wire.Refused):  # from someone who proved nothing: its words are not repeated
@@ -469,6 +475,19 @@ def _greet_server(channel: Channel, token: str, deadline_s: float) -> None:
     if not isinstance(reply, wire.Proof) or not auth.verify(token, "server", theirs, mine, reply.proof):
         raise ProtocolError(f"{channel.peer} does not know the token: it is not the cluster's rank 0")
     channel._decoder = wire.Decoder()
+
+
+def _not_greeted(channel: Channel, error: PeerLost) -> TpiliteError:
+    """Why a server says not a word; with TLS 1.3, a client learns only here that it is not let in."""
+    cause = error.__cause__
+    if not isinstance(channel, TlsChannel):
+        return PeerLost(f"{error} (if it uses TLS, this node needs --tls_cert, --tls_key and --tls_ca)")
+    if isinstance(cause, ssl.SSLError) and not isinstance(cause, _TLS_ENDS):
+        return ConfigError(
+            f"{channel.peer} does not let this node in ({cause.reason}); give it with --tls_cert and "
+            "--tls_key a certificate that the cluster's authority signed"
+        )
+    return error
 
 
 def _greet_client(channel: Channel, token: str, deadline_s: float) -> None:
@@ -518,6 +537,8 @@ def _wrap(
                 pass
             except ssl.SSLWantWriteError:
                 event = select.POLLOUT
+            except (ConnectionError, *_TLS_ENDS) as error:
+                raise PeerLost(f"{peer} ended the connection during TLS; is TLS on there, too?") from error
             except OSError as error:
                 raise ProtocolError(
                     f"TLS with {peer} failed: {error.strerror or error}; "

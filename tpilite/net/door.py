@@ -6,6 +6,7 @@ so that strangers, port scanners and clients that trickle bytes cost the cluster
 
 import contextlib
 import logging
+import os
 import select
 import socket
 import threading
@@ -127,7 +128,8 @@ class Door:
                 self._log_window_s, self._n_logged = now_s, 0
             self._n_logged += 1
             if self._n_logged <= _LOG_LINES:
-                log.warning("closed the connection from %s: %s", peer, error)
+                about = "" if peer in str(error) else f"{peer}: "
+                log.warning("closed the connection of a stranger: %s%s", about, error)
 
 
 def _listen(address: Address) -> socket.socket:
@@ -144,9 +146,12 @@ def _listen(address: Address) -> socket.socket:
         ]
         return socket.create_server((host, port), family=family)
     except OSError as error:
+        # `create_server` adds to the text what is said here already; a name's error has no such number.
+        number = error.errno or 0
+        reason = os.strerror(number) if number > 0 else error
         raise ConfigError(
-            f"cannot listen on {format_address(address)}: {error.strerror or error}; "
-            "choose a free port of this machine"
+            f"cannot listen on {format_address(address) if host else f'port {port}'}: {reason}; "
+            "is another node running here? --broadcast_port chooses another port"
         ) from error
 
 

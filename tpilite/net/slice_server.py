@@ -351,7 +351,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """A refused request: its status, not a word of what it said, and the end of the connection."""
-        self._refusal = f"not a request of ours: {self.raw_requestline[:60]!r}"
+        self._refusal = f"not a request of ours: {self.raw_requestline[:40]!r}"
         self.close_connection = True
         _log.debug("%s: %d %s %s", _name(self.client_address), code, message, explain)
         self._send_empty(HTTPStatus(code))
@@ -371,7 +371,7 @@ class _Handler(BaseHTTPRequestHandler):
             packet = self.connection.recv(_MAX_HEAD_BYTES)
             if not packet:
                 return None
-            self._refusal = f"no whole request, but {(self._received + packet)[:60]!r}"
+            self._refusal = f"no whole request, but {(self._received + packet)[:16]!r}"
             self._received += packet
             if not self._received[:1].isalpha():  # a TLS client, for one, would wait for an answer
                 return None
@@ -490,8 +490,10 @@ def _listen(address: tuple[str, int], backlog: int) -> socket.socket:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
             listener = socket.create_server(address, family=family, backlog=backlog)
     except (OSError, OverflowError) as error:
+        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
         raise ConfigError(
-            f"cannot serve slices on port {port}: {error}; choose another with --file_port"
+            f"cannot serve slices on port {port}: {reason}; "
+            "is another node running here? --file_port chooses another port"
         ) from error
     # A peer that is gone between select and accept would otherwise block the accepting thread.
     listener.setblocking(False)
