@@ -79,6 +79,12 @@ def test_statistics_as_json(tmp_path: Path) -> None:
         (["--model_path", "fable", "--prompt", "x", "--model_type", "bert"], "bert is not supported"),
         (["--model_path", "fable", "--prompt", "x", "--chat"], "not a chat model"),
         (["--model_path", "fable", "--prompt", "x", "--seed", "-1"], "seed must be"),
+        (["--model_path", "fable", "--prompt", "x", "--length", "few"], "--length"),
+        (["--modl_path", "fable"], "--modl_path"),
+        (["--model_path", "/etc/passwd", "--prompt", "x"], "/etc/passwd is not a folder"),
+        (["--model_path", "/etc", "--prompt", "x"], "config.json does not exist"),
+        (["--rank", "1"], "--join"),
+        (["--model_path", "fable", "--local", "2", "--ratio", "1,2,3"], "2 ranks, found 3"),
     ],
 )
 def test_mistakes_are_one_line_and_code_2(args: list[str], text: str) -> None:
@@ -100,10 +106,14 @@ def test_a_damaged_model_is_one_line_and_code_2(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
-def test_an_unknown_option_is_refused() -> None:
-    done = node("--modl_path", "fable")
-    assert done.returncode == 2
-    assert "--modl_path" in done.stderr
+@pytest.mark.parametrize("stream", ["<&-", ">&-", "2>&-"])
+def test_closed_streams_are_no_reason_to_fail(tmp_path: Path, stream: str) -> None:
+    stats = tmp_path / "stats.json"
+    command = " ".join([*NODE, "--model_path fable --prompt Once --length 3 --stats", str(stats), stream])
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0
+    assert "Traceback" not in done.stderr
+    assert json.loads(stats.read_text())["new_tokens"] == 3
 
 
 def started(*args: str) -> "subprocess.Popen[str]":

@@ -51,20 +51,19 @@ _OPEN_FILES = 4096
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `tpilite-node` and gives its exit code: 0, 2 (what was asked for), 3 (the network), 130, 141."""
-    args = parse(sys.argv[1:] if argv is None else argv)
+    _replace_closed_streams()
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="replace")
-    # Ranks that rank 0 started on its own terminal leave the telling to it, unless something is wrong.
-    usual = logging.WARNING if args.until_eof else logging.INFO
-    logging.basicConfig(
-        level=logging.DEBUG if args.verbose else usual,
-        format=f"tpilite{'' if args.rank is None else f', rank {args.rank}'}: %(message)s",
-        stream=sys.stderr,
-    )
     signal.signal(signal.SIGTERM, _terminate)
     _raise_file_limit()
     try:
+        args = parse(sys.argv[1:] if argv is None else argv)
+        logging.basicConfig(
+            level=logging.DEBUG if args.verbose else logging.INFO,
+            format="tpilite: %(message)s",
+            stream=sys.stderr,
+        )
         return run(args)
     except TpiliteError as error:
         print(f"tpilite-node: {error}", file=sys.stderr)
@@ -75,6 +74,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Flushing stdout at the interpreter's end would fail once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
+
+
+def _replace_closed_streams() -> None:
+    """Stands in for those that the caller has closed, which Python gives as None."""
+    null = os.fdopen(os.open(os.devnull, os.O_RDWR), "r+b", buffering=0)
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, io.TextIOWrapper(null, write_through=True))
 
 
 def _terminate(_number: int, _frame: FrameType | None) -> NoReturn:

@@ -5,6 +5,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from tpilite.config import KV_DTYPES, ClusterConfig, EngineConfig
 from tpilite.errors import ConfigError
@@ -123,8 +124,15 @@ def _ratio(text: str) -> tuple[float, ...]:
         ) from None
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, as all of ours are."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (tpilite-node --help names all options)")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="tpilite-node",
         description="Runs a Llama model on this machine, or together with others as one of its ranks.",
         epilog="The new text goes to stdout, everything else to stderr. Exit codes: 0 done, 2 something is "
