@@ -58,7 +58,38 @@ def transformers_f32(folder: Path, threads: int) -> Tokens:
     return transformers(folder, threads, "float32")
 
 
-ENGINES = {"tpilite": tpilite, "transformers-bf16": transformers, "transformers-f32": transformers_f32}
+def llama_cpp(folder: Path, threads: int) -> Tokens:
+    """llama.cpp on the GGUF that to_gguf.py writes beside the folder, memory-mapped (llama-cpp-python)."""
+    import llama_cpp
+
+    llama_cpp.llama_backend_init()
+    model_params = llama_cpp.llama_model_default_params()
+    model = llama_cpp.llama_model_load_from_file(str(folder.with_suffix(".gguf")).encode(), model_params)
+    params = llama_cpp.llama_context_default_params()
+    params.n_ctx = params.n_batch = params.n_ubatch = 1024
+    params.n_threads = params.n_threads_batch = threads
+    context = llama_cpp.llama_init_from_model(model, params)
+    n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+
+    def tokens(prompt: list[int], n_new: int) -> Iterator[int]:
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+        ids = prompt
+        for _ in range(n_new):
+            array = (llama_cpp.llama_token * len(ids))(*ids)
+            assert llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(array, len(ids))) == 0
+            logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(context, -1), (n_vocab,))
+            ids = [int(logits.argmax())]
+            yield ids[0]
+
+    return tokens
+
+
+ENGINES = {
+    "tpilite": tpilite,
+    "transformers-bf16": transformers,
+    "transformers-f32": transformers_f32,
+    "llama.cpp": llama_cpp,
+}
 
 
 def measure(engine: str, folder: Path, threads: int, n_prompt: int, n_new: int) -> dict[str, Any]:
