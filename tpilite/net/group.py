@@ -152,6 +152,7 @@ class Group:
         self._settled = threading.Event()  # why it failed is known
         self._noticed = threading.Event()  # by the thread that calls the operations
         self._lock = threading.Lock()
+        self._telling = threading.Lock()  # held until all ranks are told why the group failed
         # Seconds and seconds per byte of each way, where they were measured.
         self._costs: dict[str, tuple[float, float]] = {}
         self._sum: Sum | None = None
@@ -218,17 +219,19 @@ class Group:
         raise NotImplementedError
 
     def fail(self, error: TpiliteError) -> None:
-        """Ends the group for all ranks, from any thread; the first error stays."""
-        if self._set_failure(error):
-            rank = error.rank if isinstance(error, RankLost) else None
-            for control in self.controls:
-                control.say(wire.Error(str(error), rank))
-            self._cut(str(error))
+        """Ends the group for all ranks, from any thread; the first error stays, and all are told on return."""
+        with self._telling:
+            if self._set_failure(error):
+                rank = error.rank if isinstance(error, RankLost) else None
+                for control in self.controls:
+                    control.say(wire.Error(str(error), rank))
+                self._cut(str(error))
 
     def close(self) -> None:
         """Ends the session cleanly, where it has not ended yet; the other ranks get `GroupEnded`."""
         self._noticed.set()
-        clean = self._set_failure(GroupEnded("this node ended the session"))
+        with self._telling:
+            clean = self._set_failure(GroupEnded("this node ended the session"))
         if clean:
             for control in self.controls:
                 control.say(wire.Goodbye())
