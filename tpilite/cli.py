@@ -59,9 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     _raise_file_limit()
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
+        # Ranks that rank 0 started on its own terminal leave the telling to it, unless something is wrong.
+        usual = logging.WARNING if args.until_eof else logging.INFO
         logging.basicConfig(
-            level=logging.DEBUG if args.verbose else logging.INFO,
-            format="tpilite: %(message)s",
+            level=logging.DEBUG if args.verbose else usual,
+            format=f"tpilite{'' if args.rank is None else f', rank {args.rank}'}: %(message)s",
             stream=sys.stderr,
         )
         return run(args)
