@@ -219,7 +219,7 @@ class Group:
         raise NotImplementedError
 
     def fail(self, error: TpiliteError) -> None:
-        """Ends the group for all ranks, from any thread; the first error stays, and all are told on return."""
+        """Ends the group for all ranks, from any thread; the first error stays; all are told on return."""
         with self._telling:
             if self._set_failure(error):
                 rank = error.rank if isinstance(error, RankLost) else None
