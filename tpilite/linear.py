@@ -41,9 +41,9 @@ Stored = NDArray[Any]  # bfloat16 as uint16, float16, float32
 # Blocks are measured as float32. This fits most second-level caches.
 _BLOCK_BYTES = 1 << 20
 
-# Beside one row of x, larger blocks are faster where the caches behind are large: each NumPy call on fresh
-# memory takes some microseconds before it streams, and hands the interpreter over twice.
-_BLOCK_BYTES_OF_ONE_ROW = (1 << 18, 1 << 20, 1 << 21, 1 << 22)
+# Larger ones are faster where the caches behind are large: each NumPy call on fresh memory takes some
+# microseconds before it streams, and hands the interpreter over twice.
+_FEW_ROWS_BLOCK_BYTES = (1 << 18, 1 << 20, 1 << 21, 1 << 22)
 
 # Beside many rows, x is what is large: each product lays it out anew, which needs as many rows to pay off.
 _MANY_ROWS = 64
@@ -140,7 +140,7 @@ def block_rows(n_cols: int, n_bytes: int = _BLOCK_BYTES) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """How blocks of one stored dtype become float32, and how large they are beside one row of x.
+    """How blocks of one stored dtype become float32, and how large they are beside few rows of x.
 
     `cast` is NumPy's own conversion. `bits` moves bits: for bfloat16 in one pass instead of two, for
     float16 by three integer operations, where NumPy's cast is slow (without hardware for it).
@@ -232,11 +232,8 @@ class Linear:
                     x.lift()
                 else:
                     way = "cast"
-            if x.n_rows == 1:
-                n_bytes = min(plan.block_bytes, max(fair_share, _BLOCK_BYTES_OF_ONE_ROW[0]))
-                step = block_rows(rows.shape[1], n_bytes)
-            else:
-                step = block_rows(rows.shape[1]) if x.n_rows < _MANY_ROWS else _BLOCK_ROWS_OF_MANY
+            n_bytes = min(plan.block_bytes, max(fair_share, _FEW_ROWS_BLOCK_BYTES[0]))
+            step = block_rows(rows.shape[1], n_bytes) if x.n_rows < _MANY_ROWS else _BLOCK_ROWS_OF_MANY
             room = max(min(step, rows.shape[0]), _SMALL_ROWS)
             for scratch in self._scratch:
                 scratch.reserve(room * rows.shape[1], room * x.n_rows)
@@ -306,7 +303,7 @@ class Linear:
             return min(plans, key=seconds.__getitem__)
 
         way = fastest([Plan(way) for way in WAYS]).way
-        return fastest([Plan(way, n_bytes) for n_bytes in _BLOCK_BYTES_OF_ONE_ROW])
+        return fastest([Plan(way, n_bytes) for n_bytes in _FEW_ROWS_BLOCK_BYTES])
 
 
 class _Notes:
@@ -318,7 +315,7 @@ class _Notes:
 
     def read(self, dtype: str) -> Plan | None:
         match self._all().get(self._key, {}).get(dtype):
-            case [str(way), int(n_bytes)] if way in WAYS and n_bytes in _BLOCK_BYTES_OF_ONE_ROW:
+            case [str(way), int(n_bytes)] if way in WAYS and n_bytes in _FEW_ROWS_BLOCK_BYTES:
                 return Plan(way, n_bytes)
         return None
 
@@ -429,10 +426,15 @@ def _multiply_block(x: _Input, rows: Stored, out: Array, way: str, scratch: _Scr
     if x.n_rows == 1:
         np.dot(weights, columns[:, 0], out=out[0])
     elif small:
+        # All products in one call: the interpreter is handed over once, not once for each.
         sums = scratch.sums(n, x.n_rows)
         step = small_rows // 8 * 8
-        for start in range(0, n, step):
-            np.matmul(weights[start : start + step], columns, out=sums[start : start + step])
+        whole = n // step * step
+        shape = (n // step, step)
+        np.matmul(
+            weights[:whole].reshape(*shape, n_cols), columns, out=sums[:whole].reshape(*shape, x.n_rows)
+        )
+        np.matmul(weights[whole:], columns, out=sums[whole:])
         out[...] = sums.T
     else:
         if not enough:  # what is left in the scratch memory makes up the rows
