@@ -153,7 +153,10 @@ class Sum:
 
 
 class _StarHub(Sum):
-    """Rank 0 of the star. Ranks are received in their order: those that come early wait in the kernel."""
+    """Rank 0 of the star. Ranks are received in their order: those that come early wait in the kernel.
+
+    Receiving whoever is ready first, by a selector, was no faster for 4 ranks and slower for 8.
+    """
 
     def __call__(self, x: Array) -> None:
         codec = self.codec
