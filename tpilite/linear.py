@@ -60,7 +60,7 @@ _SMALL_ROWS = 16
 
 WAYS = ("bits", "cast")
 
-# Sum of bias and sign of zero exponents: what a float16's bits mean, moved to where float32 has them.
+# The biases of float32's and float16's exponents differ by this much.
 _FLOAT16_EXPONENT_GAP = 112
 FLOAT16_LIFT = np.float32(2.0**_FLOAT16_EXPONENT_GAP)
 _SIXTEEN, _THIRTEEN = np.uint32(16), np.uint32(13)
@@ -69,7 +69,7 @@ _SIGN_AND_VALUE = np.uint32(0x8FFFFFFF)
 # A call on fewer weights than this is over before it matters how it is done.
 _MEASURED_FROM = 1 << 20
 _MEASURED_ON = (8192, 2048)
-_MEASURE_S = 0.06  # per question, of which there are two per dtype
+_MEASURE_S = 0.05  # per question, of which there are two per dtype
 
 
 class Part(Protocol):
@@ -155,7 +155,7 @@ class Linear:
 
     The threads live until `close`. One call at a time: the scratch memory belongs to the object. `way`
     forces one of `WAYS`; else the faster one for this machine is measured when a large matrix of a dtype
-    first comes, in 0.15 s, and noted in `cache`, a file (default: in the user's cache directory).
+    first comes, in 0.1 to 0.3 s, and noted in `cache`, a file (default: in the user's cache directory).
     """
 
     def __init__(self, n_threads: int = 1, way: str | None = None, cache: Path | None = None) -> None:
