@@ -21,6 +21,7 @@ from tpilite.errors import ConfigError, TpiliteError
 from tpilite.host import Host, own_address
 from tpilite.llm import LLM, Completion, Session
 from tpilite.local import LocalWorkers, end_with_stdin
+from tpilite.memory import MemoryReport, auto_budget_bytes
 from tpilite.models import find_model
 from tpilite.net.channel import format_address, parse_address
 from tpilite.options import (
@@ -124,7 +125,13 @@ def run(args: argparse.Namespace) -> int:
     if args.split_only:
         return split(args, folder, world_size or 1)
     if world_size in (None, 1):
-        with LLM(folder, threads=args.threads, kv_dtype=args.kv_dtype) as llm:
+        with LLM(
+            folder,
+            threads=args.threads,
+            kv_dtype=args.kv_dtype,
+            memory_budget=args.memory_budget,
+            memory_window=args.memory_window,
+        ) as llm:
             return converse_or_complete(llm, args, params)
     with ExitStack() as stack:
         host = stack.enter_context(hosted(args, folder, world_size, stack))
@@ -164,13 +171,17 @@ def hosted(args: argparse.Namespace, folder: Path, world_size: int, stack: ExitS
     if args.local is not None:
         cluster = replace(cluster, broadcast_port=0, file_port=0)
         threads = threads or max(1, physical_cores() // world_size)
+        if args.memory_budget == "auto":  # what is free is for all of them
+            args.memory_budget = f"{auto_budget_bytes() // world_size}B"
 
     def invite(host: Host) -> None:
         if args.local is None:
             print(_invitation(host, cluster), file=sys.stderr)
             return
         options = ["--join", f"127.0.0.1:{host.broadcast_port}", "--threads", str(threads), "--once"]
-        options += ["--kv_dtype", args.kv_dtype]
+        options += ["--kv_dtype", args.kv_dtype, "--memory_budget", args.memory_budget]
+        if args.memory_window is not None:
+            options += ["--memory_window", str(args.memory_window)]
         options += ["--save_dir", str(save_dir)]
         for name in ("tls_cert", "tls_key", "tls_ca"):
             if getattr(args, name) is not None:
@@ -206,10 +217,13 @@ def split(args: argparse.Namespace, folder: Path, world_size: int) -> int:
 
 def converse_or_complete(session: Session, args: argparse.Namespace, params: SamplingParams) -> int:
     """A conversation with the person at the terminal, or the texts that follow the prompts."""
-    if args.prompt is None and sys.stdin.isatty():
-        converse(session, params, args.system, lambda completion: _report(args, completion))
-        return 0
-    return complete(session, args, params)
+    with ExitStack() as stack:
+        if args.memory_report is not None:
+            stack.enter_context(MemoryReport(args.memory_report, session.memory_sample))
+        if args.prompt is None and sys.stdin.isatty():
+            converse(session, params, args.system, lambda completion: _report(args, completion))
+            return 0
+        return complete(session, args, params)
 
 
 def complete(llm: Session, args: argparse.Namespace, params: SamplingParams) -> int:

@@ -65,6 +65,8 @@ class Engine:
         self._held: _Held | None = None
         self._free: list[int] = []
         self._next_id = 0
+        self.context = config.max_position_embeddings  # or less, where a rank's memory allows no more
+        self._begin()
 
     def submit(
         self,
@@ -76,12 +78,15 @@ class Engine:
     ) -> Sequence:
         """A new sequence in the queue. Raises `ConfigError` before any work where it could not be served."""
         self._check_ids(prompt_ids)
-        room = self.config.max_position_embeddings - len(prompt_ids)
+        room = self.context - len(prompt_ids)
         if room < (params.length or 0) or room < 1:
             asked = f" and {params.length} new ones" if params.length else ""
+            whose = "the model's context of"
+            if self.context < self.config.max_position_embeddings:
+                whose = "the memory, which holds the keys and values of"
             raise ConfigError(
-                f"a prompt of {len(prompt_ids)} tokens{asked} does not fit the model's context of "
-                f"{self.config.max_position_embeddings}; shorten the prompt or ask for a shorter length"
+                f"a prompt of {len(prompt_ids)} tokens{asked} does not fit {whose} {self.context}; "
+                "shorten the prompt or ask for a shorter length"
             )
         for token_id in params.logit_bias:
             self._check_ids([token_id])
@@ -102,10 +107,7 @@ class Engine:
         try:
             return self._step()
         except PeerLost as lost:
-            if self._recover is None:
-                raise
-            self._recover(lost)
-            self._start_over()
+            self._begin(lost)
             return []
 
     def run(self, sequence: Sequence) -> Iterator[Output]:
@@ -119,10 +121,8 @@ class Engine:
     def logits(self, ids: list[int]) -> Array:  # [T] -> [T, V]
         """The scores after each of `ids`, by themselves from position 0."""
         self._check_ids(ids)
-        if len(ids) > self.config.max_position_embeddings:
-            raise ConfigError(
-                f"{len(ids)} tokens do not fit the model's context of {self.config.max_position_embeddings}"
-            )
+        if len(ids) > self.context:
+            raise ConfigError(f"{len(ids)} tokens do not fit the context of {self.context}")
         sequence_id, parts = self._new_id(), []
         for start in range(0, len(ids), self._max_rows):
             chunk = ids[start : start + self._max_rows]
@@ -204,7 +204,7 @@ class Engine:
         reason = sequence.finish_reason
         if reason is None and ended:
             reason = "stop"
-        full = sequence.n_tokens >= self.config.max_position_embeddings
+        full = sequence.n_tokens >= self.context
         if reason is None and (len(sequence.new_ids) == params.length or full):
             reason = "length"
         if reason is not None:
@@ -221,11 +221,30 @@ class Engine:
                 self._free.append(self._held.sequence_id)
             self._held = _Held(sequence.sequence_id, sequence.ids(0, sequence.n_cached))
 
-    def _start_over(self) -> None:
-        """Goes on in a new group, whose ranks have no caches: what was being served is computed again."""
-        self._held = None
-        self._free.clear()
-        self._scheduler.restart()
+    def _begin(self, lost: PeerLost | None = None) -> None:
+        """Begins with a group, a new one where a rank is lost: what was being served is computed again.
+
+        The context is the least that any rank's memory allows.
+        """
+        while True:
+            if lost is not None:
+                if self._recover is None:
+                    raise lost
+                self._recover(lost)
+            self._held = None
+            self._free.clear()
+            self._scheduler.restart()
+            try:
+                limits = [found.get("max_positions") for found in self.runner.survey()]
+            except PeerLost as again:
+                lost = again
+                continue
+            least = min(
+                (int(limit) for limit in limits if limit is not None),
+                default=self.config.max_position_embeddings,
+            )
+            self.context = min(self.config.max_position_embeddings, least)
+            return
 
     def _check_ids(self, ids: list[int]) -> None:
         if not ids:

@@ -37,13 +37,27 @@ class KVCache:
     def nbytes(self) -> int:
         return sum(layer.nbytes for layer in (*self._keys, *self._values))
 
+    @property
+    def position_bytes(self) -> int:
+        """What one position takes."""
+        return sum(layer.itemsize * layer.shape[0] * layer.shape[2] for layer in (*self._keys, *self._values))
+
+    def bytes_for(self, n_positions: int) -> int:
+        """`nbytes` once there is room for `n_positions`."""
+        return self._capacity_for(n_positions) * self.position_bytes
+
+    def _capacity_for(self, n_positions: int) -> int:
+        capacity = self._keys[0].shape[1]
+        if n_positions <= capacity:
+            return capacity
+        return min(self.max_length, max(n_positions, _FIRST_POSITIONS, int(capacity * _GROWTH)))
+
     def reserve(self, n_positions: int) -> None:
         """Makes room for `n_positions` in all, keeping what is there."""
         assert n_positions <= self.max_length, "the engine checks a request against the context"
-        capacity = self._keys[0].shape[1]
-        if n_positions <= capacity:
+        capacity = self._capacity_for(n_positions)
+        if capacity == self._keys[0].shape[1]:
             return
-        capacity = min(self.max_length, max(n_positions, _FIRST_POSITIONS, int(capacity * _GROWTH)))
         for store in (self._keys, self._values):
             for layer, old in enumerate(store):
                 n_heads, _, head_dim = old.shape

@@ -7,7 +7,7 @@ with LLM("path/to/Llama-3.2-1B-Instruct") as llm:
         print(text, end="", flush=True)
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Items
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ from tpilite.collective import Solo
 from tpilite.config import EngineConfig, LlamaConfig
 from tpilite.engine import Engine, Recover
 from tpilite.errors import ConfigError
+from tpilite.memory import parse_size
 from tpilite.models import find_model
 from tpilite.rank import Rank
 from tpilite.sampling import SamplingParams
@@ -118,6 +119,11 @@ class Session:
         """The scores of the whole vocabulary after each of `ids`."""
         return self.engine.logits(list(ids))
 
+    @property
+    def memory_sample(self) -> Callable[[], Mapping[str, float]]:
+        """What `memory.MemoryReport` writes down about this rank."""
+        return self._rank.memory_sample
+
     def _submit(
         self,
         ids: list[int],
@@ -134,16 +140,36 @@ class Session:
         return self.engine.submit(ids, params, eos_ids=self._eos_ids | stop_ids, decoder=decoder)
 
 
+def size_of(budget: int | str) -> int | str:
+    """A memory budget in bytes, where it is not one of the words. Raises `ConfigError`."""
+    return parse_size(budget) if isinstance(budget, str) and budget[:1].isdigit() else budget
+
+
 class LLM(Session):
     """A Llama model that answers on this machine; a context manager.
+
+    `memory_budget` bounds the memory of this process: bytes, a text like "2GiB", "auto" for what is free
+    now, or "unlimited". What does not fit is read from the disk in every pass. `memory_window` instead
+    keeps at most so many blocks of weights in memory.
 
     Raises `CheckpointError` and `ConfigError` for a folder that cannot be used.
     """
 
     def __init__(
-        self, model_path: str | PathLike[str], *, threads: int | None = None, kv_dtype: str = "f32"
+        self,
+        model_path: str | PathLike[str],
+        *,
+        threads: int | None = None,
+        kv_dtype: str = "f32",
+        memory_budget: int | str = "auto",
+        memory_window: int | None = None,
     ) -> None:
-        engine = EngineConfig(threads=threads, kv_dtype=kv_dtype)
+        engine = EngineConfig(
+            threads=threads,
+            kv_dtype=kv_dtype,
+            memory_budget=size_of(memory_budget),
+            memory_window=memory_window,
+        )
         folder = find_model(model_path)
         with ExitStack() as stack:
             checkpoint = stack.enter_context(Checkpoint(folder))

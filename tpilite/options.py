@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from tpilite.config import KV_DTYPES, ClusterConfig, EngineConfig
 from tpilite.errors import ConfigError
+from tpilite.llm import size_of
 from tpilite.models import SHIPPED
 from tpilite.net.sums import CODECS, WAYS
 from tpilite.net.token import checked_token, kept_token
@@ -47,7 +48,12 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
 
 def engine_config(args: argparse.Namespace, threads: int | None = None) -> EngineConfig:
     """The options that say what this rank may use; `threads` where they do not say how many."""
-    return EngineConfig(threads=args.threads or threads, kv_dtype=args.kv_dtype)
+    return EngineConfig(
+        threads=args.threads or threads,
+        kv_dtype=args.kv_dtype,
+        memory_budget=size_of(args.memory_budget),
+        memory_window=args.memory_window,
+    )
 
 
 def cluster_config(args: argparse.Namespace, world_size: int, *, make_token: bool) -> ClusterConfig:
@@ -150,6 +156,18 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--use_gpu", action="store_true", help="refused: tpilite computes on the CPU")
     model.add_argument("--threads", type=int, metavar="N", help="threads to compute with (physical cores)")
 
+    model.add_argument(
+        "--memory_budget",
+        default="auto",
+        metavar="SIZE",
+        help="memory of this process, as 700MB or 2GiB; auto: what is free, or unlimited (%(default)s)",
+    )
+    model.add_argument(
+        "--memory_window", type=int, metavar="W", help="only W blocks of weights in memory, 2 or more"
+    )
+    model.add_argument(
+        "--memory_report", type=Path, metavar="FILE", help="write memory and loads over time as CSV"
+    )
     model.add_argument(
         "--kv_dtype",
         default="f32",

@@ -1,10 +1,11 @@
 """One rank made ready: its weights in memory as they should be, its threads, its model and its runner."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 
@@ -12,12 +13,14 @@ from tpilite.blas import limit_blas_threads
 from tpilite.collective import Collective, Timed
 from tpilite.config import EngineConfig, LlamaConfig
 from tpilite.linear import Linear
+from tpilite.memory import auto_budget_bytes, rss_bytes
 from tpilite.model import Llama
+from tpilite.pager import Pager
 from tpilite.partition import EMBEDDING
 from tpilite.runner import Runner
 from tpilite.stats import Usage, disk_read_bytes
 from tpilite.tensor_file import StoredTensor
-from tpilite.weights import Embedding, assemble, mapped
+from tpilite.weights import Embedding
 
 
 class Rank:
@@ -34,12 +37,45 @@ class Rank:
         self._stack = ExitStack()
         limit_blas_threads()
         linear = self._stack.enter_context(Linear(engine.threads or physical_cores()))
-        weights = assemble(tensors, config.num_hidden_layers, mapped)
+        self._pager = self._stack.enter_context(
+            Pager(
+                tensors,
+                config,
+                budget_bytes=budget_bytes_of(engine),
+                window=engine.memory_window,
+                max_rows=engine.max_rows,
+            )
+        )
         self._network = Timed(collective)
         kv_dtype = np.float16 if engine.kv_dtype == "f16" else np.float32
-        model = Llama(config, weights, self._network, linear, kv_dtype)
-        self.runner = Runner(model, first_vocab_id, self._network)
+        model = Llama(config, self._pager.weights, self._network, linear, kv_dtype)
+        self._position_bytes = model.new_cache().position_bytes
+        self.runner = Runner(model, first_vocab_id, self._network, self)
         self.embed = Embedding(tensors[EMBEDDING]) if EMBEDDING in tensors else None
+
+    def begin_pass(self, n_rows: int, cache_bytes: int, scores: bool) -> None:
+        """Makes room in memory for a pass."""
+        self._pager.begin_pass(n_rows, cache_bytes, scores)
+
+    def status(self) -> dict[str, Any]:
+        """What rank 0 asks of every rank: how long a text can get here, its memory, where its time goes."""
+        usage, paging = self.usage, self._pager.usage()
+        return {
+            "max_positions": self._max_positions(),
+            "rss_bytes": rss_bytes(),
+            "budget_bytes": paging.budget_bytes,
+            "resident_bytes": paging.resident_bytes,
+            "streaming_bytes": paging.streaming_bytes,
+            "compute_s": usage.compute_s,
+            "load_wait_s": usage.load_wait_s,
+            "network_wait_s": usage.network_wait_s,
+            "read_bytes": usage.read_bytes,
+        }
+
+    def _max_positions(self) -> int | None:
+        """The longest text whose keys and values fit into the budget; None where nothing bounds it."""
+        room = self._pager.cache_room_bytes
+        return None if room is None or not self._position_bytes else max(0, room // self._position_bytes)
 
     def regroup(self, collective: Collective) -> None:
         """Goes on in a new group, with empty caches."""
@@ -48,9 +84,14 @@ class Rank:
 
     @property
     def usage(self) -> Usage:
-        load_wait_s = 0.0
-        compute_s = self.runner.forward_s - self._network.reduced_s - load_wait_s
-        return Usage(compute_s, load_wait_s, self._network.waited_s, disk_read_bytes())
+        paging = self._pager.usage()
+        compute_s = self.runner.forward_s - self._network.reduced_s - paging.load_wait_s
+        return Usage(compute_s, paging.load_wait_s, self._network.waited_s, disk_read_bytes(), paging)
+
+    @property
+    def memory_sample(self) -> Callable[[], Mapping[str, float]]:
+        """What `memory.MemoryReport` writes down."""
+        return self._pager.sample
 
     def close(self) -> None:
         self._stack.close()
@@ -62,6 +103,13 @@ class Rank:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def budget_bytes_of(engine: EngineConfig) -> int | None:
+    """The bytes that this process may use; None is unlimited."""
+    if engine.memory_budget == "auto":
+        return auto_budget_bytes()
+    return None if isinstance(engine.memory_budget, str) else engine.memory_budget
 
 
 def physical_cores() -> int:

@@ -7,7 +7,7 @@ belong to which sequence at which position, and which rows' scores are wanted in
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,17 +77,33 @@ class Step:
 
 
 _STOP = {"stop": True}
+_SURVEY = {"survey": True}
 _NONE: Array = np.zeros((0, 0), np.float32)
+
+
+class Memory(Protocol):
+    """Who makes room for a pass and tells how this rank is: `pager.Pager` in front of its files."""
+
+    def begin_pass(self, n_rows: int, cache_bytes: int, scores: bool) -> None:
+        """Makes room for `n_rows` rows beside caches of `cache_bytes`, for a pass with scores or without."""
+        ...
+
+    def status(self) -> dict[str, Any]:
+        """Plain values for rank 0's survey."""
+        ...
 
 
 class Runner:
     """One rank's model, the caches of its sequences, and its place among the ranks."""
 
-    def __init__(self, model: Llama, first_vocab_id: int, collective: Collective) -> None:
+    def __init__(
+        self, model: Llama, first_vocab_id: int, collective: Collective, memory: Memory | None = None
+    ) -> None:
         self.model = model
         self.collective = collective
         self.forward_s = 0.0  # in the model so far, its waits for the disk and for other ranks included
         self._first_vocab_id = first_vocab_id
+        self._memory = memory
         self._caches: dict[int, KVCache] = {}
         self._logits = _NONE
 
@@ -107,8 +123,21 @@ class Runner:
             message = self.collective.broadcast(None)
             if message.header == _STOP:
                 return
+            if message.header == _SURVEY:
+                self.collective.gather(Message(self._status()))
+                continue
             array = None if message.array is None else np.array(message.array, np.float32)
             self.collective.gather(self._execute(Step.from_header(message.header), array))
+
+    def survey(self) -> list[dict[str, Any]]:
+        """On rank 0: what every rank tells of itself, in rank order."""
+        self.collective.broadcast(Message(_SURVEY))
+        parts = self.collective.gather(Message(self._status()))
+        assert parts is not None, "survey is rank 0's"
+        return [dict(part.header) for part in parts]
+
+    def _status(self) -> dict[str, Any]:
+        return {} if self._memory is None else self._memory.status()
 
     def stop(self) -> None:
         """On rank 0: ends every other rank's `serve`."""
@@ -118,18 +147,17 @@ class Runner:
         """Forgets every cache."""
         self._caches.clear()
 
-    @property
-    def cache_bytes(self) -> int:
-        return sum(cache.nbytes for cache in self._caches.values())
-
     def _execute(self, step: Step, x: Array | None) -> Message:
         for sequence_id in step.free:
             self._caches.pop(sequence_id, None)
         if step.rows:
             if x is None or x.shape != (sum(r.n_rows for r in step.rows), self.model.config.hidden_size):
                 raise ProtocolError("rank 0 sent rows whose hidden states are missing or of another shape")
+            segments = [self._segment(rows) for rows in step.rows]
+            if self._memory is not None:
+                self._memory.begin_pass(len(x), self._cache_bytes(segments), bool(step.wanted))
             start_s = time.perf_counter()
-            hidden = self.model.forward(x, [self._segment(rows) for rows in step.rows])
+            hidden = self.model.forward(x, segments)
             self._logits = self.model.logits(hidden[[w.row for w in step.wanted]]) if step.wanted else _NONE
             self.forward_s += time.perf_counter() - start_s
         if step.full:
@@ -145,6 +173,11 @@ class Runner:
             raise ProtocolError(f"rank 0 sent position {rows.start}; this rank has seen {cache.length}")
         cache.truncate(rows.start)
         return Segment(cache, rows.n_rows)
+
+    def _cache_bytes(self, segments: Sequence[Segment]) -> int:
+        """What all caches take once these rows are in them."""
+        growing = {id(s.cache): s.cache.bytes_for(s.cache.length + s.n_rows) for s in segments}
+        return sum(growing.get(id(cache), cache.nbytes) for cache in self._caches.values())
 
     def _report(self, wanted: Wanted, logits: Array) -> list[Any]:
         if wanted.edits is not None:

@@ -4,25 +4,27 @@ import itertools
 import platform
 import resource
 import statistics
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tpilite.memory import format_size, peak_rss_bytes
+from tpilite.pager import PagerUsage
 from tpilite.sequence import Sequence
 from tpilite.version import __version__
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Seconds spent and bytes read so far, by this rank since its start."""
+    """Seconds spent and bytes read so far, by this rank since its start, and what paging holds."""
 
     compute_s: float = 0.0  # in the model, without its waits
     load_wait_s: float = 0.0
     network_wait_s: float = 0.0
     read_bytes: int = 0
+    paging: PagerUsage | None = None
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,11 @@ class Stats:
     network_wait_s: float
     rest_s: float  # choosing, decoding, what waited before it, and what nobody counted
     read_bytes: int
+    budget_bytes: int | None  # of rank 0's memory; None is unlimited
+    resident_bytes: int  # of its weights; where nothing streams, this is all of them
+    streaming_bytes: int
+    read_bytes_per_pass: float
+    overlap: float  # the share of the reading that went on behind the computing
     peak_rss_bytes: int
     finish_reason: str | None
     seed: int
@@ -54,7 +61,17 @@ class Stats:
             parts.append(f"first after {self.ttft_s:.2f} s")
         if self.tokens_per_s is not None:
             parts.append(f"then {self.tokens_per_s:.1f} tokens/s")
-        parts.append(f"peak memory {self.peak_rss_bytes / 1e6:.0f} MB")
+        if self.streaming_bytes:
+            budget = (
+                "no budget" if self.budget_bytes is None else f"a budget of {format_size(self.budget_bytes)}"
+            )
+            parts.append(
+                f"{format_size(self.resident_bytes)} of the weights resident and "
+                f"{format_size(self.streaming_bytes)} streaming within {budget}, "
+                f"{format_size(self.read_bytes_per_pass)} read per pass, "
+                f"waited {self.load_wait_s:.2f} s for the disk (overlap {self.overlap:.0%})"
+            )
+        parts.append(f"peak memory {format_size(self.peak_rss_bytes)}")
         return ", ".join(parts)
 
 
@@ -78,16 +95,33 @@ def measure(sequence: Sequence, before: Usage, after: Usage) -> Stats:
         network_wait_s=network_wait_s,
         rest_s=max(0.0, total_s - compute_s - load_wait_s - network_wait_s),
         read_bytes=after.read_bytes - before.read_bytes,
+        **_paging(before.paging, after.paging),
         peak_rss_bytes=peak_rss_bytes(),
         finish_reason=sequence.finish_reason,
         seed=sequence.seed,
     )
 
 
-def peak_rss_bytes() -> int:
-    """The most memory that this process has had resident, mapped files included."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+def _paging(before: PagerUsage | None, after: PagerUsage | None) -> dict[str, Any]:
+    if after is None:
+        return {
+            "budget_bytes": None,
+            "resident_bytes": 0,
+            "streaming_bytes": 0,
+            "read_bytes_per_pass": 0.0,
+            "overlap": 0.0,
+        }
+    n_passes = after.passes - (before.passes if before else 0)
+    read_bytes = after.read_bytes - (before.read_bytes if before else 0)
+    load_s = after.load_s - (before.load_s if before else 0.0)
+    wait_s = after.load_wait_s - (before.load_wait_s if before else 0.0)
+    return {
+        "budget_bytes": after.budget_bytes,
+        "resident_bytes": after.resident_bytes,
+        "streaming_bytes": after.streaming_bytes,
+        "read_bytes_per_pass": read_bytes / n_passes if n_passes else 0.0,
+        "overlap": max(0.0, 1 - wait_s / load_s) if load_s else 0.0,
+    }
 
 
 def disk_read_bytes() -> int:
