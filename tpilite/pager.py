@@ -2,14 +2,14 @@
 
 Each matrix is cut into parts of some MiB: whole rows, so one range of a file. A part is *resident*, read
 once and kept; or it is *streamed*: a thread reads it into a slot of the window shortly before its use, and
-the slot is free again right after it. Parts are used in the same order in every pass, so the thread runs
+the slot is free again right after it. Parts are used in the same order in every pass, so the reading runs
 ahead of the pass, and across its end into the next one, as far as there are free slots. Resident parts lie
 spread evenly among streamed ones: while they are used, the disk fills the window.
 
 Memory is bounded by a budget for the whole process, of which the weights get what the rest leaves: the
 interpreter and its libraries (measured), the arrays of a pass (by its rows), the caches, the window. When
 these grow, resident parts give way one by one; when they shrink, the parts come back. Where everything
-fits there is no window and no thread: the files are mapped, and the kernel keeps them.
+fits there is no window and nothing is read: the files are mapped, and the kernel keeps them.
 """
 
 import bisect
@@ -44,6 +44,9 @@ _PARTS_PER_BUDGET = 32
 _WINDOW = 4
 MIN_WINDOW = 2
 
+# A second request is there when the first is done: threads that compute may let a reader wait for a core.
+_READERS = 2
+
 # What a pass takes besides arrays of its rows: tiles of attention scores and what softmax makes of them,
 # the threads' and the BLAS's own memory.
 _FIXED_WORK_BYTES = 40 << 20
@@ -59,7 +62,8 @@ class PagerUsage:
     resident_bytes: int
     streaming_bytes: int  # what a pass has to read
     cache_bytes: int
-    loaded_bytes: int  # of resident parts and in slots, by now
+    loaded_bytes: int  # of the resident parts, by now
+    filled_bytes: int  # of the window, by now
     passes: int
     loads: int
     read_bytes: int
@@ -92,6 +96,7 @@ class PagedPart:
     in_head: bool  # of lm_head, which a pass that wants no scores does not use
     open_by: "Callable[[PagedPart], AbstractContextManager[Stored]]" = field(repr=False)
     resident: bool = False
+    on_its_way: bool = False  # of a resident part: being read
     array: Stored | None = field(default=None, repr=False)  # of a resident part, once it is in memory
 
     @property
@@ -217,7 +222,6 @@ class Pager:
     def usage(self) -> PagerUsage:
         resident = [part for part in self._parts if part.resident]
         kept = sum(part.tensor.nbytes for part in resident)
-        loaded = sum(part.tensor.nbytes for part in resident if part.array is not None)
         loader = self._loader
         return PagerUsage(
             self.budget_bytes,
@@ -225,13 +229,25 @@ class Pager:
             kept,
             sum(part.tensor.nbytes for part in self._parts) - kept,
             self._cache_bytes,
-            loaded + (0 if loader is None else loader.slots_in_use * self._slot_bytes),
+            sum(part.tensor.nbytes for part in resident if part.array is not None),
+            0 if loader is None else loader.slots_in_use * self._slot_bytes,
             self._passes,
             0 if loader is None else loader.loads,
             0 if loader is None else loader.read_bytes,
             0.0 if loader is None else loader.load_s,
             0.0 if loader is None else loader.wait_s,
         )
+
+    def sample(self) -> dict[str, float]:
+        """What is in memory now and what was read so far, for a time line."""
+        usage = self.usage()
+        return {
+            "window_bytes": usage.filled_bytes,
+            "resident_bytes": usage.loaded_bytes,
+            "cache_bytes": usage.cache_bytes,
+            "loads": usage.loads,
+            "read_bytes": usage.read_bytes,
+        }
 
     @property
     def _window_bytes(self) -> int:
@@ -314,10 +330,10 @@ class _Load:
 
 
 class _Loader:
-    """The thread that reads parts in the order of their use, round and round, as far as there is room.
+    """The threads that read parts in the order of their use, round and round, as far as there is room.
 
-    It guesses that the parts are opened in that order. Where another one is opened, what was read ahead
-    is given up and the thread goes on from there. Errors are raised where the part is opened; opening it
+    They guess that the parts are opened in that order. Where another one is opened, what was read ahead
+    is given up and they go on from there. Errors are raised where the part is opened; opening it
     again tries again.
     """
 
@@ -332,21 +348,29 @@ class _Loader:
         self._parts = parts
         self._changed = lock
         self._way = way
+        self._opening = threading.Lock()
         self._files: dict[TensorFile, UncachedFile] = {}
         self._free = [allocate(slot_bytes) for _ in range(n_slots)]
         self._loads: deque[_Load] = deque()  # in the order of use; the first may be open
+        self._n_reading = 0
+        self._reading_since_s = 0.0
         self._next = 0
         self._skips_head = self._closed = False
         self.loads = self.read_bytes = self.slots_in_use = 0
         self.load_s = self.wait_s = 0.0
-        self._thread = threading.Thread(target=self._run, name="pager", daemon=True)
-        self._thread.start()
+        self._threads = [
+            threading.Thread(target=self._run, name=f"pager-{i}", daemon=True)
+            for i in range(min(_READERS, n_slots - 1))
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def close(self) -> None:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
         self._free.clear()
         self._loads.clear()
         self.slots_in_use = 0
@@ -401,7 +425,7 @@ class _Loader:
                 self.wait_s += time.perf_counter() - start_s
 
     def _drop(self, load: _Load) -> None:
-        """Frees the slot of a load that has left the queue; the thread does it where it is still reading."""
+        """Frees the slot of a load that has left the queue; where it is being read, its thread does that."""
         load.dropped = True
         if load.done and load.in_slot:
             self._free.append(load.buffer)
@@ -410,14 +434,13 @@ class _Loader:
 
     def _run(self) -> None:
         while (load := self._begin()) is not None:
-            start_s = time.perf_counter()
             tensor = load.part.tensor
             try:
                 file = self._file(tensor.file)
                 load.place = file.read(memoryview(load.buffer), tensor.offset, tensor.nbytes)
             except BaseException as error:  # carried to the pass, which raises it
                 load.error = error
-            self._end(load, time.perf_counter() - start_s)
+            self._end(load)
 
     def _begin(self) -> _Load | None:
         """The next load, once there is room for it; None at the end."""
@@ -426,6 +449,7 @@ class _Loader:
                 load = self._plan()
                 if load is not None:
                     self._loads.append(load)
+                    self._count_reading(+1)
                     return load
                 self._changed.wait()
         return None
@@ -435,21 +459,22 @@ class _Loader:
             return None
         for _ in self._parts:
             part = self._parts[self._next]
-            if part.array is None and not (part.in_head and self._skips_head):
+            if part.array is None and not part.on_its_way and not (part.in_head and self._skips_head):
                 if not part.resident and not self._free:
                     return None
                 self._next = (self._next + 1) % len(self._parts)
                 if part.resident:
+                    part.on_its_way = True
                     return _Load(part, allocate(part.buffer_bytes), in_slot=False)
                 self.slots_in_use += 1
                 return _Load(part, self._free.pop(), in_slot=True)
             self._next = (self._next + 1) % len(self._parts)
         return None
 
-    def _end(self, load: _Load, elapsed_s: float) -> None:
+    def _end(self, load: _Load) -> None:
         with self._changed:
+            self._count_reading(-1)
             self.loads += 1
-            self.load_s += elapsed_s
             load.done = True
             if load.error is None:
                 self.read_bytes += load.part.tensor.nbytes
@@ -457,14 +482,25 @@ class _Loader:
                 self._drop(load)
             elif load.error is None and not load.in_slot:
                 self._loads.remove(load)
-            if load.error is None and not load.in_slot and load.part.resident:
-                load.part.array = load.rows()
+            if not load.in_slot:
+                load.part.on_its_way = False
+                if load.error is None and load.part.resident:
+                    load.part.array = load.rows()
             self._changed.notify_all()
 
+    def _count_reading(self, change: int) -> None:
+        """Keeps the time in which at least one part was being read."""
+        now_s = time.perf_counter()
+        if self._n_reading:
+            self.load_s += now_s - self._reading_since_s
+        self._n_reading += change
+        self._reading_since_s = now_s
+
     def _file(self, file: TensorFile) -> UncachedFile:
-        if file not in self._files:
-            self._files[file] = UncachedFile(file, self._way)
-        return self._files[file]
+        with self._opening:
+            if file not in self._files:
+                self._files[file] = UncachedFile(file, self._way)
+            return self._files[file]
 
 
 def _work_bytes(
