@@ -158,8 +158,10 @@ class Worker:
 
     @staticmethod
     def _held_ranks(folder: Path) -> list[int]:
-        names = [_NODE.fullmatch(path.parent.name) for path in folder.glob(f"node_*/{MANIFEST_NAME}")]
-        return sorted(int(name[1]) for name in names if name)
+        """The ranks whose slices are here, the whole ones before those that were only begun."""
+        found = [(_NODE.fullmatch(path.name), path) for path in folder.glob("node_*")]
+        ranks = [(not (path / MANIFEST_NAME).exists(), int(name[1])) for name, path in found if name]
+        return [rank for _, rank in sorted(ranks)]
 
 
 def _known_terms(folder: Path | None) -> dict[str, Any]:

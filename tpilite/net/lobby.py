@@ -346,7 +346,7 @@ class Lobby:
         if group is not None:
             group.on_control_end(member.rank, error)
         else:
-            log.warning("rank %d is gone: %s", member.rank, error)
+            log.warning("%s", error)
             self._drop(member)
 
     def _group_of(self, member: _Member) -> RankZero | None:

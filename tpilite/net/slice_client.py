@@ -511,7 +511,8 @@ class _Session:
             ) from error
         except (OSError, http.client.IncompleteRead) as error:
             self.close()
-            raise PeerLost(f"no answer from {self.name}: {error}") from error
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+            raise PeerLost(f"no answer from {self.name}: {reason}") from error
         except http.client.HTTPException as error:
             self.close()
             raise ProtocolError(
