@@ -44,8 +44,10 @@ def check(y, x, w, bias=None):
 class Paged:
     """A part that is there only while it is open: its memory is overwritten with NaN at the end."""
 
+    array = None  # never there by itself
+
     def __init__(self, array, log):
-        self.array = array
+        self._rows = array
         self.log = log
         self.n_rows = len(array)
 
@@ -56,7 +58,7 @@ class Paged:
         closed = sum(what == "close" for what, _ in self.log)
         assert opened == closed, "one after another"
         self.log.append(("open", self))
-        slot = self.array.copy()
+        slot = self._rows.copy()
         try:
             yield slot
         finally:

@@ -78,6 +78,11 @@ class Part(Protocol):
     @property
     def n_rows(self) -> int: ...
 
+    @property
+    def array(self) -> Stored | None:
+        """The rows, where they are in memory for the whole of this pass; None where `open` brings them."""
+        ...
+
     def open(self) -> AbstractContextManager[Stored]:
         """The rows [n_rows, n_cols], in memory until the context ends."""
         ...
@@ -209,10 +214,10 @@ class Linear:
             for part in matrix.parts:
                 out = y[:, start : start + part.n_rows]
                 start += part.n_rows
-                if isinstance(part, InMemory):
-                    here.append((part, part.array, out))
-                else:
+                if part.array is None:
                     paged.append((part, out))
+                else:
+                    here.append((part, part.array, out))
         if here:
             self._run(self._input, here)
         for part, out in paged:
