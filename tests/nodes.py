@@ -1,17 +1,26 @@
-"""`tpilite-node` as its users run it: processes started, read, signalled, and ended for sure."""
+"""`tpilite-node` as its users run it: processes started, read, signalled, ended for sure; and clusters."""
 
 import contextlib
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO
 
+from checkpoints import tiny_config, write_checkpoint
+
+from tpilite import LLM, SamplingParams
+
+TOKEN = "of-these-tests"
+TOKENIZER = Path(__file__).parent / "fixtures" / "tokenizer" / "tokenizer.model"
 PROGRAM = [sys.executable, str(Path(__file__).parents[1] / "bin" / "tpilite-node")]
 
 # Of any single wait: far above what it takes on a busy machine, far below where a test run seems to hang.
@@ -30,7 +39,7 @@ class Node:
         *args: object,
         home: Path,
         token: str | None = None,
-        prefix: Iterable[str] = (),
+        prefix: Sequence[str] = (),
         **environment: str,
     ) -> None:
         home.mkdir(parents=True, exist_ok=True)
@@ -168,3 +177,80 @@ class Nodes:
     ) -> None:
         for node in self.started:
             node.close()
+
+
+@dataclass(frozen=True)
+class Story:
+    """A model, what is asked of it, and the text that one rank alone makes of that."""
+
+    folder: Path
+    ask: tuple[str, ...]
+    text: str
+
+
+def make_story(folder: Path) -> Story:
+    """A story of a tiny random model, sampled: a single wrong number would soon choose another token."""
+    config = tiny_config(
+        vocab_size=656, num_hidden_layers=6, max_position_embeddings=512, bos_token_id=1, eos_token_ids=()
+    )
+    write_checkpoint(folder, config)
+    shutil.copy(TOKENIZER, folder)
+    with LLM(folder) as llm:
+        # The first that does not soon choose to end.
+        told = (llm.generate("It was", SamplingParams(seed=seed, length=100)) for seed in range(100))
+        seed, completion = next((i, one) for i, one in enumerate(told) if one.finish_reason == "length")
+    ask = ("--prompt", "It was", "--seed", str(seed), "--length", "100")
+    return Story(folder, ask, completion.text + "\n")
+
+
+class Cluster:
+    """Rank 0 and what starts others for it, on ports and in homes that stay the same from start to start.
+
+    `prefixes` says by what command the node of a home runs somewhere else, and `address` where rank 0 is.
+    """
+
+    host: Node
+
+    def __init__(
+        self,
+        nodes: Nodes,
+        story: Story,
+        world_size: int,
+        *options: object,
+        address: str = "127.0.0.1",
+        prefixes: Mapping[str, Sequence[str]] | None = None,
+        start: bool = True,
+    ) -> None:
+        self.nodes, self.story, self.address, self.prefixes = nodes, story, address, prefixes or {}
+        self.options = ("--model_path", story.folder, "--world_size", world_size, *options)
+        self.broadcast_port, self.file_port = free_ports(2)
+        if start:
+            self.start_host()
+
+    def start_host(self, *ask: object) -> Node:
+        ports = ("--broadcast_port", self.broadcast_port, "--file_port", self.file_port)
+        where = ("--save_dir", self.nodes.folder / "host" / "split", "--allreduce", "star")
+        self.host = self._start("host", *self.options, *ports, *where, *(ask or self.story.ask))
+        return self.host
+
+    def start_worker(self, home: str, *options: object) -> Node:
+        return self._start(home, "--join", f"{self.address}:{self.broadcast_port}", *options)
+
+    def _start(self, home: str, *args: object) -> Node:
+        return self.nodes.start(
+            *args, "--threads", 1, home=home, token=TOKEN, prefix=self.prefixes.get(home, ())
+        )
+
+    def slices(self, home: str, rank: int) -> Path:
+        """Where a worker keeps its slices."""
+        (found,) = (self.nodes.folder / home / ".cache" / "tpilite" / "slices").glob(f"*/node_{rank}")
+        return found
+
+
+def free_ports(n: int) -> list[int]:
+    """Ports that nobody listens on, for nodes that must know them before the other side is there."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(n)]
+    ports = [sock.getsockname()[1] for sock in sockets]
+    for sock in sockets:
+        sock.close()
+    return ports

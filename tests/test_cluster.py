@@ -14,89 +14,25 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from checkpoints import tiny_config, write_checkpoint
-from nodes import Node, Nodes
+from nodes import TOKEN, TOKENIZER, Cluster, Node, Nodes, Story, free_ports, make_story
 
 from tpilite import LLM, SamplingParams
 from tpilite.slices import SliceFolder, node_folder
 
-TOKEN = "of-these-tests"
-_TOKENIZER = Path(__file__).parent / "fixtures" / "tokenizer" / "tokenizer.model"
-
-
-@dataclass(frozen=True)
-class Story:
-    """A model, what is asked of it, and the text that one rank alone makes of that."""
-
-    folder: Path
-    ask: tuple[str, ...]
-    text: str
-
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
-    config = tiny_config(
-        vocab_size=656, num_hidden_layers=6, max_position_embeddings=512, bos_token_id=1, eos_token_ids=()
-    )
-    folder = write_checkpoint(tmp_path_factory.mktemp("model") / "tiny", config)
-    shutil.copy(_TOKENIZER, folder)
-    with LLM(folder) as llm:
-        # The first that does not soon choose to end.
-        told = (llm.generate("It was", SamplingParams(seed=seed, length=100)) for seed in range(100))
-        seed, completion = next((i, one) for i, one in enumerate(told) if one.finish_reason == "length")
-    ask = ("--prompt", "It was", "--seed", str(seed), "--length", "100")
-    return Story(folder, ask, completion.text + "\n")
+    return make_story(tmp_path_factory.mktemp("story"))
 
 
 @pytest.fixture
 def nodes(tmp_path: Path) -> Iterator[Nodes]:
     with Nodes(tmp_path) as nodes:
         yield nodes
-
-
-class Cluster:
-    """Rank 0 and what starts others for it."""
-
-    host: Node
-
-    def __init__(
-        self, nodes: Nodes, story: Story, world_size: int, *options: object, start: bool = True
-    ) -> None:
-        self.nodes, self.story = nodes, story
-        self.options = ("--model_path", story.folder, "--world_size", world_size, *options, "--threads", 1)
-        self.broadcast_port, self.file_port = free_ports(2)
-        if start:
-            self.start_host()
-
-    def start_host(self, *ask: object) -> Node:
-        """Rank 0, on the same ports and with the same slices each time."""
-        ports = ("--broadcast_port", self.broadcast_port, "--file_port", self.file_port)
-        where = ("--save_dir", self.nodes.folder / "host" / "split", "--allreduce", "star")
-        ask = ask or self.story.ask
-        self.host = self.nodes.start(*self.options, *ports, *where, *ask, home="host", token=TOKEN)
-        return self.host
-
-    def start_worker(self, home: str, *options: object) -> Node:
-        join = ("--join", f"127.0.0.1:{self.broadcast_port}", "--threads", 1)
-        return self.nodes.start(*join, *options, home=home, token=TOKEN)
-
-    def slices(self, home: str, rank: int) -> Path:
-        """Where a worker keeps its slices."""
-        (found,) = (self.nodes.folder / home / ".cache" / "tpilite" / "slices").glob(f"*/node_{rank}")
-        return found
-
-
-def free_ports(n: int) -> list[int]:
-    """Ports that nobody listens on, for nodes that must know them before the other side is there."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(n)]
-    ports = [sock.getsockname()[1] for sock in sockets]
-    for sock in sockets:
-        sock.close()
-    return ports
 
 
 def written(folder: Path) -> dict[str, int]:
@@ -442,7 +378,7 @@ def test_a_sync_that_is_killed_on_both_sides_goes_on(nodes: Nodes, tmp_path: Pat
         hidden_size=512, intermediate_size=3000, head_dim=64, num_hidden_layers=6, vocab_size=656
     )
     folder = write_checkpoint(tmp_path / "larger", config)
-    shutil.copy(_TOKENIZER, folder)
+    shutil.copy(TOKENIZER, folder)
     ask = ("--prompt", "It was", "--temperature", "0", "--length", "4")
     with LLM(folder) as llm:
         text = llm.generate("It was", SamplingParams(temperature=0, length=4)).text + "\n"
