@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 
 demo: .venv/installed
-	$(BIN)/tpilite-node --model_path fable --prompt "Once upon a time" --temperature 0 --echo
+	$(BIN)/tpilite-node --local 2 --model_path fable --prompt "Once upon a time" --temperature 0 --echo
 
 test: .venv/tested
 	$(BIN)/python -m pytest

@@ -13,12 +13,13 @@ from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from tpilite.checkpoint import Checkpoint
 from tpilite.config import ClusterConfig
 from tpilite.errors import ConfigError, TpiliteError
 from tpilite.host import Host, own_address
+from tpilite.hub import find_models, is_hub_name, model_name, resolve
 from tpilite.llm import LLM, Completion, Session
 from tpilite.local import LocalWorkers, end_with_stdin
 from tpilite.memory import MemoryReport, auto_budget_bytes
@@ -34,10 +35,13 @@ from tpilite.options import (
     parse,
     sampling_params,
     save_dir_of,
+    server_config,
 )
 from tpilite.partition import Partition
 from tpilite.rank import physical_cores
 from tpilite.sampling import SamplingParams
+from tpilite.server import serve
+from tpilite.service import Recovery
 from tpilite.slices import ensure_slices, node_folder
 from tpilite.terminal import Interrupt, answer, converse, progress_bar
 from tpilite.worker import Worker, WorkerOptions
@@ -120,8 +124,8 @@ def run(args: argparse.Namespace) -> int:
     if args.join or (rank or 0) > 0:
         return work(args, master, rank)
     if args.model_path is None:
-        raise ConfigError("--model_path is missing: give a model's folder, or 'fable' for the one that ships")
-    params, folder = sampling_params(args), find_model(args.model_path)
+        raise ConfigError(_no_model())
+    params, folder = sampling_params(args), _folder_of(args.model_path)
     if args.split_only:
         return split(args, folder, world_size or 1)
     if world_size in (None, 1):
@@ -132,13 +136,14 @@ def run(args: argparse.Namespace) -> int:
             memory_budget=args.memory_budget,
             memory_window=args.memory_window,
         ) as llm:
-            return converse_or_complete(llm, args, params)
+            return answer_all(llm, args, params)
     with ExitStack() as stack:
         host = stack.enter_context(hosted(args, folder, world_size, stack))
+        recovery = Recovery(host.recover)
         session = Session(
-            folder, host.config, host.rank, max_rows=engine_config(args).max_rows, recover=host.recover
+            folder, host.config, host.rank, max_rows=engine_config(args).max_rows, recover=recovery
         )
-        return converse_or_complete(session, args, params)
+        return answer_all(session, args, params, host, recovery)
 
 
 def work(args: argparse.Namespace, master: str | None, rank: int | None) -> int:
@@ -215,11 +220,27 @@ def split(args: argparse.Namespace, folder: Path, world_size: int) -> int:
     return 0
 
 
-def converse_or_complete(session: Session, args: argparse.Namespace, params: SamplingParams) -> int:
-    """A conversation with the person at the terminal, or the texts that follow the prompts."""
+def answer_all(
+    session: Session,
+    args: argparse.Namespace,
+    params: SamplingParams,
+    host: Host | None = None,
+    recovery: Recovery | None = None,
+) -> int:
+    """The service, a conversation with the person at the terminal, or the texts that follow the prompts."""
     with ExitStack() as stack:
         if args.memory_report is not None:
             stack.enter_context(MemoryReport(args.memory_report, session.memory_sample))
+        if args.serve:
+            serve(
+                session,
+                server_config(args, model_name(session.folder), params),
+                ready=lambda url: print(f"tpilite: the page and the API are at {url}", file=sys.stderr),
+                usage=lambda: session.usage,
+                recovery=recovery,
+                cluster_state=lambda: _rank_states(session, host, recovery),
+            )
+            return 0
         if args.prompt is None and sys.stdin.isatty():
             converse(session, params, args.system, lambda completion: _report(args, completion))
             return 0
@@ -247,6 +268,25 @@ def complete(llm: Session, args: argparse.Namespace, params: SamplingParams) -> 
     return 0
 
 
+def _rank_states(session: Session, host: Host | None, recovery: Recovery | None) -> list[dict[str, Any]]:
+    """What the page shows of each rank; those that are lost by what the lobby knows of them."""
+    waits = recovery is not None and recovery.waiting_for is not None
+    states = host.states if host is not None and waits else {}
+    ranks = []
+    for rank, found in enumerate(session.engine.ranks):
+        resident, streaming = found.get("resident_bytes", 0), found.get("streaming_bytes", 0)
+        ranks.append(
+            {
+                "rank": rank,
+                "name": found.get("name", ""),
+                "state": states.get(rank, "waiting" if waits else "ready"),
+                "memory_bytes": found.get("rss_bytes", 0),
+                "resident_share": resident / max(resident + streaming, 1),
+            }
+        )
+    return ranks
+
+
 def _invitation(host: Host, cluster: ClusterConfig) -> str:
     """The line to run on the other machines."""
     address = (
@@ -257,6 +297,21 @@ def _invitation(host: Host, cluster: ClusterConfig) -> str:
         f"tpilite: this is rank 0 of {cluster.world_size}; on each other machine run\n\n"
         f"    tpilite-node --join {address} --token {cluster.token}{tls}\n"
     )
+
+
+def _no_model() -> str:
+    """What to do without a model: which ones there are."""
+    text = "--model_path is missing: give a model's folder, or 'fable' for the one that ships"
+    found = find_models()
+    if not found:
+        return text
+    return f"{text}; found here: " + ", ".join(f"{model.name} ({model.folder})" for model in found)
+
+
+def _folder_of(name: str) -> Path:
+    """The folder of a model named by its path, as one that ships, or as on the Hub."""
+    folder = find_model(name)
+    return resolve(name) if not folder.exists() and is_hub_name(name) else folder
 
 
 def _prompts(args: argparse.Namespace) -> Iterator[str]:

@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,9 @@ Array = NDArray[np.float32]
 Recover = Callable[[PeerLost], None]
 
 logger = logging.getLogger(__name__)
+
+# A survey costs one message to every rank and one back.
+_SURVEY_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,8 @@ class Engine:
         self._free: list[int] = []
         self._next_id = 0
         self.context = config.max_position_embeddings  # or less, where a rank's memory allows no more
+        self.ranks: list[dict[str, Any]] = []  # what each tells of itself, a few seconds old
+        self._surveyed_s = 0.0
         self._begin()
 
     def submit(
@@ -138,6 +144,8 @@ class Engine:
         chunks = self._scheduler.next()
         if not chunks:
             return []
+        if time.monotonic() - self._surveyed_s > _SURVEY_S:
+            self._survey()
         ids = [i for c in chunks for i in c.sequence.ids(c.start, c.start + c.n_rows)]
         ends = np.cumsum([c.n_rows for c in chunks]) - 1
         last = [(c.sequence, int(end)) for c, end in zip(chunks, ends, strict=True) if c.reaches_end]
@@ -235,16 +243,19 @@ class Engine:
             self._free.clear()
             self._scheduler.restart()
             try:
-                limits = [found.get("max_positions") for found in self.runner.survey()]
+                self._survey()
             except PeerLost as again:
                 lost = again
-                continue
-            least = min(
-                (int(limit) for limit in limits if limit is not None),
-                default=self.config.max_position_embeddings,
-            )
-            self.context = min(self.config.max_position_embeddings, least)
-            return
+            else:
+                return
+
+    def _survey(self) -> None:
+        """Asks every rank how it is, and how long a text its memory allows: the least is the context."""
+        self.ranks, self._surveyed_s = self.runner.survey(), time.monotonic()
+        limits = [found.get("max_positions") for found in self.ranks]
+        self.context = min(
+            [self.config.max_position_embeddings, *(int(limit) for limit in limits if limit is not None)]
+        )
 
     def _check_ids(self, ids: list[int]) -> None:
         if not ids:

@@ -29,7 +29,7 @@ from tpilite.models import find_model
 from tpilite.rank import Rank
 from tpilite.sampling import SamplingParams
 from tpilite.sequence import Sequence
-from tpilite.stats import Stats, measure
+from tpilite.stats import Stats, Usage, measure
 from tpilite.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 
 Prompt = str | Items[int]
@@ -112,12 +112,17 @@ class Session:
 
     def completion(self, request: Sequence) -> Completion:
         """What has come of `request` so far."""
-        stats = measure(request, self._usage_before, self._rank.usage)
+        stats = measure(request, self._usage_before, self.usage)
         return Completion(request.text, list(request.new_ids), request.finish_reason, stats)
 
     def logits(self, ids: Items[int]) -> NDArray[np.float32]:  # [T] -> [T, V]
         """The scores of the whole vocabulary after each of `ids`."""
         return self.engine.logits(list(ids))
+
+    @property
+    def usage(self) -> Usage:
+        """What rank 0 has spent and waited for since its start."""
+        return self._rank.usage
 
     @property
     def memory_sample(self) -> Callable[[], Mapping[str, float]]:
@@ -136,7 +141,7 @@ class Session:
         decoder = None if self._tokenizer is None else StreamDecoder(self._tokenizer, after=after)
         if params.stop and decoder is None:
             raise ConfigError(f"stop texts need a tokenizer, which {self.folder} does not have")
-        self._usage_before = self._rank.usage
+        self._usage_before = self.usage
         return self.engine.submit(ids, params, eos_ids=self._eos_ids | stop_ids, decoder=decoder)
 
 

@@ -14,6 +14,7 @@ from tpilite.models import SHIPPED
 from tpilite.net.sums import CODECS, WAYS
 from tpilite.net.token import checked_token, kept_token
 from tpilite.sampling import SamplingParams
+from tpilite.server import ServerConfig
 from tpilite.version import __version__
 
 PORT = 29700
@@ -120,6 +121,29 @@ def _token(args: argparse.Namespace, *, make: bool) -> str:
     return token
 
 
+def server_config(args: argparse.Namespace, model_name: str, params: SamplingParams) -> ServerConfig:
+    """The options of the service; those of the text are what a request gets that does not say."""
+    key = args.api_key
+    if args.api_key_file is not None:
+        if key is not None:
+            raise ConfigError("--api_key and --api_key_file are both given; expected one of them")
+        try:
+            key = args.api_key_file.read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--api_key_file {args.api_key_file} cannot be read: {error}") from error
+    return ServerConfig(
+        host=args.api_host,
+        port=args.api_port,
+        model_name=model_name,
+        api_key=key,
+        host_names=tuple(args.host_name),
+        cors_origins=tuple(args.cors_origin),
+        max_waiting=args.max_waiting,
+        grace_s=args.grace,
+        defaults=params,
+    )
+
+
 def _ratio(text: str) -> tuple[float, ...]:
     """The shares in a text like 2,1,1."""
     try:
@@ -215,6 +239,25 @@ def _parser() -> argparse.ArgumentParser:
     cluster.add_argument("--tls_key", type=Path, metavar="PEM", help="its key,")
     cluster.add_argument(
         "--tls_ca", type=Path, metavar="PEM", help="and the authority that signed all nodes' ones"
+    )
+
+    service = parser.add_argument_group("the service")
+    service.add_argument("--serve", action="store_true", help="serve the page and OpenAI's API over HTTP")
+    service.add_argument("--api_host", default="127.0.0.1", metavar="ADDR", help="(%(default)s)")
+    service.add_argument("--api_port", type=int, default=8080, metavar="P", help="(%(default)s)")
+    service.add_argument("--api_key", metavar="KEY", help="what clients must show (nothing)")
+    service.add_argument("--api_key_file", type=Path, metavar="FILE", help="a file that holds the key")
+    service.add_argument(
+        "--host_name", action="append", default=[], metavar="NAME", help="a name browsers use; repeatable"
+    )
+    service.add_argument(
+        "--cors_origin", action="append", default=[], metavar="URL", help="pages that may call; repeatable"
+    )
+    service.add_argument(
+        "--max_waiting", type=int, default=64, metavar="N", help="requests in line (%(default)s)"
+    )
+    service.add_argument(
+        "--grace", type=float, default=30.0, metavar="S", help="for open requests at the end (%(default)s s)"
     )
 
     text = parser.add_argument_group("the text")

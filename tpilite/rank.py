@@ -1,6 +1,7 @@
 """One rank made ready: its weights in memory as they should be, its threads, its model and its runner."""
 
 import os
+import platform
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -61,6 +62,7 @@ class Rank:
         """What rank 0 asks of every rank: how long a text can get here, its memory, where its time goes."""
         usage, paging = self.usage, self._pager.usage()
         return {
+            "name": platform.node(),
             "max_positions": self._max_positions(),
             "rss_bytes": rss_bytes(),
             "budget_bytes": paging.budget_bytes,

@@ -154,7 +154,6 @@ class Service:
         self._usage = usage
         self._recovery = recovery
         self._cluster_state = cluster_state
-        self.context = session.config.max_position_embeddings
         self._tokenizer: Tokenizer | None
         try:
             self._tokenizer = session.tokenizer
@@ -176,6 +175,11 @@ class Service:
         self._figures = _Figures()
         self._thread = threading.Thread(target=self._run, name="tpilite-engine", daemon=True)
         self._thread.start()
+
+    @property
+    def context(self) -> int:
+        """The longest text that the model and every rank's memory allow."""
+        return self._session.engine.context
 
     @property
     def can_chat(self) -> bool:
