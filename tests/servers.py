@@ -3,7 +3,6 @@
 import functools
 import io
 import json
-import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -65,17 +64,6 @@ def write_model(folder: Path, *, chat: bool = True, context: int = 256, **config
     if chat:
         settings["chat_template"] = TEMPLATE
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return folder
-
-
-def chat_model_of(shipped: Path, folder: Path) -> Path:
-    """A copy of a base model's folder to which `TEMPLATE` gives a chat format."""
-    shutil.copytree(shipped, folder, dirs_exist_ok=True)
-    path = folder / "tokenizer_config.json"
-    settings = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(
-        json.dumps({"bos_token": "<s>", "eos_token": "</s>", **settings, "chat_template": TEMPLATE})
-    )
     return folder
 
 

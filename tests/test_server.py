@@ -831,6 +831,17 @@ def test_settings_are_checked(fields: dict[str, Any]) -> None:
         ServerConfig(**fields)
 
 
+def test_a_key_is_read_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "key"
+    with pytest.raises(ConfigError, match="cannot be read"):
+        module.read_api_key(path)
+    path.write_text("\n")
+    with pytest.raises(ConfigError, match="is empty"):
+        module.read_api_key(path)
+    path.write_text("s3cret\n")
+    assert module.read_api_key(path) == "s3cret"
+
+
 @pytest.fixture(autouse=True)
 def loud(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     """A mistake of our own that only the log tells of fails the test."""

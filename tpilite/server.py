@@ -28,6 +28,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -137,6 +138,17 @@ class ServerConfig:
         for origin in self.cors_origins:
             if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
                 raise ConfigError(f"--cors_origin must be * or like https://example.org, found {origin!r}")
+
+
+def read_api_key(path: Path) -> str:
+    """The key that a file holds, for `ServerConfig`. Raises `ConfigError`."""
+    try:
+        key = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--api_key_file {path} cannot be read: {error}") from error
+    if not key:
+        raise ConfigError(f"--api_key_file {path} is empty; write the key into it")
+    return key
 
 
 def serve(
