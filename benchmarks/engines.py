@@ -64,7 +64,7 @@ def llama_cpp(folder: Path, threads: int) -> Tokens:
 
     llama_cpp.llama_backend_init()
     model_params = llama_cpp.llama_model_default_params()
-    model = llama_cpp.llama_model_load_from_file(str(folder.with_suffix(".gguf")).encode(), model_params)
+    model = llama_cpp.llama_model_load_from_file(f"{folder}.gguf".encode(), model_params)
     params = llama_cpp.llama_context_default_params()
     params.n_ctx = params.n_batch = params.n_ubatch = 1024
     params.n_threads = params.n_threads_batch = threads
@@ -131,8 +131,15 @@ def in_turns(
     return found
 
 
-def report(found: dict[str, list[dict[str, Any]]], figures: list[str], conditions: dict[str, Any]) -> None:
+def report(
+    found: dict[str, list[dict[str, Any]]],
+    figures: list[str],
+    conditions: dict[str, Any],
+    json_file: Path | None,
+) -> None:
     """Prints each figure's median with its least and greatest value, and the ratio of the first engine."""
+    if json_file is not None:
+        json_file.write_text(json.dumps({"conditions": conditions, "runs": found}, indent=2) + "\n")
     print(", ".join(f"{name} {value}" for name, value in conditions.items()))
     first = next(iter(found))
     for figure in figures:
@@ -172,9 +179,7 @@ def compare(args: argparse.Namespace, folder: Path, n_prompt: int, n_new: int, f
     """Runs the engines in turns as the options say, and reports."""
     found = in_turns(args.engines, folder, args.threads, n_prompt, n_new, args.rounds)
     where = conditions(args) | {"prompt tokens": n_prompt, "new tokens": n_new}
-    report(found, figures, where)
-    if args.json:
-        args.json.write_text(json.dumps({"conditions": where, "runs": found}, indent=2, default=str) + "\n")
+    report(found, figures, where, args.json)
 
 
 if __name__ == "__main__":
