@@ -126,7 +126,7 @@ export class Cluster {
 function rankItem(rank) {
   const facts = [];
   if (rank.memory_bytes != null) facts.push(`${bytes(rank.memory_bytes)} in use`);
-  if (rank.resident_share != null) facts.push(`${Math.round(100 * rank.resident_share)} % of its part in memory`);
+  if (rank.resident_share != null) facts.push(`${Math.round(100 * rank.resident_share)} % in memory`);
   if (rank.tokens_per_second) facts.push(`${number(rank.tokens_per_second)} tokens/s`);
   const item = element(
     "li",
