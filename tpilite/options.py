@@ -14,7 +14,7 @@ from tpilite.models import SHIPPED
 from tpilite.net.sums import CODECS, WAYS
 from tpilite.net.token import checked_token, kept_token
 from tpilite.sampling import SamplingParams
-from tpilite.server import ServerConfig
+from tpilite.server import ServerConfig, read_api_key
 from tpilite.version import __version__
 
 PORT = 29700
@@ -127,16 +127,13 @@ def server_config(args: argparse.Namespace, model_name: str, params: SamplingPar
     if args.api_key_file is not None:
         if key is not None:
             raise ConfigError("--api_key and --api_key_file are both given; expected one of them")
-        try:
-            key = args.api_key_file.read_text().strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--api_key_file {args.api_key_file} cannot be read: {error}") from error
+        key = read_api_key(args.api_key_file)
     return ServerConfig(
         host=args.api_host,
         port=args.api_port,
         model_name=model_name,
         api_key=key,
-        host_names=tuple(args.host_name),
+        host_names=tuple(args.api_name),
         cors_origins=tuple(args.cors_origin),
         max_waiting=args.max_waiting,
         grace_s=args.grace,
@@ -248,7 +245,7 @@ def _parser() -> argparse.ArgumentParser:
     service.add_argument("--api_key", metavar="KEY", help="what clients must show (nothing)")
     service.add_argument("--api_key_file", type=Path, metavar="FILE", help="a file that holds the key")
     service.add_argument(
-        "--host_name", action="append", default=[], metavar="NAME", help="a name browsers use; repeatable"
+        "--api_name", action="append", default=[], metavar="NAME", help="a name browsers use; repeatable"
     )
     service.add_argument(
         "--cors_origin", action="append", default=[], metavar="URL", help="pages that may call; repeatable"
