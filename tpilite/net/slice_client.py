@@ -205,7 +205,7 @@ class _Fetch:
 
     def _get(self, name: str, headers: Mapping[str, str]) -> http.client.HTTPResponse:
         """The proven answer with the content, after waiting for slices that are not yet made."""
-        path, announced = f"/node_{self._rank}/{name}", False
+        path, delay_s = f"/node_{self._rank}/{name}", 0.0
         while True:
             response = self._session.get(path, headers)
             status = response.status
@@ -220,12 +220,13 @@ class _Fetch:
                 )
             if status != HTTPStatus.SERVICE_UNAVAILABLE:
                 raise SliceError(f"{self._session.name} answers {status} for {path}; its own log says why")
-            if not announced:
+            if not delay_s:
                 _log.info("waiting for %s to make the slices of rank %d", self._session.name, self._rank)
-                announced = True
             retry_after = response.getheader("Retry-After", "")
             asked_s = int(retry_after) if re.fullmatch("[0-9]{1,4}", retry_after) else 0
-            time.sleep(min(max(asked_s, _FIRST_DELAY_S), _MAX_DELAY_S))
+            # A small model is ready sooner than the server asks to wait.
+            delay_s = min(max(2 * delay_s, _FIRST_DELAY_S), max(asked_s, _FIRST_DELAY_S), _MAX_DELAY_S)
+            time.sleep(delay_s)
             self._last_sign = time.monotonic()
 
     def _get_manifest(self) -> bytes:
