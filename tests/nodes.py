@@ -43,7 +43,7 @@ class Node:
         **environment: str,
     ) -> None:
         home.mkdir(parents=True, exist_ok=True)
-        kept = {name: value for name, value in os.environ.items() if name in ("PATH", "LANG", "TMPDIR")}
+        kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH", "TMPDIR") if name in os.environ}
         if token is not None:
             environment["TPILITE_TOKEN"] = token
         self.process = subprocess.Popen(
@@ -224,12 +224,13 @@ class Cluster:
         self.nodes, self.story, self.address, self.prefixes = nodes, story, address, prefixes or {}
         self.options = ("--model_path", story.folder, "--world_size", world_size, *options)
         self.broadcast_port, self.file_port = free_ports(2)
+        self.host_split = nodes.folder / "host" / "split"
         if start:
             self.start_host()
 
     def start_host(self, *ask: object) -> Node:
         ports = ("--broadcast_port", self.broadcast_port, "--file_port", self.file_port)
-        where = ("--save_dir", self.nodes.folder / "host" / "split", "--allreduce", "star")
+        where = ("--save_dir", self.host_split, "--allreduce", "star")
         self.host = self._start("host", *self.options, *ports, *where, *(ask or self.story.ask))
         return self.host
 

@@ -98,12 +98,13 @@ def test_slices_carried_by_hand(nodes: Nodes, story: Story, tmp_path: Path) -> N
     (tmp_path / "host" / "split").mkdir(parents=True)
     node_folder(split, 0).rename(node_folder(tmp_path / "host" / "split", 0))
     cluster = Cluster(nodes, bare, 3)
-    # Each finds its rank by what it was given, in whatever order they come.
+    # Each finds its rank by what it was given, not by the order in which they come.
     for rank in (2, 1):
         carried = tmp_path / f"machine{rank}"
         carried.mkdir()
         node_folder(split, rank).rename(node_folder(carried, rank))
         cluster.start_worker(f"worker{rank}", "--save_dir", carried)
+        cluster.host.wait_for_line(f"joined as rank {rank}")
     assert cluster.host.finish() == 0, cluster.host.err
     assert cluster.host.out == story.text
 
@@ -219,6 +220,21 @@ def test_workers_return_to_a_rank_0_that_is_killed_or_frozen(nodes: Nodes, story
     for worker in workers:
         worker.wait_for_line("rank 0 ended the session")
         assert worker.process.poll() is None
+
+
+def test_workers_take_what_rank_there_is_when_rank_0_comes_back_smaller(
+    nodes: Nodes, story: Story, tmp_path: Path
+) -> None:
+    cluster = Cluster(nodes, story, 3)
+    workers = [cluster.start_worker(f"worker{i}") for i in range(2)]
+    cluster.host.wait_for_text(10)
+    cluster.host.kill()
+    cluster.options = ("--model_path", story.folder, "--world_size", 2)
+    cluster.host_split = tmp_path / "split2"
+    cluster.start_host()
+    assert cluster.host.finish() == 0, cluster.host.err
+    assert cluster.host.out == story.text
+    assert [worker.process.poll() for worker in workers] == [None, None]
 
 
 def test_a_wait_that_is_too_long_ends_with_the_text_so_far(nodes: Nodes, story: Story) -> None:
