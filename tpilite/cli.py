@@ -43,7 +43,7 @@ from tpilite.sampling import SamplingParams
 from tpilite.server import serve
 from tpilite.service import Recovery
 from tpilite.slices import ensure_slices, node_folder
-from tpilite.terminal import Interrupt, answer, converse, progress_bar
+from tpilite.terminal import Interrupt, answer, converse, interruptible, progress_bar
 from tpilite.worker import Worker, WorkerOptions
 
 INTERRUPTED = 130  # what shells report for a program ended by Ctrl-C
@@ -139,7 +139,7 @@ def run(args: argparse.Namespace) -> int:
             return answer_all(llm, args, params)
     with ExitStack() as stack:
         host = stack.enter_context(hosted(args, folder, world_size, stack))
-        recovery = Recovery(host.recover)
+        recovery = Recovery(interruptible(host.recover))
         session = Session(
             folder, host.config, host.rank, max_rows=engine_config(args).max_rows, recover=recovery
         )

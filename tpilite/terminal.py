@@ -2,6 +2,7 @@
 
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -9,7 +10,8 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from tpilite.errors import ConfigError
+from tpilite.engine import Recover
+from tpilite.errors import ConfigError, PeerLost
 from tpilite.llm import Completion, Session
 from tpilite.sampling import SamplingParams
 from tpilite.sequence import Sequence
@@ -45,6 +47,22 @@ class Interrupt:
             yield self
         finally:
             signal.signal(signal.SIGINT, before)
+
+
+def interruptible(recover: Recover) -> Recover:
+    """`recover`, which Ctrl-C ends at once: there is no next token at which an answer could stop."""
+
+    def waiting(lost: PeerLost) -> None:
+        if threading.current_thread() is not threading.main_thread():  # whose signals are not ours
+            recover(lost)
+            return
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            recover(lost)
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    return waiting
 
 
 @contextmanager
