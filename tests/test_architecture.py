@@ -22,7 +22,8 @@ _ROWS = [
     "cluster host worker local models llm __init__ openai service server terminal hub options cli __main__",
 ]
 _ORDER = " ".join(_ROWS).split()
-_MAY_READ_ENVIRONMENT = {"blas", "cli", "options", "local"}  # local hands its own on to the ranks that it starts
+# `local` hands its own environment on to the ranks that it starts.
+_MAY_READ_ENVIRONMENT = {"blas", "cli", "options", "local"}
 _FILES_AND_SOCKETS = {"mmap", "socket", "ssl", "http", "socketserver", "urllib", "msgpack", "safetensors"}
 
 

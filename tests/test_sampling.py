@@ -1,5 +1,6 @@
 """Choosing tokens: distributions against their definitions, ranks against one rank, and keyed randomness."""
 
+import itertools
 import math
 from collections import Counter
 
@@ -74,9 +75,7 @@ def test_ranks_report_what_one_rank_would(
     if ties:
         logits = np.round(logits)
     edges = [0, *sorted(cuts), VOCABULARY]
-    parts = [
-        best(logits[start:stop], start, n, temperature) for start, stop in zip(edges, edges[1:], strict=False)
-    ]
+    parts = [best(logits[start:stop], start, n, temperature) for start, stop in itertools.pairwise(edges)]
     merged, alone = merge(parts), best(logits, 0, VOCABULARY, temperature)
     assert len(merged.ids) >= min(n, VOCABULARY)
     n_sure = min(n, VOCABULARY)

@@ -1,5 +1,7 @@
 """Text that is shown as it is made, and stop texts that end it wherever their pieces fall."""
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -38,7 +40,7 @@ def test_what_only_begins_like_a_stop_text_is_shown_later() -> None:
 )
 def test_pieces_do_not_matter(text: str, cuts: list[int], stop: tuple[str, ...]) -> None:
     edges = sorted({0, len(text), *(cut for cut in cuts if cut <= len(text))})
-    pieces = [text[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    pieces = [text[a:b] for a, b in itertools.pairwise(edges)]
     shown, sequence = feed(pieces, stop)
     # The first stop text to be complete counts; of those complete at once, the one that begins first.
     ends = [end for end in range(len(text) + 1) if any(s in text[:end] for s in stop)]
