@@ -197,9 +197,9 @@ def make_story(folder: Path) -> Story:
     shutil.copy(TOKENIZER, folder)
     with LLM(folder) as llm:
         # The first that does not soon choose to end.
-        told = (llm.generate("It was", SamplingParams(seed=seed, length=100)) for seed in range(100))
+        told = (llm.generate("It was", SamplingParams(seed=seed, length=70)) for seed in range(100))
         seed, completion = next((i, one) for i, one in enumerate(told) if one.finish_reason == "length")
-    ask = ("--prompt", "It was", "--seed", str(seed), "--length", "100")
+    ask = ("--prompt", "It was", "--seed", str(seed), "--length", "70")
     return Story(folder, ask, completion.text + "\n")
 
 

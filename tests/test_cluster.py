@@ -264,6 +264,18 @@ def test_a_rank_lost_between_prompts_is_told_at_once(nodes: Nodes, story: Story)
     assert host.out == 2 * story.text
 
 
+def test_ctrl_c_ends_the_wait_for_a_lost_rank(nodes: Nodes, story: Story) -> None:
+    cluster = Cluster(nodes, story, 2)
+    worker = cluster.start_worker("worker")
+    cluster.host.wait_for_text(10)
+    worker.kill()
+    cluster.host.wait_for_line("the text goes on when rank 1 is back")
+    cluster.host.signal(signal.SIGINT)
+    assert cluster.host.finish() == 130
+    assert story.text.startswith(cluster.host.out[:-1])
+    assert "Traceback" not in cluster.host.err
+
+
 def test_a_worker_that_comes_back_with_another_model_is_refused(
     nodes: Nodes, story: Story, tmp_path: Path
 ) -> None:
@@ -419,6 +431,30 @@ def test_a_sync_that_is_killed_on_both_sides_goes_on(nodes: Nodes, tmp_path: Pat
         assert not list((tmp_path / home).glob("**/*.safetensors.part"))
         with SliceFolder(manifest.parent) as slices:
             slices.verify()
+
+
+def test_a_worker_in_the_folder_of_rank_0_takes_nothing_away(nodes: Nodes, story: Story) -> None:
+    cluster = Cluster(nodes, story, 2)
+    there = ("--save_dir", cluster.host_split, "--force_download", "--once")
+    worker = cluster.start_worker("worker", *there)
+    assert cluster.host.finish() == 0, cluster.host.err
+    assert cluster.host.out == story.text
+    assert worker.finish() == 0
+    damaged = cluster.host_split / "node_1" / "layers.0.attn.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    cluster.start_host()
+    worker = cluster.start_worker("worker", *there)
+    assert worker.finish() == 2
+    assert "layers.0.attn.safetensors" in worker.lines[-2]
+    assert "--split_bin on rank 0" in worker.lines[-2]
+    assert damaged.read_bytes() == content
+    cluster.host.kill()
+    cluster.start_host("--split_bin", *story.ask)
+    cluster.start_worker("worker", *there)
+    assert cluster.host.finish() == 0, cluster.host.err
+    assert cluster.host.out == story.text
 
 
 def wait_for_file(folder: Path, pattern: str, maker: Node) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 
 from tpilite.checkpoint import Checkpoint
-from tpilite.cluster import security_of, terms_of
+from tpilite.cluster import mark_served, security_of, terms_of
 from tpilite.config import ClusterConfig, EngineConfig, LlamaConfig
 from tpilite.errors import PeerLost, SliceError
 from tpilite.net.group import RankLost, RankZero
@@ -72,7 +72,12 @@ class Host:
                     security,
                     world_size=cluster.world_size,
                     terms=terms,
-                    info={"file_port": self._server.port, "served": others, **terms},
+                    info={
+                        "file_port": self._server.port,
+                        "served": others,
+                        "mark": mark_served(save_dir),
+                        **terms,
+                    },
                     advice=_ADVICE,
                     timeout_s=cluster.timeout_s,
                     allreduce=cluster.allreduce,

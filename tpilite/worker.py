@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tpilite.checkpoint import Checkpoint
-from tpilite.cluster import security_of, terms_of
+from tpilite.cluster import is_served, security_of, terms_of
 from tpilite.collective import Solo
 from tpilite.config import ClusterConfig, EngineConfig
 from tpilite.errors import ConfigError, PeerLost, SliceError
@@ -126,8 +126,9 @@ class Worker:
         terms = {name: seat.info.get(name) for name in ("model", "partition")}
         found = Manifest.read(node) if (node / MANIFEST_NAME).exists() and not self._force else None
         fits = found is None or terms_of(found.fingerprint, found.partition) == terms
+        shared = is_served(folder, seat.info.get("mark"))  # by rank 0, which is to make slices that fit
         # In the cache, a folder's name says what belongs into it: what does not is simply replaced.
-        if not fits and self._options.save_dir is not None:
+        if not fits and self._options.save_dir is not None and not shared:
             raise SliceError(
                 f"{node} holds slices of another model, world size or ratio than rank 0's: "
                 "replace them with --force_download, or give another --save_dir"
@@ -143,6 +144,7 @@ class Worker:
             self._cluster.token,
             folder,
             force=self._force,
+            served=shared,
             tls=self._security.client_tls,
             progress=self._options.progress,
             patience_s=_PATIENCE_S,

@@ -77,6 +77,7 @@ def fetch_slices(
     save_dir: Path,
     *,
     force: bool = False,
+    served: bool = False,
     tls: ssl.SSLContext | None = None,
     progress: Callable[[Progress], None] | None = None,
     timeout_s: float = 10.0,
@@ -84,8 +85,10 @@ def fetch_slices(
 ) -> Path:
     """The folder save_dir/node_{rank} with exactly the slices that the server has for this rank.
 
-    Only what is missing or differs is transferred; `force` transfers all. `timeout_s` bounds each wait for
-    the network, `patience_s` the time without any sign of the server, through retries, until `PeerLost`.
+    Only what is missing or differs is transferred; `force` transfers all. Where the folder is the very one
+    that the server has `served` from, it is waited for and checked, and nothing in it is replaced.
+    `timeout_s` bounds each wait for the network, `patience_s` the time without any sign of the server,
+    through retries, until `PeerLost`.
     A server that is still slicing is waited for as long as it says so.
 
     Raises `ConfigError` for a wrong token or certificate, `ProtocolError` for a server that is none of
@@ -95,7 +98,7 @@ def fetch_slices(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _alone(folder), contextlib.closing(_Session(host, port, token, tls, timeout_s)) as session:
-            _Fetch(session, rank, folder, progress, patience_s).run(force)
+            _Fetch(session, rank, folder, progress, patience_s, served).run(force and not served)
     except OSError as error:
         raise SliceError(f"the slices cannot be kept in {folder}: {error}") from error
     return folder
@@ -115,8 +118,9 @@ class _Fetch:
         folder: Path,
         progress: Callable[[Progress], None] | None,
         patience_s: float,
+        served: bool,
     ) -> None:
-        self._session, self._rank, self._folder = session, rank, folder
+        self._session, self._rank, self._folder, self._served = session, rank, folder, served
         self._progress, self._patience_s = progress, patience_s
         # One is received into while the other is hashed: without SHA instructions (Raspberry Pi 4) the two
         # one after the other would be slower than the wire.
@@ -166,6 +170,11 @@ class _Fetch:
         if same and not missing:
             self._report(0)
             return
+        if self._served:
+            raise SliceError(
+                f"{', '.join(missing) or MANIFEST_NAME} in {self._folder}, which rank 0 serves from, is damaged; "
+                "make the slices again with --split_bin on rank 0"
+            )
         # From here until the end the folder is not whole, and says so before anything is removed from it.
         final.unlink(missing_ok=True)
         keep = files.keys() - missing.keys()
@@ -317,7 +326,7 @@ class _Fetch:
             if have:
                 self._verified.add(name, entry)
             else:
-                _log.warning("%s differs from the one on %s; it is fetched again", path, self._session.name)
+                _log.warning("%s differs from what %s has", path, self._session.name)
         self._done_bytes += entry.size if have else 0
         return have
 
