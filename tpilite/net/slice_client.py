@@ -172,8 +172,8 @@ class _Fetch:
             return
         if self._served:
             raise SliceError(
-                f"{', '.join(missing) or MANIFEST_NAME} in {self._folder}, which rank 0 serves from, is damaged; "
-                "make the slices again with --split_bin on rank 0"
+                f"{', '.join(missing) or MANIFEST_NAME} in {self._folder}, from where rank 0 serves, is "
+                "damaged; make the slices again with --split_bin on rank 0"
             )
         # From here until the end the folder is not whole, and says so before anything is removed from it.
         final.unlink(missing_ok=True)
