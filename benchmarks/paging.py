@@ -150,7 +150,22 @@ def measure_accelerate(spec: dict[str, Any]) -> dict[str, Any]:
     return {"token_s": np.diff(times[1:]).tolist(), "peak_rss_bytes": peak_rss_bytes()}
 
 
-MEASURES = {"": measure, "alternating": measure_alternating, "accelerate": measure_accelerate}
+def measure_llama_cpp(spec: dict[str, Any]) -> dict[str, Any]:
+    """The same by llama.cpp, which maps its file and leaves it to the kernel."""
+    from engines import llama_cpp
+
+    prompt = np.random.default_rng(0).integers(3, 1000, spec["prompt"]).tolist()
+    tokens = llama_cpp(Path(spec["folder"]), spec["threads"])
+    times = [time.perf_counter() for _ in tokens(prompt, spec["new"] + 2)]
+    return {"token_s": np.diff(times[1:]).tolist(), "peak_rss_bytes": peak_rss_bytes()}
+
+
+MEASURES = {
+    "": measure,
+    "alternating": measure_alternating,
+    "accelerate": measure_accelerate,
+    "llama.cpp": measure_llama_cpp,
+}
 
 
 def _repeated(checkpoint: Checkpoint, n_layers: int) -> tuple[LlamaConfig, dict[str, StoredTensor]]:
@@ -180,7 +195,7 @@ def run(
     )
     if limit is not None:
         # Pages that another run left in the cache would be free of charge to this group.
-        for path in folder.iterdir():
+        for path in (*folder.iterdir(), *folder.parent.glob(f"{folder.name}.gguf")):
             with path.open("rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     with control_group(limit) as group:
@@ -292,9 +307,13 @@ def figures_1_and_3(args: argparse.Namespace, folder: Path) -> None:
     line("bytes read per pass", row["pass_read_bytes"] / 1e6, 1.05 * row["streaming_bytes"] / 1e6, "MB")
     line("  by the kernel's count", row["disk_read_bytes"] / 1e6, 1.05 * row["streaming_bytes"] / 1e6, "MB")
     peak = max(row["peak_rss_bytes"] for row in paged)
-    if args.peer:
-        theirs = run(args, folder, limit, args.peer, budget=budget, new=3)["median_s"]
-        print(f"    {args.peer}: {theirs:.3f} s per token, {theirs / best:.1f} times ours")
+    for peer in args.peers:
+        if peer == "llama.cpp":
+            from to_gguf import write_gguf
+
+            write_gguf(folder, Path(f"{folder}.gguf"))
+        theirs = run(args, folder, limit, peer, budget=budget, new=3)["median_s"]
+        print(f"    {peer}: {theirs:.3f} s per token, {theirs / best:.1f} times ours")
     print("3. peak memory")
     line("of the process", peak / 1e6, (budget + MARGIN_BYTES) / 1e6, "MB")
     if row["group_peak_bytes"]:
@@ -344,7 +363,13 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=8, help="tokens per run (%(default)s)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--way", help="of reading: direct, nocache, advise or plain (the best there is)")
-    parser.add_argument("--peer", default="", choices=("", "accelerate"), help="compare figure 1 with it")
+    parser.add_argument(
+        "--peers",
+        nargs="+",
+        default=[],
+        choices=("accelerate", "llama.cpp"),
+        help="compare figure 1 with them",
+    )
     parser.add_argument("--kind", default="", choices=MEASURES, help=argparse.SUPPRESS)
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()
