@@ -106,6 +106,12 @@ def streamed(connection: http.client.HTTPConnection, prompt: str, length: int) -
     body = {"model": "m", "prompt": prompt, "max_tokens": length, "temperature": 0, "stream": True}
     connection.request("POST", "/v1/completions", json.dumps(body))
     response = connection.getresponse()
+    while response.status == 429:  # the line is full: come back when the server says
+        response.read()
+        time.sleep(float(response.headers["Retry-After"]))
+        connection.request("POST", "/v1/completions", json.dumps(body))
+        response = connection.getresponse()
+    assert response.status == 200, f"status {response.status}: {response.read()[:200]!r}"
     while line := response.readline():
         if line.startswith(b"data: {"):
             chunk = json.loads(line[6:])
