@@ -85,9 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _replace_closed_streams() -> None:
     """Stands in for those that the caller has closed, which Python gives as None."""
-    null = os.fdopen(os.open(os.devnull, os.O_RDWR), "r+b", buffering=0)
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
+            null = os.fdopen(os.open(os.devnull, os.O_RDWR), "r+b", buffering=0)
             setattr(sys, name, io.TextIOWrapper(null, write_through=True))
 
 

@@ -461,9 +461,9 @@ class _Slicer:
             file.write(manifest.to_json())
             file.flush()
             os.fsync(file.fileno())
-        _sync_folder(folder)
+        sync_folder(folder)
         os.replace(temporary, folder / MANIFEST_NAME)
-        _sync_folder(folder)
+        sync_folder(folder)
         return manifest
 
 
@@ -526,13 +526,19 @@ def _is_sha256(value: Any) -> bool:
 def _clear(folder: Path) -> None:
     """Removes a slice, whole or half made: the manifest first, so that it stops to be one at once."""
     (folder / MANIFEST_NAME).unlink(missing_ok=True)
-    _sync_folder(folder)
+    sync_folder(folder)
     for path in list(folder.iterdir()):
-        if path.name == _TEMPORARY or _BLOCK_FILE.fullmatch(path.name):
+        if path.name == _TEMPORARY or is_slice_file(path.name):
             path.unlink()
 
 
-def _sync_folder(folder: Path) -> None:
+def is_slice_file(name: str) -> bool:
+    """Whether a file of a slice folder can have this name: the manifest, or a block of the model."""
+    return name == MANIFEST_NAME or _BLOCK_FILE.fullmatch(name) is not None
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names of a folder's files reach the disk, as fsync does for what is in them."""
     fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

@@ -144,7 +144,6 @@ class Group:
         self.world_size = len(channels)
         self.allreduce = allreduce
         self.payload = payload
-        self.network_s = 0.0  # spent in all_reduce so far
         self._channels = tuple(channels)
         self._controls = dict(controls or {})
         self._failure: TpiliteError | None = None
@@ -171,7 +170,6 @@ class Group:
 
     def all_reduce(self, x: Array) -> Array:
         """`x` itself, float32 and contiguous, now holding the sum over all ranks."""
-        started_s = time.perf_counter()
         assert x.dtype == np.float32, "sums are made in float32"
         assert x.flags.c_contiguous, "the result comes in place"
         if x.size == 0:
@@ -182,7 +180,6 @@ class Group:
             self._sum(x.reshape(-1))
         except (PeerLost, ProtocolError) as error:
             raise self._failed(error) from error
-        self.network_s += time.perf_counter() - started_s
         return x
 
     def _measure(self) -> None:

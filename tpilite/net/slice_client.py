@@ -34,7 +34,15 @@ from typing import Any, TypeVar
 from tpilite.errors import ConfigError, PeerLost, ProtocolError, SliceError, TpiliteError
 from tpilite.net import auth
 from tpilite.net.slice_server import AUTH_VERSION, CLIENT_ROLE, server_role
-from tpilite.slices import MANIFEST_NAME, MAX_MANIFEST_BYTES, FileEntry, Manifest, node_folder
+from tpilite.slices import (
+    MANIFEST_NAME,
+    MAX_MANIFEST_BYTES,
+    FileEntry,
+    Manifest,
+    is_slice_file,
+    node_folder,
+    sync_folder,
+)
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -55,8 +63,6 @@ _REPORT_EVERY_S = 0.25
 _RATE_WINDOW = 20
 
 _CHALLENGE = re.compile(r"TPILITE version=([0-9]{1,9}), nonce=([0-9a-f]{64})")
-# What a slice may hold; see `slices`.
-_OURS = re.compile(r"manifest\.json|(embed|head|layers\.[0-9]{1,6}\.(attn|mlp))\.safetensors")
 _PROOF = re.compile(r"proof=([0-9a-f]{64})")
 
 
@@ -187,7 +193,7 @@ class _Fetch:
             self._download(name, entry)
             self._done_bytes += entry.size
         unfinished.replace(final)
-        _sync_folder(self._folder)
+        sync_folder(self._folder)
         self._report(0)
 
     def _patiently(self, step: Callable[[], _T]) -> _T:
@@ -334,7 +340,7 @@ class _Fetch:
         """Removes slices of ours, whole or in part; what others put into the folder stays."""
         for path in list(self._folder.iterdir()):
             name = path.name.removesuffix(_PART)
-            if path.name not in keep and _OURS.fullmatch(name):
+            if path.name not in keep and is_slice_file(name):
                 path.unlink()
 
     def _check_room(self, missing: Mapping[str, FileEntry]) -> None:
@@ -579,11 +585,3 @@ def _write_durably(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
