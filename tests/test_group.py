@@ -205,10 +205,13 @@ def test_measuring_chooses_one_way_for_all_ranks() -> None:
 def test_the_cheapest_way_is_chosen_by_its_measured_costs() -> None:
     group = Group(0, [None])
     group.allreduce = "auto"
-    group._costs = {"star": (1e-3, 4e-8), "direct": (5e-4, 8e-8), "scatter": (2e-3, 1e-8)}
-    assert group.way(100) == "direct"
-    assert group.way(4000) == "star"
-    assert group.way(100_000) == "scatter"
+    # Seconds for sums of 4096, 8192 and 32768 numbers.
+    group._costs = {"star": [1.8, 2.0, 8.0], "direct": [1.0, 2.4, 9.0], "scatter": [3.0, 3.2, 4.0]}
+    chosen = {n: group.way(n) for n in (1, 4096, 6000, 7000, 8192, 12_000, 14_000, 32_768, 1 << 20)}
+    assert list(chosen.values()) == ["direct"] * 3 + ["star"] * 3 + ["scatter"] * 3
+    group._costs = {"star": [1.5, 2.0, 4.0], "direct": [3.0, 2.0, 1.0], "scatter": [9.0] * 3}
+    assert group.way(1) == "star"
+    assert group.way(1 << 24) == "direct"
 
 
 def sums_for_ever(group: Group, x: Any) -> None:
