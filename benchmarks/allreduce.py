@@ -1,37 +1,42 @@
-"""Latency of one all-reduce between processes, on loopback and through a relay, against the bound.
+"""Latency of one all-reduce between processes, on loopback and over slow wires, against the bound.
 
     python benchmarks/allreduce.py [--ranks 2,4,8] [--kib 16,32] [--ways star,auto] [--json FILE]
-    python benchmarks/allreduce.py --delay_ms 1 --rate_mbit 300
+    python benchmarks/allreduce.py --delay_ms 1 --rate_mbit 300 --ways star,direct,scatter,auto
 
-The relay is a process between every two ranks that gives each byte `--delay_ms` one way and each rank's
-wire, outgoing and incoming, `--rate_mbit`, by a token bucket. The bound for n ranks, S bytes, a one-way
-latency a and an inverse bandwidth b is
+The second gives each rank a network namespace of its own, at the end of a wire as `wires.py` tells, and
+needs root. The bound for n ranks, S bytes, a one-way latency a and an inverse bandwidth b, all but S
+without headers, is
 
     star     2 a + 2 (n - 1) S b        direct   a + (n - 1) S b        scatter  2 a + 2 (n - 1) / n S b
 
 On loopback a is half of a ping-pong of 64 bytes between two processes over plain blocking sockets, and
-1 / b the rate of a one-way stream of 256 KiB blocks; through the relay both are the relay's own.
+1 / b the rate of a one-way stream of 256 KiB blocks; over wires both are the ones asked for.
 
 "one" is a single sum, all ranks of which begin at an agreed moment: from when the last rank began to when
 the last had the result, by the clock that processes of one machine share. "over" is its median above the
-bound, divided by the number of ranks. "in a row" is the time of a sum that follows another at once, at
-rank 0: with a star, the first parts of the next come in while the last results still go out.
+bound, divided by the number of ranks, "times" its median by the cheapest bound of the three. "in a row" is
+the time of a sum that follows another at once, at rank 0: with a star, the first parts of the next come in
+while the last results still go out. "late" is how long the wires held a packet beyond its time, the mean.
+
+plain-direct and plain-scatter send and receive the same bytes by plain blocking calls and sum nothing:
+what they take above the bound is the machine's and the wires', not ours.
+
+After loopback follows what this would come to on a network of 0.1 ms and 1 Gb/s: the bound there and the
+measured "over" of every rank. As the ranks share this machine's processors, that is rather too much.
 """
 
 import argparse
 import contextlib
-import heapq
+import itertools
 import json
 import multiprocessing
 import os
 import platform
-import selectors
 import socket
 import statistics
 import sys
 import time
-from collections import deque
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +44,14 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from wires import Wires, end_with_parent
+
 from tpilite.collective import Message
 from tpilite.net.channel import Channel
 from tpilite.net.group import Group, RankZero, Worker
-from tpilite.net.sums import WAYS
+from tpilite.net.sums import CODECS, WAYS
 
-# What the token bucket lets through at once. Smaller pieces share a wire more fairly, but a relay in Python
-# takes some 15 us for each.
-_PIECE = 1 << 16
+_WAYS = (*WAYS, "auto", "plain-direct", "plain-scatter")
 
 
 def main() -> None:
@@ -55,20 +60,23 @@ def main() -> None:
     )
     parser.add_argument("--ranks", default="2,4,8")
     parser.add_argument("--kib", default="16,32")
-    parser.add_argument("--ways", default="star", help=f"of {', '.join(WAYS)}, auto; separated by commas")
+    parser.add_argument("--ways", default="star", help=f"of {', '.join(_WAYS)}; separated by commas")
     parser.add_argument("--payload", default="f32", choices=("f32", "f16", "bf16"))
-    parser.add_argument("--delay_ms", type=float, default=0.0, help="one way, through the relay")
-    parser.add_argument("--rate_mbit", type=float, default=0.0, help="of each rank's wire, through the relay")
+    parser.add_argument("--delay_ms", type=float, default=0.0, help="one way, over wires")
+    parser.add_argument("--rate_mbit", type=float, default=0.0, help="of each rank's wire")
     parser.add_argument("--seconds", type=float, default=1.0, help="of measuring, for each row")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
-    relayed = bool(args.delay_ms or args.rate_mbit)
-    if relayed:
-        latency_s = args.delay_ms / 1e3
-        per_byte_s = 8 / (args.rate_mbit * 1e6) if args.rate_mbit else 0.0
+    if args.delay_ms and not args.rate_mbit:
+        parser.error("--delay_ms needs --rate_mbit")
+    delay_s, bits_per_s = args.delay_ms / 1e3, args.rate_mbit * 1e6
+    if bits_per_s:
+        latency_s, per_byte_s = delay_s, 8 / bits_per_s
+        network = f"wires of {args.delay_ms:g} ms one way, {args.rate_mbit:g} Mb/s"
     else:
-        latency_s, per_byte_s = loopback_latency_s(), loopback_per_byte_s()
+        latency_s, per_byte_s = one_way_s(tcp_pair(), 64), loopback_per_byte_s()
+        network = "loopback"
     conditions = {
         "machine": platform.processor() or platform.machine(),
         "system": f"{platform.system()} {platform.release()}",
@@ -77,48 +85,56 @@ def main() -> None:
         "python": platform.python_version(),
         "numpy": np.__version__,
         "payload": args.payload,
-        "network": f"relay, {args.delay_ms:g} ms one way, {args.rate_mbit:g} Mb/s" if relayed else "loopback",
+        "network": network,
         "latency_us": latency_s * 1e6,
-        "gbit_per_s": 8e-9 / per_byte_s if per_byte_s else None,
+        "gbit_per_s": 8e-9 / per_byte_s,
     }
+    kibs = [int(kib) for kib in args.kib.split(",")]
+    if bits_per_s:
+        with Wires(2, delay_s, bits_per_s) as two:
+            for n_bytes in (64, *(kib << 10 for kib in kibs)):
+                took_s = one_way_s(two.connect(0, 1), n_bytes)
+                name = f"plain sockets, {n_bytes} bytes one way, us (by the wire {{:.0f}})"
+                conditions[name.format((latency_s + n_bytes * per_byte_s) * 1e6)] = took_s * 1e6
     for name, value in conditions.items():
         print(f"# {name}: {value:.1f}" if isinstance(value, float) else f"# {name}: {value}")
     print(
-        "ranks   KiB  way             one us  quartiles us      bound us   over us/rank  rounds  in a row us"
+        "ranks   KiB  way             one us  quartiles us      bound us   over us/rank  times  rounds  "
+        "in a row us  late us"
     )
     rows = []
     for n_ranks in map(int, args.ranks.split(",")):
-        cluster = Cluster(
-            n_ranks, args.payload, args.delay_ms / 1e3, args.rate_mbit * 1e6 / 8 if relayed else 0
-        )
-        with cluster:
-            for way in args.ways.split(","):
-                for kib in map(int, args.kib.split(",")):
-                    times_s, in_a_row_s, used = cluster.measure(way, kib << 10, args.seconds)
-                    n_bytes = (kib << 10) // (1 if args.payload == "f32" else 2)
-                    bounds = bounds_s(n_ranks, n_bytes, latency_s, per_byte_s)
-                    bound_s = min(bounds.values()) if way == "auto" else bounds[way]
-                    low_s, median_s, high_s = statistics.quantiles(times_s, n=4)
-                    name = f"auto:{used}" if way == "auto" else way
-                    rows.append(
-                        {
-                            "ranks": n_ranks,
-                            "kib": kib,
-                            "way": name,
-                            "median_us": median_s * 1e6,
-                            "quartiles_us": [low_s * 1e6, high_s * 1e6],
-                            "bound_us": bound_s * 1e6,
-                            "over_us_per_rank": (median_s - bound_s) * 1e6 / n_ranks,
-                            "rounds": len(times_s),
-                            "in_a_row_us": in_a_row_s * 1e6,
-                        }
-                    )
-                    print(
-                        f"{n_ranks:5} {kib:5}  {name:13} {median_s * 1e6:9.1f}  "
-                        f"{low_s * 1e6:7.1f}-{high_s * 1e6:<8.1f} {bound_s * 1e6:9.1f} "
-                        f"{rows[-1]['over_us_per_rank']:13.1f}  {len(times_s):6} "
-                        f"{in_a_row_s * 1e6:12.1f}"
-                    )
+        with contextlib.ExitStack() as stack:
+            wires = stack.enter_context(Wires(n_ranks, delay_s, bits_per_s)) if bits_per_s else None
+            cluster = stack.enter_context(Cluster(n_ranks, args.payload, delay_s, wires))
+            for way, kib in itertools.product(args.ways.split(","), kibs):
+                times_s, in_a_row_s, late_s, used = cluster.measure(way, kib << 10, args.seconds)
+                n_bytes = (kib << 10) // (1 if args.payload == "f32" else 2)
+                bounds = bounds_s(n_ranks, n_bytes, latency_s, per_byte_s)
+                bound_s = min(bounds.values()) if way == "auto" else bounds[way.removeprefix("plain-")]
+                low_s, median_s, high_s = statistics.quantiles(times_s, n=4)
+                row = {
+                    "ranks": n_ranks,
+                    "kib": kib,
+                    "way": f"auto:{used}" if way == "auto" else way,
+                    "median_us": median_s * 1e6,
+                    "quartiles_us": [low_s * 1e6, high_s * 1e6],
+                    "bound_us": bound_s * 1e6,
+                    "over_us_per_rank": (median_s - bound_s) * 1e6 / n_ranks,
+                    "times": median_s / min(bounds.values()),
+                    "rounds": len(times_s),
+                    "in_a_row_us": in_a_row_s * 1e6,
+                    "late_us": late_s * 1e6,
+                }
+                rows.append(row)
+                print(
+                    f"{n_ranks:5} {kib:5}  {row['way']:13} {median_s * 1e6:9.1f}  "
+                    f"{low_s * 1e6:7.1f}-{high_s * 1e6:<8.1f} {bound_s * 1e6:9.1f} "
+                    f"{row['over_us_per_rank']:13.1f} {row['times']:6.2f}  {len(times_s):6} "
+                    f"{in_a_row_s * 1e6:12.1f} {late_s * 1e6:8.1f}"
+                )
+    if not bits_per_s:
+        foretell(rows)
     if args.json:
         args.json.write_text(json.dumps({"conditions": conditions, "rows": rows}, indent=1) + "\n")
 
@@ -132,36 +148,44 @@ def bounds_s(n_ranks: int, n_bytes: int, latency_s: float, per_byte_s: float) ->
     }
 
 
-class Cluster:
-    """Rank 0 in this process, the others and the relay in processes of their own."""
+def foretell(rows: list[dict[str, Any]], latency_s: float = 1e-4, bits_per_s: float = 1e9) -> None:
+    """Prints what the ways of summing would take on another network, by what they took above the bound."""
+    print(f"# computed for {latency_s * 1e3:g} ms one way, {bits_per_s / 1e9:g} Gb/s")
+    print("ranks   KiB  cheapest bound us  each way, us; the cheapest of them")
+    for (n_ranks, kib), group in itertools.groupby(
+        sorted(rows, key=lambda row: (row["ranks"], row["kib"])), key=lambda row: (row["ranks"], row["kib"])
+    ):
+        bounds = bounds_s(n_ranks, kib << 10, latency_s, 8 / bits_per_s)
+        least_us = min(bounds.values()) * 1e6
+        took_us = {
+            row["way"]: bounds[row["way"]] * 1e6 + row["over_us_per_rank"] * n_ranks
+            for row in group
+            if row["way"] in bounds
+        }
+        if took_us:
+            best = min(took_us, key=lambda way: took_us[way])
+            ways = ", ".join(f"{way} {us:.0f}" for way, us in took_us.items())
+            times = took_us[best] / least_us
+            print(f"{n_ranks:5} {kib:5} {least_us:18.0f}  {ways}; {best}, {times:.2f} times")
 
-    def __init__(self, n_ranks: int, payload: str, delay_s: float, bytes_per_s: float) -> None:
+
+class Cluster:
+    """Rank 0 in this process, the others in processes of their own."""
+
+    def __init__(self, n_ranks: int, payload: str, delay_s: float, wires: Wires | None) -> None:
         ends: list[list[socket.socket | None]] = [[None] * n_ranks for _ in range(n_ranks)]
-        wires: list[tuple[int, int, socket.socket, socket.socket]] = []
-        for low in range(n_ranks):
-            for high in range(low + 1, n_ranks):
-                ends[low][high], near = tcp_pair()
-                if delay_s or bytes_per_s:
-                    far, ends[high][low] = tcp_pair()
-                    wires.append((low, high, near, far))
-                else:
-                    ends[high][low] = near
+        for low, high in itertools.combinations(range(n_ranks), 2):
+            ends[low][high], ends[high][low] = wires.connect(low, high) if wires else tcp_pair()
         fork = multiprocessing.get_context("fork")  # the sockets are inherited as they are
         self._processes = [
             fork.Process(target=work, args=(rank, ends, payload), daemon=True) for rank in range(1, n_ranks)
         ]
-        if wires:
-            self._processes.append(
-                fork.Process(target=relay, args=(wires, ends, delay_s, bytes_per_s), daemon=True)
-            )
         for process in self._processes:
             process.start()
-        for *_, near, far in wires:
-            near.close()
-            far.close()
         self.group = group_of(0, ends, payload)
+        self._wires = wires
         # Long enough for the agreement on a moment to reach every rank before it.
-        self._lead_s = 2 * delay_s + 100e-6 * n_ranks
+        self._lead_s = 2 * delay_s + (500e-6 if wires else 0) + 100e-6 * n_ranks
 
     def __enter__(self) -> "Cluster":
         return self
@@ -172,20 +196,24 @@ class Cluster:
             process.join(5)
             process.kill()
 
-    def measure(self, way: str, n_bytes: int, seconds: float) -> tuple[list[float], float, str]:
-        """Seconds of each single sum, the median of sums in a row, and the way they were made."""
+    def measure(self, way: str, n_bytes: int, seconds: float) -> tuple[list[float], float, float, str]:
+        """Seconds of each single sum, of one in a row and that the wires were late, and the way."""
         n = n_bytes // 4
         self.group.broadcast(Message({"way": way}))
-        self.group.settle(way)
+        self._sum = prepare(self.group, way)
         trial_s = self._in_a_row(n, 10)
         n_rounds = max(30, min(20_000, int(seconds / 2 / trial_s)))
         in_a_row_s = self._in_a_row(n, n_rounds)
         n_rounds = max(30, min(2000, int(seconds / (in_a_row_s + 2 * self._lead_s))))
-        return self._single(n, n_rounds), in_a_row_s, self.group.way(n)
+        if self._wires:
+            self._wires.lateness()
+        times_s = self._single(n, n_rounds)
+        late_s = self._wires.lateness() if self._wires else 0.0
+        return times_s, in_a_row_s, late_s, self.group.way(n)
 
     def _in_a_row(self, n: int, n_rounds: int) -> float:
         self.group.broadcast(Message({"n": n, "starts": [0.0] * n_rounds}))
-        began_s, ended_s = sums(self.group, n, [0.0] * n_rounds)
+        began_s, ended_s = sums(self._sum, n, [0.0] * n_rounds)
         self.group.gather(Message())
         return statistics.median(ended_s - began_s)
 
@@ -194,14 +222,34 @@ class Cluster:
         for _ in range(n_rounds):
             starts = [time.perf_counter() + self._lead_s]
             self.group.broadcast(Message({"n": n, "starts": starts}))
-            began_s, ended_s = sums(self.group, n, starts)
+            began_s, ended_s = sums(self._sum, n, starts)
             gathered = self.group.gather(Message({}, np.stack((began_s, ended_s)))) or []
             moments = np.stack([one.array for one in gathered if one.array is not None])
             times_s.append(float(moments[:, 1].max() - moments[:, 0].max()))
         return times_s
 
 
-def sums(group: Group, n: int, starts: list[float]) -> tuple[Any, Any]:
+def prepare(group: Group, way: str) -> Callable[[Any], Any]:
+    """What sums an array in this way; a plain one only sends and receives as much, by the plainest calls."""
+    plain, _, exchange = way.rpartition("-")
+    group.settle("star" if plain else way)
+    if not plain:
+        return group.all_reduce
+    socks = [group.channel((group.rank + i) % group.world_size)._sock for i in range(1, group.world_size)]
+    parts, rounds = (group.world_size, 2) if exchange == "scatter" else (1, 1)
+
+    def exchange_all(x: Any) -> None:
+        part = memoryview(x).cast("B")[: x.size * CODECS[group.payload].dtype.itemsize // parts]
+        for _ in range(rounds):
+            for sock in socks:
+                sock.sendall(part)
+            for sock in reversed(socks):
+                sock.recv_into(part, 0, socket.MSG_WAITALL)
+
+    return exchange_all
+
+
+def sums(sum_up: Callable[[Any], Any], n: int, starts: list[float]) -> tuple[Any, Any]:
     """Makes a sum of `n` numbers at each of these moments (or at once): when each began and ended here."""
     x = np.zeros(n, np.float32)
     began_s, ended_s = np.zeros(len(starts)), np.zeros(len(starts))
@@ -209,20 +257,22 @@ def sums(group: Group, n: int, starts: list[float]) -> tuple[Any, Any]:
         if start_s:
             time.sleep(max(0.0, start_s - time.perf_counter()))
         began_s[i] = time.perf_counter()
-        group.all_reduce(x)
+        sum_up(x)
         ended_s[i] = time.perf_counter()
     return began_s, ended_s
 
 
 def work(rank: int, ends: list[list[socket.socket | None]], payload: str) -> None:
+    if sys.platform == "linux":  # through wires that went with it, the parent's end is not noticed
+        end_with_parent()
     group = group_of(rank, ends, payload)
     with contextlib.suppress(Exception, KeyboardInterrupt):  # rank 0 has ended and says what there is to say
         while True:
             order = group.broadcast(None).header
             if "way" in order:
-                group.settle(order["way"])
+                sum_up = prepare(group, order["way"])
                 continue
-            moments = np.stack(sums(group, order["n"], order["starts"]))
+            moments = np.stack(sums(sum_up, order["n"], order["starts"]))
             group.gather(Message({}, moments))
 
 
@@ -250,100 +300,23 @@ def tcp_pair() -> tuple[socket.socket, socket.socket]:
     return client, served
 
 
-@dataclass
-class Bucket:
-    """A wire of one rank in one direction: when it is free again."""
-
-    per_byte_s: float
-    free_s: float = 0.0
-
-    def pass_through(self, n_bytes: int, at_s: float) -> float:
-        """When the last of the bytes that come at `at_s` is through."""
-        self.free_s = max(self.free_s, at_s) + n_bytes * self.per_byte_s
-        return self.free_s
-
-
-@dataclass
-class Link:
-    """One direction between two ranks."""
-
-    source: socket.socket
-    target: socket.socket
-    outgoing: Bucket
-    incoming: Bucket
-    leaving: deque[memoryview] = field(default_factory=deque)
-    arriving: deque[memoryview] = field(default_factory=deque)
-
-
-def relay(
-    wires: list[tuple[int, int, socket.socket, socket.socket]],
-    ends: list[list[socket.socket | None]],
-    delay_s: float,
-    bytes_per_s: float,
-) -> None:
-    """Passes everything on, later: spinning where the next moment is near, as sleeping is not exact."""
-    for row in ends:
-        close_all(row)
-    per_byte_s = 1 / bytes_per_s if bytes_per_s else 0.0
-    n_ranks = len(ends)
-    out = [Bucket(per_byte_s) for _ in range(n_ranks)]
-    into = [Bucket(per_byte_s) for _ in range(n_ranks)]
-    selector = selectors.DefaultSelector()
-    for low, high, near, far in wires:
-        for a, b, source, target in ((low, high, near, far), (high, low, far, near)):
-            source.setblocking(False)
-            selector.register(source, selectors.EVENT_READ, Link(source, target, out[a], into[b]))
-    due: list[tuple[float, int, Link, bool]] = []  # when, in which order, where, and which of two ends
-    order = 0
-    with contextlib.suppress(OSError, KeyboardInterrupt):  # the ranks have ended
-        while True:
-            now_s = time.perf_counter()
-            wait_s = None if not due else max(0.0, due[0][0] - now_s - 100e-6)
-            for key, _ in selector.select(wait_s):
-                link: Link = key.data
-                data = memoryview(link.source.recv(1 << 18))
-                if not data:
-                    return
-                at_s = time.perf_counter()
-                for start in range(0, len(data), _PIECE):
-                    piece = data[start : start + _PIECE]
-                    first_s = link.outgoing.pass_through(len(piece), at_s) - len(piece) * per_byte_s
-                    link.leaving.append(piece)
-                    order += 1
-                    heapq.heappush(due, (first_s, order, link, False))
-            while due and due[0][0] <= time.perf_counter():
-                at_s, _, link, arrives = heapq.heappop(due)
-                if not arrives:
-                    # Its first byte enters the other wire now, while the last is still on this one.
-                    piece = link.leaving.popleft()
-                    link.arriving.append(piece)
-                    order += 1
-                    then_s = link.incoming.pass_through(len(piece), at_s) + delay_s
-                    heapq.heappush(due, (then_s, order, link, True))
-                    continue
-                piece = link.arriving.popleft()
-                while piece:
-                    try:
-                        piece = piece[link.target.send(piece) :]
-                    except BlockingIOError:
-                        time.sleep(20e-6)
-
-
-def loopback_latency_s() -> float:
+def one_way_s(pair: tuple[socket.socket, socket.socket], n_bytes: int) -> float:
     """Half of a ping-pong between two processes over plain sockets: the median."""
-    here, there = tcp_pair()
+    here, there = pair
+    data, buffer = bytes(n_bytes), bytearray(n_bytes)
 
     def echo() -> None:
-        while data := there.recv(64):
+        while there.recv_into(buffer, 0, socket.MSG_WAITALL):
             there.sendall(data)
 
     process = multiprocessing.get_context("fork").Process(target=echo, daemon=True)
     process.start()
     times_s = []
-    for _ in range(5000):
+    ends_s = time.perf_counter() + 1
+    while time.perf_counter() < ends_s:
         started_s = time.perf_counter()
-        here.sendall(bytes(64))
-        here.recv(64)
+        here.sendall(data)
+        here.recv_into(buffer, 0, socket.MSG_WAITALL)
         times_s.append(time.perf_counter() - started_s)
     process.kill()
     process.join()
