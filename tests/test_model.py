@@ -284,7 +284,7 @@ def test_every_array_of_a_pass_is_float32(monkeypatch):
             assert x.flags.c_contiguous
             return x
 
-    for name in ("rms_norm", "rope_table", "rotate", "silu", "softmax", "attend"):
+    for name in ("rms_norm", "rope_table", "rotate", "swiglu", "softmax", "attend"):
         monkeypatch.setattr(model_module, name, checked(getattr(model_module, name)))
     # NumPy scalars are what makes float64 of float32; the configuration of a file has none.
     for case in ("rope_llama3", "rope_linear", "all_biases_tied"):

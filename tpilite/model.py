@@ -21,7 +21,7 @@ from tpilite.collective import Collective
 from tpilite.config import LlamaConfig
 from tpilite.kv_cache import Kept, KVCache
 from tpilite.linear import FLOAT16_LIFT, Matrix, float16_bits
-from tpilite.ops import rms_norm, rope_frequencies, rope_table, rotate, silu, softmax
+from tpilite.ops import rms_norm, rope_frequencies, rope_table, rotate, softmax, swiglu
 
 Array = NDArray[np.float32]
 
@@ -32,7 +32,7 @@ _SCORE_BYTES = 8 << 20
 # float16 keys and values are widened in pieces that stay in any second-level cache.
 _WIDENED_BYTES = 256 << 10
 
-# Attention over fewer products than this is done before other threads have woken up for it.
+# Fewer products or elements than this are done before other threads have woken up for them.
 _SHARED_FROM = 1 << 19
 
 
@@ -168,8 +168,14 @@ class Llama:
 
     def _feed_forward(self, x: Array, w: LayerWeights) -> Array:  # [T, D] -> [T, D]
         gate, up = self.linear(x, w.gate_proj, w.up_proj)
-        gate = silu(gate)
-        gate *= up
+        if gate.size < _SHARED_FROM:
+            swiglu(gate, up)
+        else:
+
+            def some(start: int, stop: int) -> None:
+                swiglu(gate[start:stop], up[start:stop])
+
+            self.linear.share(len(gate), some)
         (y,) = self.linear(gate, w.down_proj)
         return y
 

@@ -10,6 +10,8 @@ from tpilite.config import LlamaConfig, RopeScaling
 
 Array = NDArray[np.float32]
 
+_TILE_BYTES = 128 << 10
+
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:  # [T, D], [D] -> [T, D]
     """Each row scaled to a root mean square of one, times `weight` (arXiv 1910.07467)."""
@@ -22,6 +24,18 @@ def silu(x: Array) -> Array:  # [...] -> [...]
     """x * sigmoid(x). The tanh form has no exponential that could overflow."""
     half = np.float32(0.5)
     return x * (half * np.tanh(half * x) + half)
+
+
+def swiglu(gate: Array, up: Array) -> Array:  # [T, F] x 2 -> [T, F]
+    """silu(gate) * up (arXiv 2002.05202), in place: `gate` holds the result.
+
+    Some rows at a time, so that what lies between stays in the cache.
+    """
+    step = max(1, _TILE_BYTES // (4 * max(1, gate.shape[1])))
+    for start in range(0, gate.shape[0], step):
+        rows = slice(start, start + step)
+        np.multiply(silu(gate[rows]), up[rows], out=gate[rows])
+    return gate
 
 
 def softmax(scores: Array) -> Array:  # [..., S] -> [..., S]
