@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from tpilite import linear as module
 from tpilite.linear import WAYS, InMemory, Linear, Matrix, Plan, as_float32, block_rows
+from tpilite.packing import pack
 
 DTYPES = ["bf16", "f16", "f32"]
 NAN = {np.dtype(np.uint16): 0x7FC0, np.dtype(np.float16): np.nan, np.dtype(np.float32): np.nan}
@@ -116,9 +117,25 @@ def test_the_bits_depend_on_neither_threads_nor_way_nor_parts_nor_blocks(dtype, 
                     part.log.clear()
     for n_bytes in (1 << 18, 1 << 22):
         with Linear(2) as linear:
-            linear.plans[w.dtype.name] = Plan("bits", n_bytes)
+            linear.plans[w.dtype] = Plan("bits", n_bytes)
             results += linear(x, Matrix.of(w))
     assert len({y.tobytes() for y in results}) == 1
+
+
+@pytest.mark.parametrize("t", [1, 4, 50, 120])
+@pytest.mark.parametrize("scale", [1e-20, 0.02, 30.0])
+def test_packed_weights_give_the_same_bits(t, scale):
+    rng = np.random.default_rng(2)
+    w = stored(rng, "bf16", (520, 900), scale)
+    packed = pack(w, bytearray(w.nbytes * 3 // 4))
+    assert packed.exceptions(0, 520)[0].size > 0
+    x = rows_of_x(rng, t, 900)
+    for n_threads, plan in ((1, Plan("cast", 1 << 18)), (2, Plan("bits", 1 << 20))):
+        with Linear(n_threads) as linear:
+            linear.plans[w.dtype] = plan
+            expected, found = (linear(x, Matrix(520, 900, (InMemory(rows),)))[0] for rows in (w, packed))
+        np.testing.assert_array_equal(found, expected)
+        check(found, x, w)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -269,7 +286,8 @@ def test_an_error_closes_the_part():
 def quick(monkeypatch):
     """Measuring on little, for large matrices of little."""
     monkeypatch.setattr(module, "_MEASURED_FROM", 1000)
-    monkeypatch.setattr(module, "_MEASURED_ON", (64, 32))
+    monkeypatch.setattr(module, "_MEASURED_COLS", 32)
+    monkeypatch.setattr(module, "_MEASURED_BYTES", 4096)
     monkeypatch.setattr(module, "_MEASURE_S", 0.0)
 
 
@@ -279,7 +297,7 @@ def plan_of(path, dtype="bf16", **options):
     with Linear(2, cache=path, **options) as linear:
         (y,) = linear(x, Matrix.of(w))
         check(y, x, w)
-        return linear.plans.get(w.dtype.name)
+        return linear.plans.get(w.dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -300,7 +318,10 @@ def test_a_damaged_note_is_measured_again(quick, tmp_path, text):
     assert plan_of(path) == plan
 
 
-@pytest.mark.parametrize("note", [["other", 1 << 20], ["bits", 7], ["bits"], None, ["bits", "x"]])
+@pytest.mark.parametrize(
+    "note",
+    [["other", 1 << 20, True], ["bits", 7, False], ["bits"], ["bits", 1 << 20], None, ["bits", "x", False]],
+)
 def test_a_note_of_another_version_is_measured_again(quick, tmp_path, note, monkeypatch):
     path = tmp_path / "linear.json"
     plan_of(path)

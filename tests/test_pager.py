@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from checkpoints import tiny_config, write_checkpoint
 
+from tpilite import pager as pager_module
 from tpilite import uncached
 from tpilite.checkpoint import Checkpoint
 from tpilite.collective import Solo
@@ -26,6 +27,7 @@ from tpilite.errors import CheckpointError, ConfigError
 from tpilite.linear import Linear
 from tpilite.memory import MemoryReport
 from tpilite.model import Llama, Segment
+from tpilite.packing import Packed
 from tpilite.pager import PagedPart, Pager
 from tpilite.partition import EMBEDDING, LM_HEAD
 from tpilite.uncached import UncachedFile
@@ -60,10 +62,13 @@ def own(folder, tmp_path):
 
 @contextmanager
 def paged(checkpoint, **options):
-    """A pager and the model on its weights; without options the model on memory maps."""
+    """A pager and the model on its weights; without options the model on memory maps.
+
+    Resident parts are packed where a test asks for it: what they take can be told in advance only else.
+    """
     with ExitStack() as stack:
         linear = stack.enter_context(Linear(2))
-        options = {"part_bytes": _PART, "base_bytes": 0, "max_rows": 5} | options
+        options = {"part_bytes": _PART, "base_bytes": 0, "max_rows": 5, "packs": False} | options
         pager = stack.enter_context(Pager(checkpoint.tensors, checkpoint.config, **options))
         yield pager, Llama(checkpoint.config, pager.weights, Solo(), linear)
     assert not any(thread.name.startswith("pager") for thread in threading.enumerate())
@@ -141,6 +146,19 @@ def within(work):
     return value
 
 
+def unpacked(rows):
+    """The bfloat16 that packed rows were made of."""
+    wide = np.empty(rows.shape, np.float32)
+    bits, scratch = np.empty(rows.shape, np.uint16), np.empty(rows.size * 3 // 4, np.uint16)
+    rows.unpack(0, rows.shape[0], bits, scratch)
+    wide[...] = (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    places, values = rows.exceptions(0, rows.shape[0])
+    wide.reshape(-1)[places] = values
+    wide = np.ldexp(wide, rows.gap)
+    assert not (wide.view(np.uint32) & 0xFFFF).any()
+    return (wide.view(np.uint32) >> 16).astype(np.uint16)
+
+
 def wait_until(condition):
     def poll():
         while not condition():
@@ -151,12 +169,13 @@ def wait_until(condition):
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
 @pytest.mark.parametrize("options", [{"window": 2}, {"window": 5}, {"share": 0.4}, {"share": 2.0}])
-def test_the_bits_do_not_depend_on_paging(tmp_path, dtype, options):
+@pytest.mark.parametrize("packs", [True, False])
+def test_the_bits_do_not_depend_on_paging(tmp_path, dtype, options, packs):
     config = tiny_config(hidden_size=512, intermediate_size=1100, head_dim=64, vocab_size=1500)
     with Checkpoint(write_checkpoint(tmp_path, config, dtype)) as checkpoint:
         if "share" in options:
             options = {"budget_bytes": budget(checkpoint, options["share"])}
-        with paged(checkpoint, **options) as (pager, model):
+        with paged(checkpoint, packs=packs, **options) as (pager, model):
             assert any(len(layer.up_proj.parts) > 2 for layer in pager.weights.layers)
             found = within(
                 lambda: logits(checkpoint, model, before=lambda i, ids: pager.begin_pass(len(ids)))
@@ -212,8 +231,9 @@ def test_a_rank_without_heads(checkpoint):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.7])
-def test_each_pass_reads_what_is_not_resident_once(checkpoint, share, reads):
-    with paged(checkpoint, budget_bytes=budget(checkpoint, share)) as (pager, model):
+@pytest.mark.parametrize("packs", [True, False])
+def test_each_pass_reads_what_is_not_resident_once(checkpoint, share, packs, reads):
+    with paged(checkpoint, budget_bytes=budget(checkpoint, share), packs=packs) as (pager, model):
         total = size_of(parts_of(pager))
         marks = []
 
@@ -224,7 +244,10 @@ def test_each_pass_reads_what_is_not_resident_once(checkpoint, share, reads):
         within(lambda: logits(checkpoint, model, [[1], *([i] for i in range(10))], before))
         usage = pager.usage()
         assert usage.resident_bytes + usage.streaming_bytes == total
-        assert abs(usage.resident_bytes - share * total) < 0.15 * total
+        assert abs(usage.kept_bytes - share * total) < 0.15 * total
+        assert usage.loaded_bytes <= usage.kept_bytes
+        if packs:  # into three quarters, and a few of a thousand beside
+            assert 0.75 * usage.resident_bytes <= usage.kept_bytes <= 0.78 * usage.resident_bytes
         # From the start of one pass to that of another, the window is as full at both in the long run.
         read = marks[-1].read_bytes - marks[2].read_bytes
         n_passes = len(marks) - 3
@@ -233,6 +256,36 @@ def test_each_pass_reads_what_is_not_resident_once(checkpoint, share, reads):
     resident = {range_of(part) for part in parts_of(pager) if part.resident}
     again = [found for found in reads if found in resident]
     assert len(again) == len(set(again)), "what is resident is read once"
+
+
+def test_what_does_not_fit_as_it_is_may_fit_packed(checkpoint, reads):
+    with paged(checkpoint, budget_bytes=budget(checkpoint, 0.79), packs=True) as (pager, model):
+        found = within(lambda: logits(checkpoint, model, before=lambda i, ids: pager.begin_pass(len(ids))))
+        usage = pager.usage()
+        assert usage.resident_bytes == size_of(parts_of(pager))
+        assert usage.streaming_bytes == 0
+        assert f"(packed into {usage.kept_bytes / 1e6:.0f} MB)" in str(usage)
+        assert all(isinstance(part.array, Packed) for part in parts_of(pager))
+    assert len(reads) == len(set(reads)) == len(parts_of(pager))
+    np.testing.assert_array_equal(found, reference(checkpoint))
+
+
+def test_parts_that_cannot_be_packed_stream_until_there_is_room_for_them(checkpoint, monkeypatch):
+    """As many give way as do not fit unpacked, in a budget that never is exceeded."""
+    monkeypatch.setattr(pager_module, "pack", lambda rows, memory: None)
+    with paged(checkpoint, budget_bytes=budget(checkpoint, 0.5), packs=True) as (pager, model):
+        resident = []
+
+        def before(i, ids):
+            pager.begin_pass(len(ids))
+            resident.append(sum(part.kept_bytes for part in parts_of(pager) if part.resident))
+
+        found = within(lambda: logits(checkpoint, model, [[i] for i in range(8)], before))
+        total = size_of(parts_of(pager))
+        assert max(resident) <= 0.65 * total
+        assert resident[-1] >= 0.35 * total
+        assert pager.usage().kept_bytes >= pager.usage().resident_bytes
+    np.testing.assert_array_equal(found, reference(checkpoint, prompts=[[i] for i in range(8)]))
 
 
 def test_parts_are_read_in_the_order_of_use_and_across_the_passes_end(checkpoint, reads):
@@ -317,16 +370,21 @@ def test_lm_head_may_be_left_out_or_used_unannounced(checkpoint):
     np.testing.assert_array_equal(found, reference(checkpoint, wants=wants))
 
 
-def test_any_order_gives_the_right_rows(checkpoint):
-    with paged(checkpoint, budget_bytes=budget(checkpoint, 0.3)) as (pager, _):
+@pytest.mark.parametrize("packs", [True, False])
+def test_any_order_gives_the_right_rows(checkpoint, packs):
+    with paged(checkpoint, budget_bytes=budget(checkpoint, 0.3), packs=packs) as (pager, _):
         parts = parts_of(pager)
         order = [*np.random.default_rng(0).permutation(len(parts)), 0, 0, len(parts) - 1, 1]
 
         def walk():
             for i in order:
                 with parts[i].open() as rows:
+                    if isinstance(rows, Packed):
+                        assert packs
+                        rows = unpacked(rows)
+                    else:
+                        assert not rows.flags.writeable
                     np.testing.assert_array_equal(rows, parts[i].tensor.array())
-                    assert not rows.flags.writeable
 
         within(walk)
 
@@ -339,7 +397,7 @@ def test_a_time_line_of_what_is_in_memory(checkpoint, tmp_path):
             usage = pager.usage()
         wait_until(lambda: pager.usage().filled_bytes == usage.window_bytes)
         rows = list(csv.DictReader((tmp_path / "memory.csv").read_text().splitlines()))
-    assert max(int(row["resident_bytes"]) for row in rows) == usage.resident_bytes
+    assert max(int(row["resident_bytes"]) for row in rows) == usage.resident_bytes == usage.loaded_bytes
     assert max(int(row["window_bytes"]) for row in rows) <= usage.window_bytes
     assert int(rows[-1]["cache_bytes"]) == 12345
     assert 0 < int(rows[-1]["loads"]) <= pager.usage().loads
@@ -394,15 +452,16 @@ def test_a_window_below_two_blocks(checkpoint, window):
 
 
 @pytest.mark.parametrize("share", [0.5, 2.0])
-def test_resident_parts_give_way_to_the_caches_and_come_back(checkpoint, share):
+@pytest.mark.parametrize("packs", [True, False])
+def test_resident_parts_give_way_to_the_caches_and_come_back(checkpoint, share, packs):
     steps = (0, 1_000_000, 2_000_000, None, 1_500_000, 0)
-    with paged(checkpoint, budget_bytes=budget(checkpoint, share)) as (pager, model):
+    with paged(checkpoint, budget_bytes=budget(checkpoint, share), packs=packs) as (pager, model):
         limit = pager.cache_room_bytes
         resident, largest = [], max(part.tensor.nbytes for part in parts_of(pager))
 
         def before(i, ids):
             pager.begin_pass(len(ids), limit if steps[i] is None else steps[i])
-            resident.append(pager.usage().resident_bytes)
+            resident.append(pager.usage().kept_bytes)
 
         prompts = [[i] for i in range(len(steps))]
         found = within(lambda: logits(checkpoint, model, prompts, before))
@@ -416,7 +475,8 @@ def test_resident_parts_give_way_to_the_caches_and_come_back(checkpoint, share):
                 assert given <= n_bytes + largest
     assert resident[3] == 0
     # Once there is a window, it stays.
-    assert resident[-1] == resident[0] or (share > 1 and resident[-1] >= 0.9 * resident[0])
+    lost = 0.05 * resident[0] if packs else 0  # exceptions of which there might have been more
+    assert resident[-1] >= resident[0] - lost or (share > 1 and resident[-1] >= 0.7 * resident[0])
 
 
 def test_resident_parts_give_way_evenly(checkpoint):
@@ -555,6 +615,7 @@ import numpy as np
 
 options = options_given = json.loads(sys.argv[2])
 with Checkpoint(Path(sys.argv[1])) as checkpoint, Linear(2) as linear:
+    linear.prepare({np.dtype(np.uint16)})
     base = rss_bytes()
     if "room" in options:
         options = {"budget_bytes": base + options["room"]}

@@ -1,7 +1,7 @@
 """y = x W^T + b for a stored matrix of any dtype: the one place where stored weights become numbers.
 
 A stored dtype stays stored until it is inside the cache. Arrays of bfloat16, which NumPy does not know,
-are uint16 holding its bits; float16 and float32 are themselves. Everything that leaves here is float32.
+are uint16 holding its bits, or packed; float16 and float32 are themselves. What leaves here is float32.
 
 A `Matrix` comes in parts, each some whole rows, which is to say one contiguous range of a file. A part is
 there between entering and leaving it: for weights in memory that is nothing; for paged ones it is the
@@ -21,22 +21,26 @@ import platform
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tpilite import compiled
+from tpilite.packing import Packed
+
 logger = logging.getLogger(__name__)
 
 Array = NDArray[np.float32]
 Stored = NDArray[Any]  # bfloat16 as uint16, float16, float32
+Weights = Stored | Packed
 
 # Blocks are measured as float32. This fits most second-level caches.
 _BLOCK_BYTES = 1 << 20
@@ -45,12 +49,16 @@ _BLOCK_BYTES = 1 << 20
 # microseconds before it streams, and hands the interpreter over twice.
 _FEW_ROWS_BLOCK_BYTES = (1 << 18, 1 << 20, 1 << 21, 1 << 22)
 
-# Beside many rows, x is what is large: each product lays it out anew, which needs as many rows to pay off.
+# Beside many rows, x is what is large: each product lays it out anew, which large blocks pay off.
 _MANY_ROWS = 64
-_BLOCK_ROWS_OF_MANY = 256
+_BLOCK_BYTES_OF_MANY = 1 << 22
 
 # Blocks per thread and call, at least: what one thread may wait for the other at the end of a call.
 _BLOCKS_PER_THREAD = 4
+
+# A compiled product needs no cache: larger blocks are read from memory faster (128 rows of 2048 at a time
+# 14, 4096 rows 18 billion weights a second).
+_COMPILED_BLOCKS_PER_THREAD = 2
 
 # Products of up to so many multiplications take OpenBLAS's way for small matrices, which lays out nothing and
 # is up to three times faster for few rows. A matrix goes all this way or all the other, since they differ
@@ -66,9 +74,11 @@ FLOAT16_LIFT = np.float32(2.0**_FLOAT16_EXPONENT_GAP)
 _SIXTEEN, _THIRTEEN = np.uint32(16), np.uint32(13)
 _SIGN_AND_VALUE = np.uint32(0x8FFFFFFF)
 
+_BFLOAT16 = np.dtype(np.uint16)
+
 # A call on fewer weights than this is over before it matters how it is done.
 _MEASURED_FROM = 1 << 20
-_MEASURED_ON = (8192, 2048)
+_MEASURED_COLS, _MEASURED_BYTES = 2048, 32 << 20
 _MEASURE_S = 0.05  # per question, of which there are two per dtype
 
 
@@ -79,11 +89,11 @@ class Part(Protocol):
     def n_rows(self) -> int: ...
 
     @property
-    def array(self) -> Stored | None:
+    def array(self) -> Weights | None:
         """The rows, where they are in memory for the whole of this pass; None where `open` brings them."""
         ...
 
-    def open(self) -> AbstractContextManager[Stored]:
+    def open(self) -> AbstractContextManager[Weights]:
         """The rows [n_rows, n_cols], in memory until the context ends."""
         ...
 
@@ -148,11 +158,13 @@ class Plan:
     """How blocks of one stored dtype become float32, and how large they are beside few rows of x.
 
     `cast` is NumPy's own conversion. `bits` moves bits: for bfloat16 in one pass instead of two, for
-    float16 by three integer operations, where NumPy's cast is slow (without hardware for it).
+    float16 by three integer operations, where NumPy's cast is slow (without hardware for it). `compiled`
+    is for one row of x, where there is what it needs: neither blocks nor widened weights.
     """
 
     way: str
     block_bytes: int = _BLOCK_BYTES
+    compiled: bool = False
 
 
 class Linear:
@@ -166,8 +178,9 @@ class Linear:
     def __init__(self, n_threads: int = 1, way: str | None = None, cache: Path | None = None) -> None:
         assert way is None or way in WAYS
         self.n_threads = n_threads
-        self.plans: dict[str, Plan] = {}  # by dtype, once decided
+        self.plans: dict[np.dtype[Any], Plan] = {}  # once decided
         self._way = way
+        self._kernels: compiled.Kernels | None = None
         self._notes = _Notes(cache, n_threads)
         self._team = _Team(n_threads)
         self._scratch = [_Scratch() for _ in range(n_threads)]
@@ -181,6 +194,16 @@ class Linear:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def prepare(self, dtypes: Iterable[np.dtype[Any]]) -> None:
+        """Measures now what large matrices of these dtypes would else have measured, and its memory."""
+        for dtype in dtypes:
+            self._plan(dtype, _MEASURED_FROM)
+
+    def compile(self) -> None:
+        """Lets `compiled` take part, where that is faster and Numba is installed."""
+        self._kernels = compiled.load()
+        self.plans.clear()
 
     def close(self) -> None:
         """Ends the threads."""
@@ -207,7 +230,7 @@ class Linear:
     def _multiply(self, x: Array, matrices: tuple[Matrix, ...], results: list[Array]) -> None:
         """What is in memory goes first, all at once: meanwhile the disk brings the paged parts."""
         self._input.set(x)
-        here: list[tuple[Part, Stored, Array]] = []
+        here: list[tuple[Part, Weights, Array]] = []
         paged: list[tuple[Part, Array]] = []
         for matrix, y in zip(matrices, results, strict=True):
             start = 0
@@ -224,26 +247,29 @@ class Linear:
             with part.open() as rows:
                 self._run(self._input, [(part, rows, out)])
 
-    def _run(self, x: "_Input", pieces: list[tuple[Part, Stored, Array]]) -> None:
+    def _run(self, x: "_Input", pieces: list[tuple[Part, Weights, Array]]) -> None:
         """Multiplies all pieces, each thread taking the next block as soon as it is done with one."""
         n_weights = sum(rows.size for _, rows, _ in pieces)
-        fair_share = 4 * n_weights // (self.n_threads * _BLOCKS_PER_THREAD)
-        blocks: deque[tuple[Stored, Array, str, int, int]] = deque()
+        blocks: deque[_Block] = deque()
         for part, rows, out in pieces:
-            plan = self._plan(rows.dtype, n_weights)
-            way = plan.way
-            if way == "bits" and rows.dtype == np.float16:
-                if self._is_finite(part, rows):
-                    x.lift()
-                else:
-                    way = "cast"
-            n_bytes = min(plan.block_bytes, max(fair_share, _FEW_ROWS_BLOCK_BYTES[0]))
-            step = block_rows(rows.shape[1], n_bytes) if x.n_rows < _MANY_ROWS else _BLOCK_ROWS_OF_MANY
-            room = max(min(step, rows.shape[0]), _SMALL_ROWS)
-            for scratch in self._scratch:
-                scratch.reserve(room * rows.shape[1], room * x.n_rows)
-            for start in range(0, rows.shape[0], step):
-                blocks.append((rows, out, way, start, start + step))
+            n_rows, n_cols = rows.shape
+            plan = self._plan(_BFLOAT16 if isinstance(rows, Packed) else rows.dtype, n_weights)
+            way, gap, kernel = self._how(part, rows, plan, x.n_rows)
+            columns, missing_bits = x.lifted(gap)
+            if kernel is not None:
+                n_bytes = 4 * n_weights // (self.n_threads * _COMPILED_BLOCKS_PER_THREAD)
+            else:
+                most = plan.block_bytes if x.n_rows < _MANY_ROWS else _BLOCK_BYTES_OF_MANY
+                n_bytes = min(most, 4 * n_weights // (self.n_threads * _BLOCKS_PER_THREAD))
+            step = block_rows(n_cols, max(n_bytes, _FEW_ROWS_BLOCK_BYTES[0]))
+            room = max(min(step, n_rows), _SMALL_ROWS)
+            for scratch in self._scratch if kernel is None else ():
+                scratch.reserve(room * n_cols, room * x.n_rows, isinstance(rows, Packed))
+            for start in range(0, n_rows, step):
+                stop = min(start + step, n_rows)
+                blocks.append(
+                    _Block(rows, start, stop, way, kernel, columns, missing_bits, out[:, start:stop])
+                )
 
         def work(thread: int) -> None:
             scratch = self._scratch[thread]
@@ -251,12 +277,32 @@ class Linear:
             with np.errstate(all="ignore"):
                 while True:
                     try:
-                        rows, out, way, start, stop = blocks.popleft()
+                        block = blocks.popleft()
                     except IndexError:
                         return
-                    _multiply_block(x, rows[start:stop], out[:, start:stop], way, scratch)
+                    if block.kernel is None:
+                        _multiply_block(block, scratch)
+                    else:
+                        _multiply_compiled(block, block.kernel)
 
         self._team.run(work)
+
+    def _how(
+        self, part: Part, rows: Weights, plan: Plan, n_x: int
+    ) -> tuple[str, int, "Callable[..., None] | None"]:
+        """The way to widen the rows, the gap that this leaves, and the compiled product if there is one."""
+        kernels = self._kernels if plan.compiled and n_x == 1 else None
+        if isinstance(rows, Packed):
+            return plan.way, rows.gap, kernels.packed if kernels else None
+        if not rows.flags.aligned:
+            kernels = None
+        if rows.dtype == np.uint16:
+            return plan.way, 0, kernels.bfloat16 if kernels else None
+        if rows.dtype == np.float16 and (kernels or plan.way == "bits"):
+            if self._is_finite(part, rows):
+                return "bits", _FLOAT16_EXPONENT_GAP, kernels.float16 if kernels else None
+            return "cast", 0, None
+        return plan.way, 0, None
 
     def _is_finite(self, part: Part, rows: Stored) -> bool:
         """Whether float16 rows have neither infinities nor NaN, which `bits` would take for numbers.
@@ -274,26 +320,27 @@ class Linear:
         return True
 
     def _plan(self, dtype: np.dtype[Any], n_weights: int) -> Plan:
-        if (plan := self.plans.get(dtype.name)) is not None:
+        if (plan := self.plans.get(dtype)) is not None:
             return plan
         if self._way is not None:
             return Plan(self._way)
         if n_weights < _MEASURED_FROM:
             return Plan(WAYS[0])
-        plan = self._notes.read(dtype.name)
+        plan = self._notes.read(dtype.name, self._kernels is not None)
         if plan is None:
             plan = self._measure(dtype)
-            self._notes.write(dtype.name, plan)
-        self.plans[dtype.name] = plan
+            self._notes.write(dtype.name, plan, self._kernels is not None)
+        self.plans[dtype] = plan
         logger.info("%s weights: %s", dtype.name, plan)
         return plan
 
     def _measure(self, dtype: np.dtype[Any]) -> Plan:
-        """The fastest plan, on more weights than caches hold: first which way, then which size of block."""
-        values = np.resize(np.linspace(-0.1, 0.1, 4093, dtype=np.float32), _MEASURED_ON)
-        stored = values.view(np.uint16)[:, 1::2].copy() if dtype == np.uint16 else values.astype(dtype)
+        """The fastest plan, on more weights than caches hold: the way, the blocks, compiled or not."""
+        values = np.linspace(-0.1, 0.1, 4093, dtype=np.float32)
+        few = values.view(np.uint16)[1::2] if dtype == np.uint16 else values.astype(dtype)
+        stored = np.resize(few, (_MEASURED_BYTES // dtype.itemsize // _MEASURED_COLS, _MEASURED_COLS))
         part, x = InMemory(stored), _Input()
-        x.set(values[:1])
+        x.set(values[None, :_MEASURED_COLS])
         out = np.empty((1, part.n_rows), np.float32)
 
         def fastest(plans: list[Plan]) -> Plan:
@@ -301,14 +348,15 @@ class Linear:
             end = time.perf_counter() + _MEASURE_S
             while math.inf in seconds.values() or time.perf_counter() < end:
                 for plan in plans:
-                    self.plans[dtype.name] = plan
+                    self.plans[dtype] = plan
                     start = time.perf_counter()
                     self._run(x, [(part, stored, out)])
                     seconds[plan] = min(seconds[plan], time.perf_counter() - start)
             return min(plans, key=seconds.__getitem__)
 
         way = fastest([Plan(way) for way in WAYS]).way
-        return fastest([Plan(way, n_bytes) for n_bytes in _FEW_ROWS_BLOCK_BYTES])
+        plan = fastest([Plan(way, n_bytes) for n_bytes in _FEW_ROWS_BLOCK_BYTES])
+        return plan if self._kernels is None else fastest([plan, replace(plan, compiled=True)])
 
 
 class _Notes:
@@ -318,15 +366,16 @@ class _Notes:
         self._path = path
         self._key = f"{platform.machine()} {_cpu()} numpy {np.__version__} threads {n_threads}"
 
-    def read(self, dtype: str) -> Plan | None:
-        match self._all().get(self._key, {}).get(dtype):
-            case [str(way), int(n_bytes)] if way in WAYS and n_bytes in _FEW_ROWS_BLOCK_BYTES:
-                return Plan(way, n_bytes)
+    def read(self, dtype: str, may_compile: bool) -> Plan | None:
+        match self._all().get(self._key, {}).get(self._name(dtype, may_compile)):
+            case [str(way), int(n_bytes), bool(compiles)] if way in WAYS and n_bytes in _FEW_ROWS_BLOCK_BYTES:
+                return Plan(way, n_bytes, compiles and may_compile)
         return None
 
-    def write(self, dtype: str, plan: Plan) -> None:
+    def write(self, dtype: str, plan: Plan, may_compile: bool) -> None:
         notes = self._all()
-        notes.setdefault(self._key, {})[dtype] = [plan.way, plan.block_bytes]
+        note = [plan.way, plan.block_bytes, plan.compiled]
+        notes.setdefault(self._key, {})[self._name(dtype, may_compile)] = note
         try:
             path = self._file()
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -335,6 +384,10 @@ class _Notes:
             new.replace(path)
         except (OSError, RuntimeError) as error:
             logger.debug("the measured plan is not kept: %s", error)
+
+    @staticmethod
+    def _name(dtype: str, may_compile: bool) -> str:
+        return f"{dtype} compiled" if may_compile else dtype
 
     def _all(self) -> dict[str, dict[str, Any]]:
         try:
@@ -366,33 +419,40 @@ class _Input:
     """The rows x of one call as the products take them, in memory that is kept between calls."""
 
     def __init__(self) -> None:
-        self._memory = (np.empty(0, np.float32), np.empty(0, np.float32))
-        self.columns: Array  # [D, T]
-        self.lifted: Array
+        self._memory: dict[int, Array] = {}  # by gap
+        self._lifted: dict[int, tuple[Array, int]] = {}  # of this call
+        self._exponent: int | None = None
+        self._columns: Array  # [D, T]
         self.n_rows = 0
-        self.lift_bits = 0  # of `lifted`; 0 before it is made
 
     def set(self, x: Array) -> None:
-        if self._memory[0].size < x.size:
-            self._memory = (np.empty(x.size, np.float32), np.empty(x.size, np.float32))
-        shape = x.shape[1], x.shape[0]
-        self.columns, self.lifted = (memory[: x.size].reshape(shape) for memory in self._memory)
-        if x.shape[0] < _MANY_ROWS:
-            self.columns[...] = x.T
-        else:  # the BLAS lays it out as it needs it, and one copy more would not help
-            self.columns = x.T
         self.n_rows = x.shape[0]
-        self.lift_bits = 0
+        self._lifted.clear()
+        self._exponent = None
+        self._columns = self._room(0, x.shape[::-1])
+        _copy_transposed(x, self._columns)
 
-    def lift(self) -> None:
-        """Makes `lifted`: x times a power of two, the one that float16's bits lack if there is room for it.
+    def lifted(self, gap: int) -> tuple[Array, int]:
+        """x times a power of two, 2**`gap` if there is room for it, as columns; and how many bits less it is.
 
         The sums alone could be lifted instead, but then products of small numbers would lose bits.
         """
-        if not self.lift_bits:
-            _, exponent = math.frexp(max(self.columns.max(), -self.columns.min()))
-            self.lift_bits = min(_FLOAT16_EXPONENT_GAP, 126 - exponent)
-            np.multiply(self.columns, np.float32(2.0**self.lift_bits), out=self.lifted)
+        if not gap:
+            return self._columns, 0
+        if gap not in self._lifted:
+            if self._exponent is None:
+                _, self._exponent = math.frexp(max(self._columns.max(), -self._columns.min()))
+            bits = min(gap, 126 - self._exponent)
+            columns = self._room(gap, self._columns.shape)
+            np.multiply(self._columns, np.float32(2.0**bits), out=columns)
+            self._lifted[gap] = columns, gap - bits
+        return self._lifted[gap]
+
+    def _room(self, gap: int, shape: tuple[int, ...]) -> Array:
+        size = math.prod(shape)
+        if gap not in self._memory or self._memory[gap].size < size:
+            self._memory[gap] = np.empty(size, np.float32)
+        return self._memory[gap][:size].reshape(shape)
 
 
 class _Scratch:
@@ -402,8 +462,8 @@ class _Scratch:
         self._wide = np.empty(0, np.uint8)
         self._sums = np.empty(0, np.float32)
 
-    def reserve(self, n_weights: int, n_sums: int) -> None:
-        n_bytes = 4 * n_weights + 4  # the last few for `wide` with an offset
+    def reserve(self, n_weights: int, n_sums: int, packed: bool) -> None:
+        n_bytes = (8 if packed else 4) * n_weights + 4  # the last few for `wide` with an offset
         if self._wide.size < n_bytes:
             memory = np.empty(n_bytes + 63, np.uint8)
             self._wide = memory[-memory.ctypes.data % 64 :][:n_bytes]
@@ -414,41 +474,83 @@ class _Scratch:
         """So many numbers of four bytes, `offset` bytes behind the beginning, which is a cache line's."""
         return self._wide[offset : offset + 4 * n_weights].view(np.uint32)
 
+    def unpacked(self, n_rows: int, n_cols: int) -> tuple[Stored, Stored]:
+        """Memory for bfloat16 [n_rows, n_cols], and for three quarters of it: behind what `wide` gives."""
+        n = n_rows * n_cols
+        memory = self._wide[4 * n + 4 :].view(np.uint16)
+        return memory[:n].reshape(n_rows, n_cols), memory[n : n + 3 * n // 4]
+
     def sums(self, n_rows: int, n_cols: int) -> Array:
         return self._sums[: n_rows * n_cols].reshape(n_rows, n_cols)
 
 
-def _multiply_block(x: _Input, rows: Stored, out: Array, way: str, scratch: _Scratch) -> None:
-    """out = x rows^T for a block of rows: [n, D] -> [T, n]."""
-    n, n_cols = rows.shape
-    small_rows = _SMALL_PRODUCT // (n_cols * x.n_rows)
+class _Block(NamedTuple):
+    """What one thread multiplies at a time: some rows of a part, with x in columns."""
+
+    rows: Weights
+    start: int
+    stop: int
+    way: str
+    kernel: Callable[..., None] | None
+    columns: Array  # [D, T]
+    missing_bits: int  # the sums' exponents are too small by so many
+    out: Array  # [T, stop - start]
+
+
+def _multiply_block(block: _Block, scratch: _Scratch) -> None:
+    """out = x rows^T: [n, D] -> [T, n]."""
+    n, columns, out = block.stop - block.start, block.columns, block.out
+    n_cols, n_x = columns.shape
+    small_rows = _SMALL_PRODUCT // (n_cols * n_x)
     small = small_rows >= _SMALL_ROWS
-    enough = small or x.n_rows == 1 or n >= _SMALL_ROWS
-    stays = rows.dtype == np.float32 and rows.flags.aligned and enough
-    weights = rows if stays else _widen(rows, way, scratch)
-    lifted = rows.dtype == np.float16 and way == "bits"
-    columns = x.lifted if lifted else x.columns
-    if x.n_rows == 1:
+    enough = small or n_x == 1 or n >= _SMALL_ROWS
+    if isinstance(block.rows, Packed):
+        bits, spare = scratch.unpacked(n, n_cols)
+        block.rows.unpack(block.start, block.stop, bits, spare)
+        weights = _widen(bits, block.way, scratch)
+        places, values = block.rows.exceptions(block.start, block.stop)
+        if len(places):
+            weights.reshape(-1)[places] = values
+    else:
+        weights = block.rows[block.start : block.stop]
+        if weights.dtype != np.float32 or not weights.flags.aligned or not enough:
+            weights = _widen(weights, block.way, scratch)
+    if n_x == 1:
         np.dot(weights, columns[:, 0], out=out[0])
     elif small:
         # All products in one call: the interpreter is handed over once, not once for each.
-        sums = scratch.sums(n, x.n_rows)
+        sums = scratch.sums(n, n_x)
         step = small_rows // 8 * 8
         whole = n // step * step
         shape = (n // step, step)
-        np.matmul(
-            weights[:whole].reshape(*shape, n_cols), columns, out=sums[:whole].reshape(*shape, x.n_rows)
-        )
+        np.matmul(weights[:whole].reshape(*shape, n_cols), columns, out=sums[:whole].reshape(*shape, n_x))
         np.matmul(weights[whole:], columns, out=sums[whole:])
-        out[...] = sums.T
+        _copy_transposed(sums, out)
     else:
         if not enough:  # what is left in the scratch memory makes up the rows
             weights = scratch.wide(_SMALL_ROWS * n_cols).view(np.float32).reshape(_SMALL_ROWS, n_cols)
-        sums = scratch.sums(len(weights), x.n_rows)
+        sums = scratch.sums(len(weights), n_x)
         np.matmul(weights, columns, out=sums)
-        out[...] = sums[:n].T
-    if lifted and x.lift_bits < _FLOAT16_EXPONENT_GAP:
-        out *= np.float32(2.0 ** (_FLOAT16_EXPONENT_GAP - x.lift_bits))
+        _copy_transposed(sums[:n], out)
+    if block.missing_bits:
+        out *= np.float32(2.0**block.missing_bits)
+
+
+def _copy_transposed(source: Array, target: Array) -> None:  # [n, m] -> [m, n]
+    """In strips as wide as a cache line, which is three times as fast: each line is written once."""
+    step = 16 if source.shape[1] > 16 else len(source)
+    for start in range(0, len(source), max(1, step)):
+        target[:, start : start + step] = source[start : start + step].T
+
+
+def _multiply_compiled(block: _Block, kernel: Callable[..., None]) -> None:
+    rows, x, out = block.rows, block.columns[:, 0], block.out[0]
+    if isinstance(rows, Packed):
+        kernel(rows.words_of(block.start, block.stop), x, out, *rows.exceptions(block.start, block.stop))
+    else:
+        kernel(rows[block.start : block.stop].view(np.uint16), x, out)
+    if block.missing_bits:
+        out *= np.float32(2.0**block.missing_bits)
 
 
 def _widen(rows: Stored, way: str, scratch: _Scratch) -> Array:  # [n, D] -> [n, D]

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from tpilite import compiled
 from tpilite.blas import limit_blas_threads
 from tpilite.collective import Collective, Timed
 from tpilite.config import EngineConfig, LlamaConfig
@@ -22,6 +23,9 @@ from tpilite.runner import Runner
 from tpilite.stats import Usage, disk_read_bytes
 from tpilite.tensor_file import StoredTensor
 from tpilite.weights import Embedding
+
+_MEASURED_FROM_BYTES = 32 << 20
+_COMPILED_FROM_BYTES = 256 << 20
 
 
 class Rank:
@@ -38,6 +42,9 @@ class Rank:
         self._stack = ExitStack()
         limit_blas_threads()
         linear = self._stack.enter_context(Linear(engine.threads or physical_cores()))
+        n_bytes = sum(tensor.nbytes for tensor in tensors.values())
+        if n_bytes >= _MEASURED_FROM_BYTES:  # before the pager finds out what memory there is
+            linear.prepare({tensor.stored_dtype for tensor in tensors.values() if len(tensor.shape) == 2})
         self._pager = self._stack.enter_context(
             Pager(
                 tensors,
@@ -47,6 +54,10 @@ class Rank:
                 max_rows=engine.max_rows,
             )
         )
+        # Below that many bytes, Numba takes longer to load than it saves. While weights stream, the disk
+        # decides, and its memory is better spent on weights.
+        if n_bytes >= _COMPILED_FROM_BYTES and self._pager.spare_bytes >= compiled.MEMORY_BYTES:
+            linear.compile()
         self._network = Timed(collective)
         kv_dtype = np.float16 if engine.kv_dtype == "f16" else np.float32
         model = Llama(config, self._pager.weights, self._network, linear, kv_dtype)
