@@ -166,6 +166,7 @@ class Terminal:
 
     def __init__(self, *args: str) -> None:
         self._master, slave = pty.openpty()
+        self._shown = b""
         self.process = subprocess.Popen([*NODE, *args], stdin=slave, stdout=slave, stderr=slave)
         os.close(slave)
 
@@ -173,12 +174,13 @@ class Terminal:
         os.write(self._master, text.encode())
 
     def read_until(self, expected: str) -> str:
-        shown = b""
-        while expected.encode() not in shown:
+        """What is shown up to the expected text; what follows is for the next call."""
+        while expected.encode() not in self._shown:
             ready, _, _ = select.select([self._master], [], [], 30)
-            assert ready, f"expected {expected!r} on the terminal, found {shown.decode()!r}"
-            shown += os.read(self._master, 65536)
-        return shown.decode(errors="replace")
+            assert ready, f"expected {expected!r} on the terminal, found {self._shown.decode()!r}"
+            self._shown += os.read(self._master, 65536)
+        found, _, self._shown = self._shown.partition(expected.encode())
+        return found.decode(errors="replace") + expected
 
     def end(self) -> int:
         return self.process.wait(timeout=30)
