@@ -6,6 +6,7 @@ prints one JSON object. The other benchmarks run this in turns and compare; peer
 """
 
 import argparse
+import importlib
 import json
 import os
 import platform
@@ -34,6 +35,18 @@ def tpilite(folder: Path, threads: int) -> Tokens:
             yield output.token_id
 
     return tokens
+
+
+def tpilite_fast(folder: Path, threads: int) -> Tokens:
+    """With the products that the `fast` extra compiles. Fails where it is not installed."""
+    importlib.import_module("numba")
+    return tpilite(folder, threads)
+
+
+def tpilite_plain(folder: Path, threads: int) -> Tokens:
+    """As if the `fast` extra were not installed."""
+    sys.modules["numba"] = None  # type: ignore[assignment]
+    return tpilite(folder, threads)
 
 
 def transformers(folder: Path, threads: int, dtype: str = "bfloat16") -> Tokens:
@@ -85,7 +98,8 @@ def llama_cpp(folder: Path, threads: int) -> Tokens:
 
 
 ENGINES = {
-    "tpilite": tpilite,
+    "tpilite": tpilite_plain,
+    "tpilite-fast": tpilite_fast,
     "transformers-bf16": transformers,
     "transformers-f32": transformers_f32,
     "llama.cpp": llama_cpp,
@@ -125,7 +139,7 @@ def in_turns(
         for engine in engines:
             command = [sys.executable, __file__, engine, str(folder)]
             command += ["--threads", str(threads), "--prompt", str(n_prompt), "--new", str(n_new)]
-            environment = dict(os.environ) | (limits if engine == "tpilite" else {})
+            environment = dict(os.environ) | (limits if engine.startswith("tpilite") else {})
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
             found[engine].append(json.loads(done.stdout.splitlines()[-1]))
     return found
