@@ -17,7 +17,7 @@ from tpilite.collective import Message
 from tpilite.errors import ConfigError, PeerLost, ProtocolError
 from tpilite.net import wire
 from tpilite.net.channel import Channel
-from tpilite.net.group import Group, RankLost, check_options, local_groups
+from tpilite.net.group import Group, RankLost, RankZero, check_options, local_groups
 
 WAYS = ("star", "direct", "scatter")
 
@@ -202,10 +202,21 @@ def test_measuring_chooses_one_way_for_all_ranks() -> None:
     assert set(ways[0]) <= set(WAYS)
 
 
+@pytest.mark.parametrize("took_s", [[0.0, 2.0], [2.0, 0.0]])
+def test_a_sum_that_is_fast_and_slow_by_turns_counts_as_their_mean(
+    took_s: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an exchange of two ranks is, of which one began when the other's part had already come."""
+    group, clock, took = RankZero(0, [None]), [0.0], itertools.cycle(took_s)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(group, "all_reduce", lambda x: clock.append(clock.pop() + next(took)))
+    assert group._time_one(np.zeros(1, np.float32)) == 1.0
+
+
 def test_the_cheapest_way_is_chosen_by_its_measured_costs() -> None:
     group = Group(0, [None])
     group.allreduce = "auto"
-    # Seconds for sums of 4096, 8192 and 32768 numbers.
+    # Seconds for sums of 4096, 8192 and 16384 numbers.
     group._costs = {"star": [1.8, 2.0, 8.0], "direct": [1.0, 2.4, 9.0], "scatter": [3.0, 3.2, 4.0]}
     chosen = {n: group.way(n) for n in (1, 4096, 6000, 7000, 8192, 12_000, 14_000, 32_768, 1 << 20)}
     assert list(chosen.values()) == ["direct"] * 3 + ["star"] * 3 + ["scatter"] * 3
