@@ -15,8 +15,9 @@ On loopback a is half of a ping-pong of 64 bytes between two processes over plai
 "one" is a single sum, all ranks of which begin at an agreed moment: from when the last rank began to when
 the last had the result, by the clock that processes of one machine share. "over" is its median above the
 bound, divided by the number of ranks, "times" its median by the cheapest bound of the three. "in a row" is
-the time of a sum that follows another at once, at rank 0: with a star, the first parts of the next come in
-while the last results still go out. "late" is how long the wires held a packet beyond its time, the mean.
+the time of a sum that follows another at once, the mean at rank 0: with a star, the first parts of the
+next come in while the last results still go out. "late" is for how long beyond its time the wires held a
+packet, the mean.
 
 plain-direct and plain-scatter send and receive the same bytes by plain blocking calls and sum nothing:
 what they take above the bound is the machine's and the wires', not ours.
@@ -215,7 +216,7 @@ class Cluster:
         self.group.broadcast(Message({"n": n, "starts": [0.0] * n_rounds}))
         began_s, ended_s = sums(self._sum, n, [0.0] * n_rounds)
         self.group.gather(Message())
-        return statistics.median(ended_s - began_s)
+        return float(ended_s[-1] - began_s[0]) / n_rounds
 
     def _single(self, n: int, n_rounds: int) -> list[float]:
         times_s = []
