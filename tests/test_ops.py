@@ -8,7 +8,7 @@ import pytest
 import reference
 
 from tpilite.config import LlamaConfig
-from tpilite.ops import rms_norm, rope_frequencies, rope_table, rotate, silu, softmax
+from tpilite.ops import rms_norm, rope_frequencies, rope_table, rotate, silu, softmax, swiglu
 
 _ROPE = Path(__file__).parent / "fixtures" / "golden" / "rope.npz"
 
@@ -34,6 +34,15 @@ def test_silu_is_that_of_float64_and_never_overflows():
     assert y.dtype == np.float32
     # Half of the tanh form cancels for negative x: its error is that of 1, times x.
     np.testing.assert_allclose(y, wide / (1 + np.exp(np.minimum(-wide, 700))), rtol=1e-6, atol=2e-6)
+
+
+def test_swiglu_is_silu_times_the_other_in_place():
+    gate, up = _random(40, 3000), _random(40, 3000)
+    expected = silu(gate) * up
+    y = swiglu(gate, up)
+    assert y is gate
+    np.testing.assert_array_equal(y, expected)
+    assert swiglu(gate[:0], up[:0]).size == swiglu(gate[:, :0], up[:, :0]).size == 0
 
 
 def test_softmax_is_that_of_float64_in_place_with_masked_scores():

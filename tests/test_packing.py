@@ -97,6 +97,13 @@ def test_weights_over_many_exponents_are_refused():
     assert packed(bfloat16(2.0 ** rng.uniform(-20, 0, (64, 1000)))) is None
 
 
+def test_zeros_need_no_exponent():
+    rows = normal()
+    rows[:, ::3] = rows[:, 1::3] = 0
+    assert_same_bits(packed(rows), rows)
+    assert packed(rows).exceptions(0, len(rows))[0].size < rows.size / 1000
+
+
 def test_nothing_but_zeros():
     rows = np.zeros((8, 16), np.uint16)
     rows[3] = 0x8000

@@ -40,6 +40,14 @@ _PROMPTS = ([1, 5, 9, 13, 2], [7], [3], [8])
 _LONG_S = 60  # only a deadlock takes so long
 
 
+@pytest.fixture(autouse=True)
+def spare(monkeypatch):
+    """What the machine can spare: nothing, but in a test that says otherwise."""
+    found = [0]
+    monkeypatch.setattr(pager_module, "spare_bytes", lambda: found[0])
+    return found
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return write_checkpoint(tmp_path_factory.mktemp("models") / "bf16", _CONFIG, shards=2)
@@ -258,6 +266,17 @@ def test_each_pass_reads_what_is_not_resident_once(checkpoint, share, packs, rea
     assert len(again) == len(set(again)), "what is resident is read once"
 
 
+@pytest.mark.parametrize(("times", "cached"), [(3.9, False), (4.1, True), (None, False)])
+def test_the_page_cache_is_used_where_it_has_room_for_all(checkpoint, spare, times, cached, monkeypatch):
+    ways, opened = set(), uncached._OPEN["plain"]
+    monkeypatch.setitem(uncached._OPEN, "plain", lambda file: ways.add("plain") or opened(file))
+    matrices = [t for name, t in checkpoint.tensors.items() if len(t.shape) == 2 and name != EMBEDDING]
+    spare[0] = None if times is None else int(times * sum(tensor.nbytes for tensor in matrices))
+    with paged(checkpoint, window=2) as (_, model):
+        within(lambda: logits(checkpoint, model))
+    assert (ways == {"plain"}) == cached
+
+
 def test_what_does_not_fit_as_it_is_may_fit_packed(checkpoint, reads):
     with paged(checkpoint, budget_bytes=budget(checkpoint, 0.79), packs=True) as (pager, model):
         found = within(lambda: logits(checkpoint, model, before=lambda i, ids: pager.begin_pass(len(ids))))
@@ -272,7 +291,8 @@ def test_what_does_not_fit_as_it_is_may_fit_packed(checkpoint, reads):
 
 def test_parts_that_cannot_be_packed_stream_until_there_is_room_for_them(checkpoint, monkeypatch):
     """As many give way as do not fit unpacked, in a budget that never is exceeded."""
-    monkeypatch.setattr(pager_module, "pack", lambda rows, memory: None)
+    tried = []
+    monkeypatch.setattr(pager_module, "pack", lambda rows, memory: tried.append(rows.ctypes.data))
     with paged(checkpoint, budget_bytes=budget(checkpoint, 0.5), packs=True) as (pager, model):
         resident = []
 
@@ -285,6 +305,7 @@ def test_parts_that_cannot_be_packed_stream_until_there_is_room_for_them(checkpo
         assert max(resident) <= 0.65 * total
         assert resident[-1] >= 0.35 * total
         assert pager.usage().kept_bytes >= pager.usage().resident_bytes
+        assert len(tried) <= len(parts_of(pager)), "each but once"
     np.testing.assert_array_equal(found, reference(checkpoint, prompts=[[i] for i in range(8)]))
 
 

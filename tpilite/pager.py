@@ -30,7 +30,7 @@ import numpy as np
 from tpilite.config import LlamaConfig
 from tpilite.errors import ConfigError
 from tpilite.linear import Array, Matrix, Stored, Weights, block_rows
-from tpilite.memory import format_size, rss_bytes
+from tpilite.memory import format_size, rss_bytes, spare_bytes
 from tpilite.packing import ROWS, Packed, pack, packed_bytes
 from tpilite.partition import EMBEDDING, LM_HEAD
 from tpilite.tensor_file import StoredTensor, TensorFile
@@ -49,6 +49,9 @@ MIN_WINDOW = 2
 
 # A second request is there when the first is done: threads that compute may let a reader wait for a core.
 _READERS = 2
+
+# The page cache is used where it has room for so many times the weights: there may be other ranks here.
+_CACHED_TIMES = 4
 
 # What a pass takes besides arrays of its rows: tiles of attention scores and what softmax makes of them,
 # the threads' and the BLAS's own memory.
@@ -291,8 +294,9 @@ class Pager:
 
     def _start(self) -> "_Loader":
         if self._loader is None:
+            way = self._way or _way(self._parts)
             self._loader = _Loader(
-                self._parts, self._n_slots, self._slot_bytes, self._lock, self._way, self._gave_way
+                self._parts, self._n_slots, self._slot_bytes, self._lock, way, self._gave_way
             )
         return self._loader
 
@@ -590,6 +594,17 @@ def _cut(tensor: StoredTensor, part_bytes: int) -> Iterator[StoredTensor]:
 
 def _packable(tensor: StoredTensor) -> bool:
     return tensor.dtype == "BF16" and tensor.shape[0] % ROWS == 0
+
+
+def _way(parts: Sequence[PagedPart]) -> str | None:
+    """How to read: through the page cache where the machine has room for all of it, and more to spare.
+
+    Then the disk is read once: the kernel keeps what this process may not, and takes it back when somebody
+    needs the memory. Elsewhere pages that are read in a circle are never found again: None, the best way.
+    """
+    spare = spare_bytes()
+    n_bytes = sum(part.tensor.nbytes for part in parts)
+    return "plain" if spare is not None and spare >= _CACHED_TIMES * n_bytes else None
 
 
 def _spread(parts: Sequence[PagedPart], room: int) -> None:
