@@ -6,6 +6,7 @@ The reference is the same model on memory maps; the bytes are those that the fil
 import csv
 import errno
 import json
+import math
 import mmap
 import os
 import re
@@ -42,9 +43,11 @@ _LONG_S = 60  # only a deadlock takes so long
 
 @pytest.fixture(autouse=True)
 def spare(monkeypatch):
-    """What the machine can spare: nothing, but in a test that says otherwise."""
+    """What the machine can spare: nothing, where a test does not say otherwise."""
     found = [0]
     monkeypatch.setattr(pager_module, "spare_bytes", lambda: found[0])
+    # Nor does a slow machine make parts come out of their packing.
+    monkeypatch.setattr(pager_module, "_TELLING_S", math.inf)
     return found
 
 
@@ -307,6 +310,29 @@ def test_parts_that_cannot_be_packed_stream_until_there_is_room_for_them(checkpo
         assert pager.usage().kept_bytes >= pager.usage().resident_bytes
         assert len(tried) <= len(parts_of(pager)), "each but once"
     np.testing.assert_array_equal(found, reference(checkpoint, prompts=[[i] for i in range(8)]))
+
+
+@pytest.mark.parametrize(("idle_share", "unpacks"), [(-1e9, True), (1e9, False)])
+def test_where_the_disk_idles_parts_are_unpacked_by_and_by(checkpoint, monkeypatch, idle_share, unpacks):
+    monkeypatch.setattr(pager_module, "_TELLING_S", 0.0)
+    monkeypatch.setattr(pager_module, "_IDLE_SHARE", idle_share)
+    prompts = [[1, 2, 3], *([i] for i in range(60))]
+    with paged(checkpoint, budget_bytes=budget(checkpoint, 0.5), packs=True) as (pager, model):
+        packed, kept = [], []
+
+        def before(i, ids):
+            pager.begin_pass(len(ids))
+            packed.append(sum(part.packs for part in parts_of(pager) if part.resident))
+            kept.append(pager.usage().kept_bytes)
+
+        found = within(lambda: logits(checkpoint, model, prompts, before))
+        assert packed[0] == packed[1], "the first pass tells nothing"
+        assert packed == sorted(packed, reverse=True)
+        assert min(np.diff(packed)) >= -1 - len(parts_of(pager)) / 16
+        assert (packed[-1] == 0) == unpacks
+        assert max(kept) <= kept[0] + max(part.buffer_bytes for part in parts_of(pager))
+        assert kept[-1] >= 0.9 * kept[0]
+    np.testing.assert_array_equal(found, reference(checkpoint, prompts=prompts))
 
 
 def test_parts_are_read_in_the_order_of_use_and_across_the_passes_end(checkpoint, reads):

@@ -50,6 +50,12 @@ MIN_WINDOW = 2
 # A second request is there when the first is done: threads that compute may let a reader wait for a core.
 _READERS = 2
 
+# Where the disk idles for more than this share of a decoding pass, unpacking takes longer than the reading
+# that it saves: of that many packed parts one is unpacked, pass by pass, until both take as long.
+_IDLE_SHARE = 0.1
+_UNPACKED_OF = 16
+_TELLING_S = 0.05  # passes that are shorter tell nothing
+
 # The page cache is used where it has room for so many times the weights: there may be other ranks here.
 _CACHED_TIMES = 4
 
@@ -174,6 +180,7 @@ class Pager:
         self._cache_bytes = self._passes = 0
         self._files = {tensor.file.path: tensor.file for tensor in tensors.values()}
         self._gave_way: list[PagedPart] = []
+        self._before = (0, 0.0, 0.0)  # of the pass before: its rows, when it began, the reading until then
         self._loader: _Loader | None = None
         self._lock = threading.Condition()  # guards what the parts are; notified when that changes
         self._parts: list[PagedPart] = []
@@ -252,6 +259,8 @@ class Pager:
         """
         for file in self._files.values():
             file.check()
+        if self._loader is not None:
+            self._balance(n_rows, self._loader)
         self._make_room(n_rows, cache_bytes)
         if self._loader is not None:
             self._loader.skip_head(not scores)
@@ -314,6 +323,25 @@ class Pager:
                 f"{format_size(self._window_bytes)} for the smallest window and the rest for the work of a "
                 "pass; give a larger budget or ask for a shorter text"
             )
+
+    def _balance(self, n_rows: int, loader: "_Loader") -> None:
+        """Unpacks some parts where the disk idled in the pass before; they give way, and may come back."""
+        n_before, began_s, load_s = self._before
+        pass_s = loader.used_s - began_s
+        idle_s = pass_s - (loader.load_s - load_s)
+        self._before = n_rows, time.perf_counter(), loader.load_s
+        if n_before != 1 or pass_s < _TELLING_S or idle_s < _IDLE_SHARE * pass_s:
+            return
+        with self._lock:
+            resident = [part for part in self._parts if part.resident]
+            if len(resident) == len(self._parts) or any(part.array is None for part in resident):
+                return
+            some = [part for part in resident if part.packs][::_UNPACKED_OF]
+            turn = self._passes % max(1, len(some))  # else it would be the first layers that stream
+            for part in some[turn:] + some[:turn]:
+                part.packs = part.resident = False
+                part.array = None
+                self._gave_way.append(part)
 
     def _make_room(self, n_rows: int, cache_bytes: int) -> None:
         """Lets resident parts give way, or come back, until the budget holds."""
@@ -403,6 +431,7 @@ class _Loader:
         self._skips_head = self._closed = False
         self.loads = self.read_bytes = self.slots_in_use = 0
         self.load_s = self.wait_s = 0.0
+        self.used_s = 0.0  # when the last use of a part ended
         self._threads = [
             threading.Thread(target=self._run, name=f"pager-{i}", daemon=True)
             for i in range(min(_READERS, n_slots - 1))
@@ -433,16 +462,18 @@ class _Loader:
     @contextmanager
     def open(self, part: PagedPart) -> Iterator[Weights]:
         load = self._wait_for(part)
-        if not isinstance(load, _Load):
-            yield load
-            return
         try:
-            load.opened = True
-            yield load.rows()
+            if isinstance(load, _Load):
+                load.opened = True
+                yield load.rows()
+            else:
+                yield load
         finally:
-            with self._changed:
-                self._loads.remove(load)
-                self._drop(load)
+            self.used_s = time.perf_counter()
+            if isinstance(load, _Load):
+                with self._changed:
+                    self._loads.remove(load)
+                    self._drop(load)
 
     def _wait_for(self, part: PagedPart) -> "_Load | Weights":
         start_s = time.perf_counter()
