@@ -53,7 +53,7 @@ _READERS = 2
 # Where the disk idles for more than this share of a decoding pass, unpacking takes longer than the reading
 # that it saves: of that many packed parts one is unpacked, pass by pass, until both take as long.
 _IDLE_SHARE = 0.1
-_UNPACKED_OF = 16
+_UNPACKED_OF = 8
 _TELLING_S = 0.05  # passes that are shorter tell nothing
 
 # The page cache is used where it has room for so many times the weights: there may be other ranks here.
