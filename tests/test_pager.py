@@ -278,6 +278,8 @@ def test_the_page_cache_is_used_where_it_has_room_for_all(checkpoint, spare, tim
     with paged(checkpoint, window=2) as (_, model):
         within(lambda: logits(checkpoint, model))
     assert (ways == {"plain"}) == cached
+    with paged(checkpoint, budget_bytes=budget(checkpoint, 0.5), packs=True) as (pager, _):
+        assert (pager.usage().kept_bytes >= pager.usage().resident_bytes) == cached
 
 
 def test_what_does_not_fit_as_it_is_may_fit_packed(checkpoint, reads):
@@ -660,6 +662,8 @@ from tpilite.model import Llama, Segment
 from tpilite.pager import Pager
 import numpy as np
 
+import tpilite.pager
+tpilite.pager.spare_bytes = lambda: 0  # no room for a page cache, so what is resident is packed
 options = options_given = json.loads(sys.argv[2])
 with Checkpoint(Path(sys.argv[1])) as checkpoint, Linear(2) as linear:
     linear.prepare({np.dtype(np.uint16)})

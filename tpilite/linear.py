@@ -331,7 +331,7 @@ class Linear:
             plan = self._measure(dtype)
             self._notes.write(dtype.name, plan, self._kernels is not None)
         self.plans[dtype] = plan
-        logger.info("%s weights: %s", dtype.name, plan)
+        logger.debug("%s weights: %s", dtype.name, plan)
         return plan
 
     def _measure(self, dtype: np.dtype[Any]) -> Plan:

@@ -58,6 +58,7 @@ _TELLING_S = 0.05  # passes that are shorter tell nothing
 
 # The page cache is used where it has room for so many times the weights: there may be other ranks here.
 _CACHED_TIMES = 4
+_CACHED = "plain"
 
 # What a pass takes besides arrays of its rows: tiles of attention scores and what softmax makes of them,
 # the threads' and the BLAS's own memory.
@@ -173,7 +174,7 @@ class Pager:
         if window is not None and (type(window) is not int or window < MIN_WINDOW):
             raise ConfigError(f"the memory window must be at least {MIN_WINDOW} blocks, found {window!r}")
         self.budget_bytes = budget_bytes
-        self._max_rows, self._way = max_rows, way
+        self._max_rows = max_rows
         self._measures_base = base_bytes is None
         self._base = rss_bytes() if base_bytes is None else base_bytes
         self._work_bytes = _work_bytes(tensors, config)
@@ -186,6 +187,8 @@ class Pager:
         self._parts: list[PagedPart] = []
 
         matrices = [t for name, t in tensors.items() if len(t.shape) == 2 and name != EMBEDDING]
+        self._way = way or _way(sum(tensor.nbytes for tensor in matrices))
+        packs = packs and self._way != _CACHED  # from there, reading is as fast as unpacking
         room = None if budget_bytes is None else budget_bytes - self._base - self._work_bytes(max_rows)
         self._maps = window is None and (room is None or sum(t.nbytes for t in matrices) <= room)
         if room is not None and not self._maps:
@@ -303,9 +306,8 @@ class Pager:
 
     def _start(self) -> "_Loader":
         if self._loader is None:
-            way = self._way or _way(self._parts)
             self._loader = _Loader(
-                self._parts, self._n_slots, self._slot_bytes, self._lock, way, self._gave_way
+                self._parts, self._n_slots, self._slot_bytes, self._lock, self._way, self._gave_way
             )
         return self._loader
 
@@ -627,15 +629,14 @@ def _packable(tensor: StoredTensor) -> bool:
     return tensor.dtype == "BF16" and tensor.shape[0] % ROWS == 0
 
 
-def _way(parts: Sequence[PagedPart]) -> str | None:
+def _way(n_bytes: int) -> str | None:
     """How to read: through the page cache where the machine has room for all of it, and more to spare.
 
     Then the disk is read once: the kernel keeps what this process may not, and takes it back when somebody
     needs the memory. Elsewhere pages that are read in a circle are never found again: None, the best way.
     """
     spare = spare_bytes()
-    n_bytes = sum(part.tensor.nbytes for part in parts)
-    return "plain" if spare is not None and spare >= _CACHED_TIMES * n_bytes else None
+    return _CACHED if spare is not None and spare >= _CACHED_TIMES * n_bytes else None
 
 
 def _spread(parts: Sequence[PagedPart], room: int) -> None:
