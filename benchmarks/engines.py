@@ -21,6 +21,9 @@ from typing import Any
 
 import numpy as np
 
+# In the environment of a process with threads of its own: its BLAS has no more.
+ONE_THREAD = {f"{name}_NUM_THREADS": "1" for name in ("OPENBLAS", "VECLIB_MAXIMUM")}
+
 Tokens = Callable[[list[int], int], Iterator[int]]  # prompt, number of new ones -> each as it is made
 
 
@@ -134,12 +137,11 @@ def in_turns(
 ) -> dict[str, list[dict[str, Any]]]:
     """The measurements of each engine, each in a fresh process, in turns, `rounds` times."""
     found: dict[str, list[dict[str, Any]]] = {engine: [] for engine in engines}
-    limits = {f"{name}_NUM_THREADS": "1" for name in ("OPENBLAS", "VECLIB_MAXIMUM")}
     for _ in range(rounds):
         for engine in engines:
             command = [sys.executable, __file__, engine, str(folder)]
             command += ["--threads", str(threads), "--prompt", str(n_prompt), "--new", str(n_new)]
-            environment = dict(os.environ) | (limits if engine.startswith("tpilite") else {})
+            environment = dict(os.environ) | (ONE_THREAD if engine.startswith("tpilite") else {})
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
             found[engine].append(json.loads(done.stdout.splitlines()[-1]))
     return found

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from engines import ONE_THREAD
 from models import add_model_options, model_of
 from start import ROOT, environment, with_tokenizer
 
@@ -84,7 +85,7 @@ def main() -> None:
         if args.tokenizer:
             folder = with_tokenizer(folder, args.tokenizer, Path(temporary))
         command = [sys.executable, *sys.argv, "--child", str(folder)]
-        variables = environment(OPENBLAS_NUM_THREADS="1", VECLIB_MAXIMUM_NUM_THREADS="1")
+        variables = environment(**ONE_THREAD)
         for _ in range(args.rounds):
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=variables)
             rows.append(json.loads(done.stdout))

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from engines import ONE_THREAD
 from models import PRESETS, add_model_options, model_of, write_model
 
 from tpilite.blas import limit_blas_threads
@@ -192,7 +193,7 @@ def run(
     spec |= {"new": args.new, "settle": 1, "layers": None, "budget": None, "window": None}
     spec |= {"part_bytes": PART_BYTES, "way": args.way} | changes
     command = [sys.executable, __file__, "--measure", json.dumps(spec), "--kind", kind]
-    environment = dict(os.environ) | {f"{name}_NUM_THREADS": "1" for name in ("OPENBLAS", "VECLIB_MAXIMUM")}
+    environment = dict(os.environ) | ONE_THREAD
     environment["PYTHONPATH"] = os.pathsep.join(
         [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
     )

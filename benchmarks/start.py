@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from engines import add_run_options, conditions, report
+from engines import ONE_THREAD, add_run_options, conditions, report
 from models import add_model_options, model_of
 
 GOAL_S = 1.0
@@ -71,14 +71,13 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, help="a tokenizer.model that fits the model")
     args = parser.parse_args()
     folder = model_of(args)
-    one_thread = {f"{name}_NUM_THREADS": "1" for name in ("OPENBLAS", "VECLIB_MAXIMUM")}
     with tempfile.TemporaryDirectory() as temporary:
         commands: dict[str, list[str]] = {}
         variables: dict[str, dict[str, str]] = {}
         for engine in args.engines:
             arguments = [str(Path(__file__).parent), engine, str(folder), str(args.threads)]
             commands[engine] = [sys.executable, "-c", _PROGRAM, *arguments]
-            variables[engine] = environment(**(one_thread if engine == "tpilite" else {}))
+            variables[engine] = environment(**(ONE_THREAD if engine.startswith("tpilite") else {}))
         if args.tokenizer and "tpilite" in commands:
             model = with_tokenizer(folder, args.tokenizer, Path(temporary))
             options = ["--model_path", str(model), "--prompt", _PROMPT, "--length", "1"]

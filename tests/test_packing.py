@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from packed_rows import widened
 
 from tpilite.linear import as_float32
 from tpilite.packing import ROWS, pack, packed_bytes
@@ -20,17 +21,6 @@ def normal(n_rows=64, n_cols=1000, scale=0.02):
 
 def packed(rows):
     return pack(rows, bytearray(rows.nbytes * 3 // 4))
-
-
-def widened(found, start, stop):
-    """The rows, as `linear` makes float32 of them, with the gap closed."""
-    n_rows, n_cols = stop - start, found.shape[1]
-    bits = np.full((n_rows, n_cols), 0x7FC0, np.uint16)
-    found.unpack(start, stop, bits, np.empty(bits.size * 3 // 4, np.uint16))
-    wide = as_float32(bits)
-    places, values = found.exceptions(start, stop)
-    wide.reshape(-1)[places] = values
-    return np.ldexp(wide, found.gap)
 
 
 def assert_same_bits(found, rows, start=0, stop=None):

@@ -38,7 +38,7 @@ def load() -> Kernels | None:
     try:
         from numba import njit, types
     except ImportError as error:  # also where it does not know this NumPy
-        logger.info("no compiled products: %s", error)
+        logger.debug("no compiled products: %s", error)
         return None
     rows = types.Array(types.uint16, 2, "C", readonly=True)
     row, places = types.float32[::1], types.int64[::1]
@@ -53,7 +53,7 @@ def load() -> Kernels | None:
                 compiled(types.void(rows, row, row, places, row), cache=cache)(_packed),
             )
         except RuntimeError as error:  # there is no folder that a cache may be written to
-            logger.info("compiling without a cache: %s", error)
+            logger.debug("compiling without a cache: %s", error)
     return None
 
 
