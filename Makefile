@@ -1,4 +1,4 @@
-# What a developer types. The virtual environment is remade when setup.cfg changes.
+# What a developer types. The package is installed anew when setup.cfg or what is compiled changes.
 PYTHON ?= python3
 BIN = .venv/bin
 
@@ -16,7 +16,7 @@ lint: .venv/linted
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
-.venv/installed: .venv/bin/python setup.cfg pyproject.toml
+.venv/installed: .venv/bin/python setup.cfg setup.py pyproject.toml tpilite/products.c
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 

@@ -6,7 +6,6 @@ prints one JSON object. The other benchmarks run this in turns and compare; peer
 """
 
 import argparse
-import importlib
 import json
 import os
 import platform
@@ -40,15 +39,11 @@ def tpilite(folder: Path, threads: int) -> Tokens:
     return tokens
 
 
-def tpilite_fast(folder: Path, threads: int) -> Tokens:
-    """With the products that the `fast` extra compiles. Fails where it is not installed."""
-    importlib.import_module("numba")
-    return tpilite(folder, threads)
+def tpilite_numpy(folder: Path, threads: int) -> Tokens:
+    """As if there had been no compiler when it was installed."""
+    from tpilite import compiled
 
-
-def tpilite_plain(folder: Path, threads: int) -> Tokens:
-    """As if the `fast` extra were not installed."""
-    sys.modules["numba"] = None  # type: ignore[assignment]
+    compiled.load = lambda: None
     return tpilite(folder, threads)
 
 
@@ -101,8 +96,8 @@ def llama_cpp(folder: Path, threads: int) -> Tokens:
 
 
 ENGINES = {
-    "tpilite": tpilite_plain,
-    "tpilite-fast": tpilite_fast,
+    "tpilite": tpilite,
+    "tpilite-numpy": tpilite_numpy,
     "transformers-bf16": transformers,
     "transformers-f32": transformers_f32,
     "llama.cpp": llama_cpp,

@@ -1,129 +1,229 @@
-"""Compiled products, and the same functions as plain Python, against float64 on the same stored values."""
+"""Compiled products against float64 on the same stored values, and what happens where there are none."""
 
-import sys
+import shutil
+import subprocess
+import threading
+from contextlib import contextmanager
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tpilite import compiled
-from tpilite import linear as module
-from tpilite.linear import FLOAT16_LIFT, InMemory, Linear, Matrix, Plan, as_float32
+from tpilite import linear as linear_module
+from tpilite.compiled import Product, Products
+from tpilite.linear import InMemory, Linear, Matrix, as_float32
 from tpilite.packing import pack
 
-_PLAIN = compiled.Kernels(compiled._bfloat16, compiled._float16, compiled._packed)
+_LIBRARY = compiled.load()
+_SOURCE = Path(compiled.__file__).with_name("products.c")
+
+compiled_only = pytest.mark.skipif(_LIBRARY is None, reason="installed without a compiler")
 
 
-@pytest.fixture(params=["plain", "compiled"])
-def kernels(request):
-    if request.param == "plain":
-        return _PLAIN
-    pytest.importorskip("numba")
-    return compiled.load()
+@contextmanager
+def products(n_threads=1):
+    """Closed at the end, with threads that help."""
+    found = Products(_LIBRARY, n_threads)
+    helpers = [threading.Thread(target=found.serve, args=(0,), daemon=True) for _ in range(n_threads - 1)]
+    for helper in helpers:
+        helper.start()
+    try:
+        yield found
+    finally:
+        found.recall()
+        for helper in helpers:
+            helper.join()
+        found.close()
 
 
-def weights(dtype, shape=(24, 40)):
-    w = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-    w[3, 5] = 1e-4  # an exception where it is packed
-    return (w.view(np.uint32) >> 16).astype(np.uint16) if dtype == "bf16" else w.astype(np.float16)
+def stored(rng, dtype, shape, n_small=0):
+    w = rng.standard_normal(shape).astype(np.float32)
+    w.reshape(-1)[rng.integers(0, w.size, n_small)] *= 1e-6  # they do not pack
+    if dtype == "bf16":
+        return (w.view(np.uint32) >> 16).astype(np.uint16)
+    return w.astype({"f16": np.float16, "f32": np.float32}[dtype])
 
 
 def check(y, x, w):
     wide, x = as_float32(w).astype(np.float64), x.astype(np.float64)
-    assert (np.abs(y - wide @ x) <= 1e-6 * (np.abs(wide) @ np.abs(x))).all()
+    assert (np.abs(y - x @ wide.T) <= 1e-6 * (np.abs(x) @ np.abs(wide).T)).all()
 
 
-def test_products_of_stored_rows(kernels):
-    x, y = np.random.default_rng(1).standard_normal(40).astype(np.float32), np.empty(24, np.float32)
-    w = weights("bf16")
-    w.flags.writeable = False
-    kernels.bfloat16(w, x, y)
-    check(y, x, w)
-    w = weights("f16")
-    with np.errstate(over="ignore"):  # of plain Python's casts
-        kernels.float16(w.view(np.uint16), x, y)
-    check(y * FLOAT16_LIFT, x, w)
+def multiplied(found, x, *rows):
+    """All in one call, each result between numbers that must stay."""
+    wholes = [np.full((len(x), r.shape[0] + 2), 7.0, np.float32) for r in rows]
+    found.multiply(x, [Product(r, whole[:, 1:-1]) for r, whole in zip(rows, wholes, strict=True)])
+    for whole in wholes:
+        assert (whole[:, [0, -1]] == 7).all()
+    return [whole[:, 1:-1] for whole in wholes]
 
 
-@pytest.mark.parametrize("rows", [(0, 24), (4, 12), (8, 8)])
-def test_products_of_packed_rows(kernels, rows):
-    x, w = np.random.default_rng(1).standard_normal(40).astype(np.float32), weights("bf16")
+@compiled_only
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_products_of_stored_rows(data):
+    draw = data.draw
+    rng = np.random.default_rng(draw(st.integers(0, 9)))
+    n_cols = draw(st.integers(1, 70) | st.integers(1, 1200) | st.sampled_from([511, 512, 513, 2048]))
+    x = rng.standard_normal((draw(st.sampled_from([1, 2, 7, 8, 9, 16, 17, 255, 300])), n_cols), np.float32)
+    rows = [
+        stored(rng, dtype, (draw(st.integers(1, 100)), n_cols))
+        for dtype in draw(st.lists(st.sampled_from(["bf16", "f16", "f32"]), min_size=1, max_size=4))
+    ]
+    with products(draw(st.sampled_from([1, 2, 3]))) as found:
+        for y, w in zip(multiplied(found, x, *rows), rows, strict=True):
+            check(y, x, w)
+
+
+@compiled_only
+@settings(max_examples=100, deadline=None)
+@given(
+    seed=st.integers(0, 9),
+    shape=st.tuples(st.integers(1, 30).map(lambda n: 4 * n), st.integers(1, 1200)),
+    t=st.sampled_from([1, 2, 9, 300]),
+    n_small=st.integers(0, 20),
+)
+def test_packed_rows_give_the_same_bits(seed, shape, t, n_small):
+    rng = np.random.default_rng(seed)
+    w, x = stored(rng, "bf16", shape, n_small), rng.standard_normal((t, shape[1]), np.float32)
     packed = pack(w, bytearray(w.nbytes * 3 // 4))
-    assert packed.exceptions(0, 24)[0].size > 0
-    y = np.empty(rows[1] - rows[0], np.float32)
-    with np.errstate(over="ignore"):
-        kernels.packed(packed.words_of(*rows), x, y, *packed.exceptions(*rows))
-    check(np.ldexp(y, packed.gap), x, w[slice(*rows)])
+    if packed is not None:  # too many of its few weights may be small
+        with products(2) as found:
+            plain, same = multiplied(found, x, w, packed)
+        np.testing.assert_array_equal(same, plain)
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "f16", "packed"])
-@pytest.mark.parametrize("x_scale", [1e-30, 1.0, 1e30])
-def test_linear_uses_them_for_one_row(dtype, x_scale, monkeypatch):
-    w = weights("f16" if dtype == "f16" else "bf16", (512, 400))
-    stored = pack(w, bytearray(w.nbytes * 3 // 4)) if dtype == "packed" else w
-    called = []
-
-    def counted(name):
-        kernel = getattr(_PLAIN, name)
-        return lambda *args: called.append(name) or kernel(*args)
-
-    with monkeypatch.context() as patch, Linear(2) as linear:
-        patch.setattr(
-            compiled, "load", lambda: compiled.Kernels(*map(counted, ("bfloat16", "float16", "packed")))
-        )
-        linear.compile()
-        linear.plans = {w.dtype: Plan("bits", 1 << 20, compiled=True)}
-        x = (x_scale * np.random.default_rng(2).standard_normal((3, 400))).astype(np.float32)
-        matrix = Matrix(512, 400, (InMemory(stored),))
-        with np.errstate(over="ignore"):
-            check(linear(x[:1], matrix)[0][0], x[0], w)
-        assert set(called) == {"bfloat16" if dtype == "bf16" else "float16" if dtype == "f16" else "packed"}
-        called.clear()
-        for y, row in zip(linear(x, matrix)[0], x, strict=True):
-            check(y, row, w)
-        assert called == []
+@compiled_only
+def test_weights_that_are_stored_apart_stand_in_every_row_and_column():
+    rng = np.random.default_rng(0)
+    w = stored(rng, "bf16", (16, 2061))
+    for i in range(16):
+        w[i, (97 * i + np.array([0, 511, 512, 2060])) % 2061] = 0x3380 + i
+    packed = pack(w, bytearray(w.nbytes * 3 // 4))
+    assert len(packed.places) >= 16 * 4
+    with products() as found:
+        for t in (1, 2):
+            x = np.zeros((t, 2061), np.float32)
+            for column in range(2061):  # each column by itself
+                x[:, column - 1], x[:, column] = 0, 1
+                (y,) = multiplied(found, x, packed)
+                np.testing.assert_array_equal(y, np.tile(as_float32(w)[:, column], (t, 1)))
 
 
-def test_what_they_cannot_take_goes_the_other_way(monkeypatch):
-    """Infinities of float16, and weights at an odd address."""
-
-    def not_called(*_):
-        raise AssertionError("this is not for them")
-
-    monkeypatch.setattr(compiled, "load", lambda: compiled.Kernels(*[not_called] * 3))
-    x = np.ones((1, 40), np.float32)
-    infinite = weights("f16")
-    infinite[1, 1] = np.inf
-    odd = np.frombuffer(bytes(1) + weights("bf16").tobytes(), np.uint16, 24 * 40, 1).reshape(24, 40)
-    with Linear(1) as linear:
-        linear.compile()
-        for w in (infinite, odd):
-            linear.plans = {w.dtype: Plan("bits", 1 << 20, compiled=True)}
-            (y,) = linear(x, Matrix.of(w))
-            np.testing.assert_allclose(y[0], as_float32(w).sum(1), rtol=1e-5)
-
-
-def test_they_are_measured_against_the_other_ways_and_noted_apart(tmp_path, monkeypatch):
-    pytest.importorskip("numba")
-    monkeypatch.setattr(module, "_MEASURE_S", 0.0)
-    path, dtype = tmp_path / "linear.json", np.dtype(np.uint16)
-    with Linear(1, cache=path) as linear:
-        linear.prepare([dtype])
-        assert not linear.plans[dtype].compiled
-        linear.compile()
-        linear.prepare([dtype])
-        found = linear.plans[dtype]
-    assert set(module.json.loads(path.read_text()).popitem()[1]) == {"uint16", "uint16 compiled"}
-    with Linear(1, cache=path) as linear:
-        linear.compile()
-        monkeypatch.setattr(Linear, "_measure", None)
-        linear.prepare([dtype])
-        assert linear.plans[dtype] == found
+@compiled_only
+@pytest.mark.parametrize("t", [1, 5])
+def test_what_else_is_computed_changes_no_bit(t):
+    rng = np.random.default_rng(1)
+    rows = [stored(rng, dtype, (101, 777)) for dtype in ("bf16", "f16", "f32")]
+    x = rng.standard_normal((t, 777), np.float32)
+    with products() as alone, products(4) as together:
+        expected = [multiplied(alone, x, w)[0] for w in rows]
+        for _ in range(20):
+            for y, z in zip(
+                multiplied(together, x, *rows, *rows[::-1]), expected + expected[::-1], strict=True
+            ):
+                np.testing.assert_array_equal(y, z)
+        parts = [multiplied(together, x, w[:24], w[24:])[i] for w in rows for i in (0, 1)]
+        for z, first, second in zip(expected, parts[::2], parts[1::2], strict=True):
+            np.testing.assert_array_equal(np.hstack([first, second]), z)
 
 
-def test_without_numba_there_are_none(monkeypatch):
-    monkeypatch.setitem(sys.modules, "numba", None)
-    assert compiled.load() is None
-    with Linear(1) as linear:
-        linear.compile()
-        w = weights("bf16")
-        check(linear(np.ones((1, 40), np.float32), Matrix.of(w))[0][0], np.ones(40), w)
+@compiled_only
+def test_helpers_are_called_back_however_often_they_are_needed():
+    x, w = np.ones((1, 64), np.float32), np.ones((256, 64), np.float32)
+    found, counts = Products(_LIBRARY, 2), []
+
+    def help_out():
+        while not counts or counts[-1] < 300:
+            counts.append(found.serve(counts[-1] if counts else 0))
+
+    helper = threading.Thread(target=help_out, daemon=True)
+    helper.start()
+    for _ in range(300):
+        (y,) = multiplied(found, x, w)
+        assert (y == 64).all()
+        found.recall()
+    helper.join()
+    found.close()
+    assert counts == sorted(set(counts))
+
+
+@compiled_only
+@pytest.mark.parametrize("blas_for_many", [False, True])
+def test_linear_takes_them_but_for_many_rows_where_the_blas_has_more(monkeypatch, blas_for_many):
+    monkeypatch.setattr(linear_module, "_BLAS_FOR_MANY", blas_for_many)
+    rng = np.random.default_rng(2)
+    w, x = stored(rng, "bf16", (64, 100)), rng.standard_normal((3, 100), np.float32)
+    taken = []
+    with Linear(2) as linear:
+        multiply = linear._products.multiply
+        monkeypatch.setattr(linear._products, "multiply", lambda *args: taken.append(1) or multiply(*args))
+        for rows, expected in ((x[:1], True), (x, not blas_for_many)):
+            taken.clear()
+            (y,) = linear(rows, Matrix(64, 100, (InMemory(w),)))
+            check(y, rows, w)
+            assert taken == [1] * expected
+
+
+def test_without_a_library_numpy_does_it(monkeypatch, tmp_path):
+    assert compiled.load(tmp_path) is None
+    monkeypatch.setattr(compiled, "load", lambda: None)
+    w = stored(np.random.default_rng(3), "bf16", (24, 40))
+    with Linear(2) as linear:
+        check(linear(np.ones((1, 40), np.float32), Matrix.of(w))[0], np.ones((1, 40)), w)
+
+
+def test_a_library_that_cannot_be_used_is_told_of(tmp_path, caplog):
+    path = tmp_path / f"_products{EXTENSION_SUFFIXES[0]}"
+    path.write_bytes(b"not a library")
+    assert compiled.load(tmp_path) is None
+    assert "cannot be used" in caplog.text
+
+
+@compiled_only
+def test_a_processor_without_the_instructions_is_left_to_numpy(tmp_path):
+    """The same source, asked by a processor that says no."""
+    source = _SOURCE.read_text().replace(
+        "int products_run_here(void) {", "int products_run_here(void) {\nreturn 0;"
+    )
+    assert "return 0;\n" in source
+    (tmp_path / "products.c").write_text(source)
+    if shutil.which("cc") is None:
+        pytest.skip("there is no compiler now")
+    library = tmp_path / f"_products{EXTENSION_SUFFIXES[0]}"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, tmp_path / "products.c"], check=True)
+    assert compiled.load(tmp_path) is None
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no compiler")
+@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+def test_no_sanitizer_finds_anything(sanitizer, tmp_path):
+    """The whole of products.c below a main function of its own, with memory that ends where it should."""
+    main = Path(__file__).with_name("products_main.c")
+    program = tmp_path / "products"
+    built = subprocess.run(
+        [
+            "cc",
+            "-O1",
+            "-g",
+            "-pthread",
+            f"-fsanitize={sanitizer}",
+            f"-I{_SOURCE.parent}",
+            main,
+            "-o",
+            program,
+        ],
+        capture_output=True,
+        check=False,
+        text=True,
+    )
+    if built.returncode and "sanitize" in built.stderr + built.stdout:
+        pytest.skip("this compiler has no such sanitizer")
+    assert built.returncode == 0, built.stderr
+    done = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout == "3 threads agree with one\n"

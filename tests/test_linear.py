@@ -1,5 +1,6 @@
 """Stored matrices times vectors, against float64 on the same stored values."""
 
+import itertools
 import threading
 import tracemalloc
 from contextlib import contextmanager
@@ -9,11 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tpilite import compiled, plans
 from tpilite import linear as module
-from tpilite.linear import WAYS, InMemory, Linear, Matrix, Plan, as_float32, block_rows
+from tpilite.linear import InMemory, Linear, Matrix, Plan, as_float32, block_rows
 from tpilite.packing import pack
+from tpilite.plans import NUMPY_WAYS
+from tpilite.team import Team
 
 DTYPES = ["bf16", "f16", "f32"]
+WAYS = plans.WAYS if compiled.load() else NUMPY_WAYS
 NAN = {np.dtype(np.uint16): 0x7FC0, np.dtype(np.float16): np.nan, np.dtype(np.float32): np.nan}
 
 
@@ -98,7 +103,8 @@ def test_is_the_product_of_the_stored_values(data):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("t", [1, 4, 50, 120])
-def test_the_bits_depend_on_neither_threads_nor_way_nor_parts_nor_blocks(dtype, t):
+@pytest.mark.parametrize("ways", [NUMPY_WAYS, *([way] for way in WAYS if way not in NUMPY_WAYS)])
+def test_the_bits_depend_on_neither_threads_nor_numpys_way_nor_parts_nor_blocks(ways, dtype, t):
     rng = np.random.default_rng(1)
     w = stored(rng, dtype, (1304, 600))
     x = rows_of_x(rng, t, 600)
@@ -107,7 +113,7 @@ def test_the_bits_depend_on_neither_threads_nor_way_nor_parts_nor_blocks(dtype, 
     assert [part.n_rows for part in paged.parts] == [432, 432, 432, 8]
     results = []
     for n_threads in (1, 2, 3):
-        for way in WAYS:
+        for way in ways:
             for _ in range(3):
                 with Linear(n_threads, way) as linear:
                     results += linear(x, Matrix.of(w))
@@ -115,8 +121,8 @@ def test_the_bits_depend_on_neither_threads_nor_way_nor_parts_nor_blocks(dtype, 
                 results += linear(x, paged)
                 for part in paged.parts:
                     part.log.clear()
-    for n_bytes in (1 << 18, 1 << 22):
-        with Linear(2) as linear:
+    for n_bytes in (1 << 18, 1 << 22) if ways == NUMPY_WAYS else ():
+        with Linear(2, "bits") as linear:
             linear.plans[w.dtype] = Plan("bits", n_bytes)
             results += linear(x, Matrix.of(w))
     assert len({y.tobytes() for y in results}) == 1
@@ -130,9 +136,8 @@ def test_packed_weights_give_the_same_bits(t, scale):
     packed = pack(w, bytearray(w.nbytes * 3 // 4))
     assert packed.exceptions(0, 520)[0].size > 0
     x = rows_of_x(rng, t, 900)
-    for n_threads, plan in ((1, Plan("cast", 1 << 18)), (2, Plan("bits", 1 << 20))):
-        with Linear(n_threads) as linear:
-            linear.plans[w.dtype] = plan
+    for n_threads, way in itertools.product((1, 2), WAYS):
+        with Linear(n_threads, way) as linear:
             expected, found = (linear(x, Matrix(520, 900, (InMemory(rows),)))[0] for rows in (w, packed))
         np.testing.assert_array_equal(found, expected)
         check(found, x, w)
@@ -240,7 +245,7 @@ def test_one_thread_is_the_callers():
 
 @pytest.mark.parametrize("failing", [0, 1, 2])
 def test_an_error_in_any_thread_reaches_the_caller_once_all_are_done(failing):
-    team = module._Team(3)
+    team = Team(3)
     done = []
 
     def work(thread):
@@ -257,7 +262,7 @@ def test_an_error_in_any_thread_reaches_the_caller_once_all_are_done(failing):
 
 
 def test_interrupted_it_still_waits_for_its_threads():
-    team = module._Team(2)
+    team = Team(2)
     release, done = threading.Event(), []
 
     def work(thread):
@@ -284,7 +289,8 @@ def test_an_error_closes_the_part():
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Measuring on little, for large matrices of little."""
+    """Measuring on little, for large matrices of little, as NumPy does it."""
+    monkeypatch.setattr(compiled, "load", lambda: None)
     monkeypatch.setattr(module, "_MEASURED_FROM", 1000)
     monkeypatch.setattr(module, "_MEASURED_COLS", 32)
     monkeypatch.setattr(module, "_MEASURED_BYTES", 4096)
@@ -320,14 +326,21 @@ def test_a_damaged_note_is_measured_again(quick, tmp_path, text):
 
 @pytest.mark.parametrize(
     "note",
-    [["other", 1 << 20, True], ["bits", 7, False], ["bits"], ["bits", 1 << 20], None, ["bits", "x", False]],
+    [
+        ["other", 1 << 20],
+        ["bits", 7],
+        ["bits"],
+        ["bits", 1 << 20, True],
+        None,
+        ["bits", "x"],
+    ],
 )
 def test_a_note_of_another_version_is_measured_again(quick, tmp_path, note, monkeypatch):
     path = tmp_path / "linear.json"
     plan_of(path)
-    notes = module.json.loads(path.read_text())
+    notes = plans.json.loads(path.read_text())
     (key,) = notes
-    path.write_text(module.json.dumps({key: {"uint16": note}}))
+    path.write_text(plans.json.dumps({key: {"uint16": note}}))
     monkeypatch.setattr(Linear, "_measure", lambda self, dtype: Plan("cast", 1 << 20))
     assert plan_of(path) == Plan("cast", 1 << 20)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from checkpoints import tiny_config, write_checkpoint
 
-from tpilite import LLM, SamplingParams, compiled, rank
+from tpilite import LLM, SamplingParams
 from tpilite.errors import CheckpointError, ConfigError
 from tpilite.models import find_model
 
@@ -64,21 +64,6 @@ def test_a_text_that_ends_by_itself_says_stop(fable: Path) -> None:
         completion = llm.generate("Once upon a time", SamplingParams(temperature=0))
     assert completion.finish_reason == "stop"
     assert completion.ids[-1] in llm.config.eos_token_ids
-
-
-@pytest.mark.parametrize(("window", "loaded"), [(None, 1), (2, 0)])
-def test_compiled_products_are_loaded_for_the_second_token(
-    fable: Path, monkeypatch: pytest.MonkeyPatch, window: int | None, loaded: int
-) -> None:
-    loads: list[int] = []
-    monkeypatch.setattr(rank, "_COMPILED_FROM_BYTES", 0)
-    monkeypatch.setattr(compiled, "load", lambda: loads.append(1))
-    with LLM(fable, memory_window=window) as llm:
-        llm.generate("Once upon a time", SamplingParams(temperature=0, length=1))
-        assert loads == []
-        for _ in range(2):
-            llm.generate("Once upon", SamplingParams(temperature=0, length=3))
-            assert len(loads) == loaded
 
 
 def test_a_folder_without_tokenizer_serves_ids(tmp_path: Path) -> None:

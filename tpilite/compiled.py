@@ -1,104 +1,130 @@
-"""Products with one row of x as machine code, by Numba where that is installed (the `fast` extra).
+"""The products of `products.c`, where pip found a compiler when it installed the package.
 
-NumPy widens a block into the cache in one call and multiplies it in the next, and while it multiplies, the
-memory idles. These loops do both at once, at the rate at which the memory can be read: 16 billion weights a
-second with two threads where `linear` alone makes 9, in bfloat16; in float16, 16 instead of 4.
-
-The functions are plain Python, in the part of it that Numba compiles. The casts say where 32 bits are
-enough: Numba would take 64, and half as many at a time.
+For one row of x they read the weights at the memory's own rate, twice as fast as NumPy does; many rows take a
+fifth less: benchmarks/RESULTS.md has the figures. `linear` asks for them and can do without.
 """
 
+import ctypes
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from collections.abc import Sequence
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from numpy import float32, int16, int32, uint32
+import numpy as np
+from numpy.typing import NDArray
 
-from tpilite.packing import ROWS
+from tpilite.packing import Packed
 
 logger = logging.getLogger(__name__)
 
-# What Numba and its compiler take, in memory that this process then lacks for weights.
-MEMORY_BYTES = 150 << 20
+Array = NDArray[np.float32]
+
+_DTYPES = {np.dtype(np.uint16): 0, np.dtype(np.float16): 1, np.dtype(np.float32): 2}
+_PACKED = 3
+
+# The rows of x are laid out in groups of this many, or of less.
+_GROUP = 8
+
+_Team = ctypes.c_void_p
+_Pieces = ctypes.c_void_p
+_Address = ctypes.c_void_p
+_Int = ctypes.c_int64
 
 
-@dataclass(frozen=True)
-class Kernels:
-    """Each takes stored rows [n, D], one row x [D], and writes to out [n]."""
+class Product(NamedTuple):
+    """Some rows of a matrix [n, D], stored, and where their products with x [T, D] go."""
 
-    bfloat16: Callable[..., None]
-    float16: Callable[..., None]
-    packed: Callable[..., None]
+    rows: NDArray[Any] | Packed
+    out: Array  # [T, n], each row's numbers side by side
 
 
-def load() -> Kernels | None:
-    """The functions below, compiled or from Numba's cache on the disk; None where there is no Numba."""
-    try:
-        from numba import njit, types
-    except ImportError as error:  # also where it does not know this NumPy
-        logger.debug("no compiled products: %s", error)
+class _Piece(ctypes.Structure):
+    _fields_ = (
+        ("rows", _Address),
+        ("out", _Address),
+        ("n_rows", _Int),
+        ("out_stride", _Int),
+        ("dtype", _Int),
+        ("scale", ctypes.c_float),
+        ("places", _Address),
+        ("firsts", _Address),
+        ("values", _Address),
+    )
+
+
+def load(folder: Path = Path(__file__).parent) -> ctypes.CDLL | None:
+    """The compiled library in `folder`; None where there is none, or not for this processor."""
+    for suffix in EXTENSION_SUFFIXES:
+        path = folder / f"_products{suffix}"
+        if path.exists():
+            break
+    else:
+        logger.debug("no compiled products: the package was installed without a compiler")
         return None
-    rows = types.Array(types.uint16, 2, "C", readonly=True)
-    row, places = types.float32[::1], types.int64[::1]
-    signature = types.void(rows, row, row)
-    # Sums may be taken in any order: only so are several made at once.
-    compiled = partial(njit, nogil=True, fastmath=True, error_model="numpy")
-    for cache in (True, False):
-        try:
-            return Kernels(
-                compiled(signature, cache=cache)(_bfloat16),
-                compiled(signature, cache=cache)(_float16),
-                compiled(types.void(rows, row, row, places, row), cache=cache)(_packed),
-            )
-        except RuntimeError as error:  # there is no folder that a cache may be written to
-            logger.debug("compiling without a cache: %s", error)
-    return None
+    try:
+        library = ctypes.CDLL(str(path))
+        library.products_team.restype = _Team
+        library.products_team.argtypes = (_Int,)
+        library.products_end.argtypes = library.products_recall.argtypes = (_Team,)
+        library.products_serve.restype = _Int
+        library.products_serve.argtypes = (_Team, _Int)
+        library.products_multiply.argtypes = (_Team, _Pieces, _Int, _Address, _Int, _Int, _Address)
+        supported = bool(library.products_run_here())
+    except (OSError, AttributeError) as error:
+        logger.warning("the compiled products cannot be used: %s", error)
+        return None
+    if not supported:
+        logger.debug("no compiled products: they need a processor with AVX2")
+        return None
+    return library
 
 
-def _bfloat16(rows: Any, x: Any, out: Any) -> None:
-    for i in range(out.size):
-        row = rows[i]
-        y = float32(0)
-        for j in range(x.size):
-            y += uint32(uint32(row[j]) << uint32(16)).view(float32) * x[j]
-        out[i] = y
+class Products:
+    """Products by `n_threads` threads: the caller of `multiply` and those that are in `serve`."""
+
+    def __init__(self, library: ctypes.CDLL, n_threads: int) -> None:
+        self._library = library
+        self._team = library.products_team(n_threads)
+        if not self._team:
+            raise MemoryError
+        self._panels = np.empty(0, np.float32)
+
+    def serve(self, n_recalls: int) -> int:
+        """Helps until there have been other than `n_recalls` recalls, and says how many there have been."""
+        return int(self._library.products_serve(self._team, n_recalls))
+
+    def recall(self) -> None:
+        """Brings every thread back from `serve`."""
+        self._library.products_recall(self._team)
+
+    def close(self) -> None:
+        """Gives the memory back. No thread may be in `serve`, nor call anything here again."""
+        self._library.products_end(self._team)
+
+    def multiply(self, x: Array, products: Sequence[Product]) -> None:  # [T, D]
+        """Each product's `out` = x rows^T."""
+        n_x, n_cols = x.shape
+        n_panels = -(-n_x // _GROUP) * _GROUP * n_cols if n_x > 1 else 0
+        if self._panels.size < n_panels:
+            self._panels = np.empty(n_panels, np.float32)
+        pieces = (_Piece * len(products))(*(_piece(product) for product in products))
+        self._library.products_multiply(
+            self._team, pieces, len(pieces), _address(x), n_x, n_cols, _address(self._panels)
+        )
 
 
-def _float16(rows: Any, x: Any, out: Any) -> None:
-    """Finite values, times 2**-112: see `linear.float16_bits`."""
-    for i in range(out.size):
-        row = rows[i]
-        y = float32(0)
-        for j in range(x.size):
-            bits = uint32(uint32(int32(int16(row[j])) << int32(13)) & uint32(0x8FFFFFFF))
-            y += bits.view(float32) * x[j]
-        out[i] = y
+def _piece(product: Product) -> _Piece:
+    rows, out = product
+    where, stride = _address(out), out.strides[0] // 4
+    if isinstance(rows, Packed):
+        stored_apart = _address(rows.places), _address(rows.firsts), _address(rows.values)
+        return _Piece(
+            _address(rows.words), where, rows.shape[0], stride, _PACKED, 2.0**rows.gap, *stored_apart
+        )
+    return _Piece(_address(rows), where, rows.shape[0], stride, _DTYPES[rows.dtype], 1.0)
 
 
-def _packed(words: Any, x: Any, out: Any, places: Any, values: Any) -> None:
-    """Packed rows times 2**-gap, of which three are stored for each four: see `packing.Packed.unpack`.
-
-    `places` are those of the exceptions, counted from the first of these rows.
-    """
-    for group in range(out.size // ROWS):
-        first, second, third = words[3 * group], words[3 * group + 1], words[3 * group + 2]
-        y0, y1, y2, y3 = float32(0), float32(0), float32(0), float32(0)
-        for j in range(x.size):
-            a = uint32(uint32(first[j]) << uint32(16))
-            b = uint32(uint32(second[j]) << uint32(16))
-            c = uint32(uint32(third[j]) << uint32(16))
-            y0 += uint32(a & uint32(0x87FF0000)).view(float32) * x[j]
-            y1 += uint32(b & uint32(0x87FF0000)).view(float32) * x[j]
-            y2 += uint32(c & uint32(0x87FF0000)).view(float32) * x[j]
-            upper = uint32(uint32(a & uint32(0x78000000)) >> uint32(4))
-            middle = uint32(uint32(b & uint32(0x78000000)) >> uint32(8))
-            lower = uint32(int32(uint32(c << uint32(1))) >> int32(12))
-            y3 += uint32((upper ^ middle ^ lower) & uint32(0x87FF0000)).view(float32) * x[j]
-        out[ROWS * group] = y0
-        out[ROWS * group + 1] = y1
-        out[ROWS * group + 2] = y2
-        out[ROWS * group + 3] = y3
-    for k in range(places.size):
-        out[places[k] // x.size] += values[k] * x[places[k] % x.size]
+def _address(array: NDArray[Any]) -> int:
+    address: int = array.__array_interface__["data"][0]
+    return address

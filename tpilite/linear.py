@@ -8,24 +8,20 @@ there between entering and leaving it: for weights in memory that is nothing; fo
 wait for the disk and the release of the memory. Parts are entered in their order, each once per use.
 
 `Linear` cuts the parts into blocks of rows. A thread takes a block, widens it to float32 in memory of its
-own that stays in the cache, and multiplies. A sum's bits depend neither on the threads nor on the blocks;
-nor on the parts, if each begins at a multiple of `block_rows`.
+own that stays in the cache, and multiplies; or the compiled products do all that, where there are any. A
+sum's bits depend neither on the threads nor on the blocks; nor on the parts, if each begins at a multiple of
+`block_rows`.
 """
 
-import itertools
-import json
 import logging
 import math
-import os
-import platform
-import threading
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 from weakref import WeakValueDictionary
@@ -35,19 +31,14 @@ from numpy.typing import NDArray
 
 from tpilite import compiled
 from tpilite.packing import Packed
+from tpilite.plans import BLOCK_BYTES, FEW_ROWS_BLOCK_BYTES, NUMPY_WAYS, WAYS, Notes, Plan
+from tpilite.team import Team
 
 logger = logging.getLogger(__name__)
 
 Array = NDArray[np.float32]
 Stored = NDArray[Any]  # bfloat16 as uint16, float16, float32
 Weights = Stored | Packed
-
-# Blocks are measured as float32. This fits most second-level caches.
-_BLOCK_BYTES = 1 << 20
-
-# Larger ones are faster where the caches behind are large: each NumPy call on fresh memory takes some
-# microseconds before it streams, and hands the interpreter over twice.
-_FEW_ROWS_BLOCK_BYTES = (1 << 18, 1 << 20, 1 << 21, 1 << 22)
 
 # Beside many rows, x is what is large: each product lays it out anew, which large blocks pay off.
 _MANY_ROWS = 64
@@ -56,17 +47,16 @@ _BLOCK_BYTES_OF_MANY = 1 << 22
 # Blocks per thread and call, at least: what one thread may wait for the other at the end of a call.
 _BLOCKS_PER_THREAD = 4
 
-# A compiled product needs no cache: larger blocks are read from memory faster (128 rows of 2048 at a time
-# 14, 4096 rows 18 billion weights a second).
-_COMPILED_BLOCKS_PER_THREAD = 2
-
 # Products of up to so many multiplications take OpenBLAS's way for small matrices, which lays out nothing and
 # is up to three times faster for few rows. A matrix goes all this way or all the other, since they differ
 # in the last bits. Where there is no such way, the smaller products cost nothing.
 _SMALL_PRODUCT = 1_000_000
 _SMALL_ROWS = 16
 
-WAYS = ("bits", "cast")
+# Whether to leave many rows of x to NumPy also where there are compiled products. macOS's BLAS multiplies on
+# a unit of the processor that no loop of ours reaches. This is not measured at the start, as the ways of
+# NumPy are: those give the same bits, these do not.
+_BLAS_FOR_MANY = sys.platform == "darwin"
 
 # The biases of float32's and float16's exponents differ by this much.
 _FLOAT16_EXPONENT_GAP = 112
@@ -148,41 +138,31 @@ def float16_bits(stored: Stored, out: Array) -> Array:
     return out
 
 
-def block_rows(n_cols: int, n_bytes: int = _BLOCK_BYTES) -> int:
+def block_rows(n_cols: int, n_bytes: int = BLOCK_BYTES) -> int:
     """How many rows make a block. The BLAS takes rows in groups of up to eight, which must not be cut."""
     return max(8, n_bytes // (4 * n_cols) // 8 * 8)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How blocks of one stored dtype become float32, and how large they are beside few rows of x.
-
-    `cast` is NumPy's own conversion. `bits` moves bits: for bfloat16 in one pass instead of two, for
-    float16 by three integer operations, where NumPy's cast is slow (without hardware for it). `compiled`
-    is for one row of x, where there is what it needs: neither blocks nor widened weights.
-    """
-
-    way: str
-    block_bytes: int = _BLOCK_BYTES
-    compiled: bool = False
 
 
 class Linear:
     """y = x W^T + b for each of the matrices, float32, by `n_threads` threads of which the caller is one.
 
     The threads live until `close`. One call at a time: the scratch memory belongs to the object. `way`
-    forces one of `WAYS`; else the faster one for this machine is measured when a large matrix of a dtype
-    first comes, in 0.1 to 0.3 s, and noted in `cache`, a file (default: in the user's cache directory).
+    forces one of `WAYS`. Else the products are the compiled ones where there are any; and where there are
+    not, the faster way for this machine is measured when a large matrix of a dtype first comes, in 0.1 to
+    0.3 s, and noted in `cache`, a file (default: in the user's cache directory).
     """
 
     def __init__(self, n_threads: int = 1, way: str | None = None, cache: Path | None = None) -> None:
         assert way is None or way in WAYS
         self.n_threads = n_threads
-        self.plans: dict[np.dtype[Any], Plan] = {}  # once decided
+        self.plans: dict[np.dtype[Any], Plan] = {}  # of NumPy's products, once decided
         self._way = way
-        self._kernels: compiled.Kernels | None = None
-        self._notes = _Notes(cache, n_threads)
-        self._team = _Team(n_threads)
+        library = None if way in NUMPY_WAYS else compiled.load()
+        self._products = None if library is None else compiled.Products(library, n_threads)
+        self._blas_for_many = _BLAS_FOR_MANY and way is None
+        assert way != "compiled" or self._products is not None
+        self._notes = Notes(cache, n_threads)
+        self._team = Team(n_threads, self._products)
         self._scratch = [_Scratch() for _ in range(n_threads)]
         self._input = _Input()
         self._finite: WeakValueDictionary[int, Part] = WeakValueDictionary()
@@ -197,17 +177,16 @@ class Linear:
 
     def prepare(self, dtypes: Iterable[np.dtype[Any]]) -> None:
         """Measures now what large matrices of these dtypes would else have measured, and its memory."""
-        for dtype in dtypes:
-            self._plan(dtype, _MEASURED_FROM)
-
-    def compile(self) -> None:
-        """Lets `compiled` take part, where that is faster and Numba is installed."""
-        self._kernels = compiled.load()
-        self.plans.clear()
+        if self._products is None or self._blas_for_many:
+            for dtype in dtypes:
+                self._plan(dtype, _MEASURED_FROM)
 
     def close(self) -> None:
         """Ends the threads."""
         self._team.close()
+        if self._products is not None:
+            self._products.close()
+            self._products = None
 
     def __call__(self, x: Array, *matrices: Matrix) -> list[Array]:  # [T, D] -> [T, n_rows] each
         assert all(x.shape[1] == matrix.n_cols for matrix in matrices)
@@ -230,7 +209,7 @@ class Linear:
     def _multiply(self, x: Array, matrices: tuple[Matrix, ...], results: list[Array]) -> None:
         """What is in memory goes first, all at once: meanwhile the disk brings the paged parts."""
         self._input.set(x)
-        here: list[tuple[Part, Weights, Array]] = []
+        here: list[_Piece] = []
         paged: list[tuple[Part, Array]] = []
         for matrix, y in zip(matrices, results, strict=True):
             start = 0
@@ -240,36 +219,38 @@ class Linear:
                 if part.array is None:
                     paged.append((part, out))
                 else:
-                    here.append((part, part.array, out))
+                    here.append(_Piece(part, part.array, out))
         if here:
             self._run(self._input, here)
         for part, out in paged:
             with part.open() as rows:
-                self._run(self._input, [(part, rows, out)])
+                self._run(self._input, [_Piece(part, rows, out)])
 
-    def _run(self, x: "_Input", pieces: list[tuple[Part, Weights, Array]]) -> None:
-        """Multiplies all pieces, each thread taking the next block as soon as it is done with one."""
-        n_weights = sum(rows.size for _, rows, _ in pieces)
+    def _run(self, x: "_Input", pieces: list["_Piece"]) -> None:
+        """Multiplies all pieces."""
+        if self._products is not None and (x.n_rows == 1 or not self._blas_for_many):
+            self._products.multiply(x.rows, [compiled.Product(piece.rows, piece.out) for piece in pieces])
+        else:
+            self._run_blocks(x, pieces)
+
+    def _run_blocks(self, x: "_Input", pieces: list["_Piece"]) -> None:
+        """Multiplies all pieces in NumPy, each thread taking the next block once it is done with one."""
+        n_weights = sum(piece.rows.size for piece in pieces)
         blocks: deque[_Block] = deque()
         for part, rows, out in pieces:
             n_rows, n_cols = rows.shape
             plan = self._plan(_BFLOAT16 if isinstance(rows, Packed) else rows.dtype, n_weights)
-            way, gap, kernel = self._how(part, rows, plan, x.n_rows)
+            way, gap = self._how(part, rows, plan)
             columns, missing_bits = x.lifted(gap)
-            if kernel is not None:
-                n_bytes = 4 * n_weights // (self.n_threads * _COMPILED_BLOCKS_PER_THREAD)
-            else:
-                most = plan.block_bytes if x.n_rows < _MANY_ROWS else _BLOCK_BYTES_OF_MANY
-                n_bytes = min(most, 4 * n_weights // (self.n_threads * _BLOCKS_PER_THREAD))
-            step = block_rows(n_cols, max(n_bytes, _FEW_ROWS_BLOCK_BYTES[0]))
+            most = plan.block_bytes if x.n_rows < _MANY_ROWS else _BLOCK_BYTES_OF_MANY
+            n_bytes = min(most, 4 * n_weights // (self.n_threads * _BLOCKS_PER_THREAD))
+            step = block_rows(n_cols, max(n_bytes, FEW_ROWS_BLOCK_BYTES[0]))
             room = max(min(step, n_rows), _SMALL_ROWS)
-            for scratch in self._scratch if kernel is None else ():
+            for scratch in self._scratch:
                 scratch.reserve(room * n_cols, room * x.n_rows, isinstance(rows, Packed))
             for start in range(0, n_rows, step):
                 stop = min(start + step, n_rows)
-                blocks.append(
-                    _Block(rows, start, stop, way, kernel, columns, missing_bits, out[:, start:stop])
-                )
+                blocks.append(_Block(rows, start, stop, way, columns, missing_bits, out[:, start:stop]))
 
         def work(thread: int) -> None:
             scratch = self._scratch[thread]
@@ -280,29 +261,17 @@ class Linear:
                         block = blocks.popleft()
                     except IndexError:
                         return
-                    if block.kernel is None:
-                        _multiply_block(block, scratch)
-                    else:
-                        _multiply_compiled(block, block.kernel)
+                    _multiply_block(block, scratch)
 
         self._team.run(work)
 
-    def _how(
-        self, part: Part, rows: Weights, plan: Plan, n_x: int
-    ) -> tuple[str, int, "Callable[..., None] | None"]:
-        """The way to widen the rows, the gap that this leaves, and the compiled product if there is one."""
-        kernels = self._kernels if plan.compiled and n_x == 1 else None
+    def _how(self, part: Part, rows: Weights, plan: Plan) -> tuple[str, int]:
+        """The way to widen the rows, and by what power of two they are then too small."""
         if isinstance(rows, Packed):
-            return plan.way, rows.gap, kernels.packed if kernels else None
-        if not rows.flags.aligned:
-            kernels = None
-        if rows.dtype == np.uint16:
-            return plan.way, 0, kernels.bfloat16 if kernels else None
-        if rows.dtype == np.float16 and (kernels or plan.way == "bits"):
-            if self._is_finite(part, rows):
-                return "bits", _FLOAT16_EXPONENT_GAP, kernels.float16 if kernels else None
-            return "cast", 0, None
-        return plan.way, 0, None
+            return plan.way, rows.gap
+        if rows.dtype == np.float16 and plan.way == "bits":
+            return ("bits", _FLOAT16_EXPONENT_GAP) if self._is_finite(part, rows) else ("cast", 0)
+        return plan.way, 0
 
     def _is_finite(self, part: Part, rows: Stored) -> bool:
         """Whether float16 rows have neither infinities nor NaN, which `bits` would take for numbers.
@@ -325,17 +294,17 @@ class Linear:
         if self._way is not None:
             return Plan(self._way)
         if n_weights < _MEASURED_FROM:
-            return Plan(WAYS[0])
-        plan = self._notes.read(dtype.name, self._kernels is not None)
+            return Plan(NUMPY_WAYS[0])
+        plan = self._notes.read(dtype.name)
         if plan is None:
             plan = self._measure(dtype)
-            self._notes.write(dtype.name, plan, self._kernels is not None)
+            self._notes.write(dtype.name, plan)
         self.plans[dtype] = plan
         logger.debug("%s weights: %s", dtype.name, plan)
         return plan
 
     def _measure(self, dtype: np.dtype[Any]) -> Plan:
-        """The fastest plan, on more weights than caches hold: the way, the blocks, compiled or not."""
+        """The fastest plan, on more weights than caches hold: the way, then the size of the blocks."""
         values = np.linspace(-0.1, 0.1, 4093, dtype=np.float32)
         few = values.view(np.uint16)[1::2] if dtype == np.uint16 else values.astype(dtype)
         stored = np.resize(few, (_MEASURED_BYTES // dtype.itemsize // _MEASURED_COLS, _MEASURED_COLS))
@@ -350,69 +319,12 @@ class Linear:
                 for plan in plans:
                     self.plans[dtype] = plan
                     start = time.perf_counter()
-                    self._run(x, [(part, stored, out)])
+                    self._run_blocks(x, [_Piece(part, stored, out)])
                     seconds[plan] = min(seconds[plan], time.perf_counter() - start)
             return min(plans, key=seconds.__getitem__)
 
-        way = fastest([Plan(way) for way in WAYS]).way
-        plan = fastest([Plan(way, n_bytes) for n_bytes in _FEW_ROWS_BLOCK_BYTES])
-        return plan if self._kernels is None else fastest([plan, replace(plan, compiled=True)])
-
-
-class _Notes:
-    """The plans measured before on this machine, in a file that may as well be missing."""
-
-    def __init__(self, path: Path | None, n_threads: int) -> None:
-        self._path = path
-        self._key = f"{platform.machine()} {_cpu()} numpy {np.__version__} threads {n_threads}"
-
-    def read(self, dtype: str, may_compile: bool) -> Plan | None:
-        match self._all().get(self._key, {}).get(self._name(dtype, may_compile)):
-            case [str(way), int(n_bytes), bool(compiles)] if way in WAYS and n_bytes in _FEW_ROWS_BLOCK_BYTES:
-                return Plan(way, n_bytes, compiles and may_compile)
-        return None
-
-    def write(self, dtype: str, plan: Plan, may_compile: bool) -> None:
-        notes = self._all()
-        note = [plan.way, plan.block_bytes, plan.compiled]
-        notes.setdefault(self._key, {})[self._name(dtype, may_compile)] = note
-        try:
-            path = self._file()
-            path.parent.mkdir(parents=True, exist_ok=True)
-            new = path.with_name(f"{path.name}.{os.getpid()}")
-            new.write_text(json.dumps(notes, indent=1))
-            new.replace(path)
-        except (OSError, RuntimeError) as error:
-            logger.debug("the measured plan is not kept: %s", error)
-
-    @staticmethod
-    def _name(dtype: str, may_compile: bool) -> str:
-        return f"{dtype} compiled" if may_compile else dtype
-
-    def _all(self) -> dict[str, dict[str, Any]]:
-        try:
-            notes = json.loads(self._file().read_text())
-        except (OSError, RuntimeError, ValueError):
-            return {}
-        if isinstance(notes, dict) and all(isinstance(value, dict) for value in notes.values()):
-            return notes
-        return {}
-
-    def _file(self) -> Path:
-        return self._path or Path.home() / ".cache" / "tpilite" / "linear.json"
-
-
-def _cpu() -> str:
-    """The processor's name, or what there is instead: ARM's Linux has numbers only."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    for name in ("model name", "CPU part"):
-        for line in lines:
-            if line.startswith(name):
-                return line.partition(":")[2].strip()
-    return platform.processor()
+        way = fastest([Plan(way) for way in NUMPY_WAYS]).way
+        return fastest([Plan(way, n_bytes) for n_bytes in FEW_ROWS_BLOCK_BYTES])
 
 
 class _Input:
@@ -422,37 +334,39 @@ class _Input:
         self._memory: dict[int, Array] = {}  # by gap
         self._lifted: dict[int, tuple[Array, int]] = {}  # of this call
         self._exponent: int | None = None
-        self._columns: Array  # [D, T]
-        self.n_rows = 0
+        self.rows: Array  # [T, D]
 
     def set(self, x: Array) -> None:
-        self.n_rows = x.shape[0]
+        self.rows = np.ascontiguousarray(x)
         self._lifted.clear()
         self._exponent = None
-        self._columns = self._room(0, x.shape[::-1])
-        _copy_transposed(x, self._columns)
+
+    @property
+    def n_rows(self) -> int:
+        return self.rows.shape[0]
 
     def lifted(self, gap: int) -> tuple[Array, int]:
         """x times a power of two, 2**`gap` if there is room for it, as columns; and how many bits less it is.
 
         The sums alone could be lifted instead, but then products of small numbers would lose bits.
         """
-        if not gap:
-            return self._columns, 0
+        if 0 not in self._lifted:
+            columns = self._room(0)
+            _copy_transposed(self.rows, columns)
+            self._lifted[0] = columns, 0
         if gap not in self._lifted:
+            columns, lifted = self._lifted[0][0], self._room(gap)
             if self._exponent is None:
-                _, self._exponent = math.frexp(max(self._columns.max(), -self._columns.min()))
+                _, self._exponent = math.frexp(max(columns.max(), -columns.min()))
             bits = min(gap, 126 - self._exponent)
-            columns = self._room(gap, self._columns.shape)
-            np.multiply(self._columns, np.float32(2.0**bits), out=columns)
-            self._lifted[gap] = columns, gap - bits
+            np.multiply(columns, np.float32(2.0**bits), out=lifted)
+            self._lifted[gap] = lifted, gap - bits
         return self._lifted[gap]
 
-    def _room(self, gap: int, shape: tuple[int, ...]) -> Array:
-        size = math.prod(shape)
-        if gap not in self._memory or self._memory[gap].size < size:
-            self._memory[gap] = np.empty(size, np.float32)
-        return self._memory[gap][:size].reshape(shape)
+    def _room(self, gap: int) -> Array:  # -> [D, T]
+        if gap not in self._memory or self._memory[gap].size < self.rows.size:
+            self._memory[gap] = np.empty(self.rows.size, np.float32)
+        return self._memory[gap][: self.rows.size].reshape(self.rows.shape[::-1])
 
 
 class _Scratch:
@@ -484,6 +398,14 @@ class _Scratch:
         return self._sums[: n_rows * n_cols].reshape(n_rows, n_cols)
 
 
+class _Piece(NamedTuple):
+    """A part that is in memory, and where its products go."""
+
+    part: Part
+    rows: Weights
+    out: Array  # [T, n_rows]
+
+
 class _Block(NamedTuple):
     """What one thread multiplies at a time: some rows of a part, with x in columns."""
 
@@ -491,7 +413,6 @@ class _Block(NamedTuple):
     start: int
     stop: int
     way: str
-    kernel: Callable[..., None] | None
     columns: Array  # [D, T]
     missing_bits: int  # the sums' exponents are too small by so many
     out: Array  # [T, stop - start]
@@ -543,16 +464,6 @@ def _copy_transposed(source: Array, target: Array) -> None:  # [n, m] -> [m, n]
         target[:, start : start + step] = source[start : start + step].T
 
 
-def _multiply_compiled(block: _Block, kernel: Callable[..., None]) -> None:
-    rows, x, out = block.rows, block.columns[:, 0], block.out[0]
-    if isinstance(rows, Packed):
-        kernel(rows.words_of(block.start, block.stop), x, out, *rows.exceptions(block.start, block.stop))
-    else:
-        kernel(rows[block.start : block.stop].view(np.uint16), x, out)
-    if block.missing_bits:
-        out *= np.float32(2.0**block.missing_bits)
-
-
 def _widen(rows: Stored, way: str, scratch: _Scratch) -> Array:  # [n, D] -> [n, D]
     """The values of the rows, exactly; those of float16 by `bits` are too small by its exponent gap."""
     wide = scratch.wide(rows.size)
@@ -570,70 +481,3 @@ def _widen(rows: Stored, way: str, scratch: _Scratch) -> Array:  # [n, D] -> [n,
     else:
         np.copyto(wide.view(np.float32), flat)
     return wide.view(np.float32).reshape(rows.shape)
-
-
-class _Team:
-    """Threads that wait for work: `run` returns when every one of them and the caller have done theirs."""
-
-    def __init__(self, n_threads: int) -> None:
-        self._inboxes: list[SimpleQueue[_Job | None]] = [SimpleQueue() for _ in range(n_threads - 1)]
-        self._threads = [
-            threading.Thread(target=_serve, args=(inbox, index), name=f"linear-{index}", daemon=True)
-            for index, inbox in enumerate(self._inboxes, start=1)
-        ]
-        for thread in self._threads:
-            thread.start()
-
-    def close(self) -> None:
-        for inbox in self._inboxes:
-            inbox.put(None)
-        for thread in self._threads:
-            thread.join()
-        self._inboxes, self._threads = [], []
-
-    def run(self, work: Callable[[int], None]) -> None:
-        """Calls `work(i)` in thread i, for 0 in the caller's own; raises what the first of them raised."""
-        job = _Job(work)
-        # One C call, which no Ctrl-C can cut in half: the join below must know who has begun.
-        deque(map(SimpleQueue.put, self._inboxes, itertools.repeat(job)), maxlen=0)
-        try:
-            work(0)
-        finally:
-            job.join(len(self._inboxes))
-        for error in job.outcomes:
-            if error is not None:
-                raise error
-
-
-class _Job:
-    """One piece of work for all threads, and what became of it in each."""
-
-    def __init__(self, work: Callable[[int], None]) -> None:
-        self.work = work
-        self.outcomes: list[BaseException | None] = []
-        self._wake: SimpleQueue[None] = SimpleQueue()
-
-    def do(self, index: int) -> None:
-        outcome = None
-        try:
-            self.work(index)
-        except BaseException as error:  # carried to the caller's thread, which raises it
-            outcome = error
-        self.outcomes.append(outcome)
-        self._wake.put(None)
-
-    def join(self, n_threads: int) -> None:
-        """Waits for the threads, also through Ctrl-C: they use memory that the caller is about to release."""
-        interrupt = None
-        while len(self.outcomes) < n_threads:
-            try:
-                self._wake.get()
-            except KeyboardInterrupt as error:
-                interrupt = error
-        if interrupt is not None:
-            raise interrupt
-
-
-def _serve(inbox: "SimpleQueue[_Job | None]", index: int) -> None:
-    while (job := inbox.get()) is not None:
-        job.do(index)

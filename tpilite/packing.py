@@ -56,7 +56,7 @@ class Packed:
     gap: int
     places: NDArray[np.int64]  # of the exceptions in the rows laid end to end, ascending
     values: NDArray[np.float32]  # theirs, times 2**-gap
-    firsts: list[int]  # how many exceptions come before each group of rows, and how many there are
+    firsts: NDArray[np.int64]  # how many exceptions come before each group of rows, and how many there are
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -135,7 +135,7 @@ def pack(rows: Bits, memory: Any) -> Packed | None:  # [n, D]
     if np.any((exponents == _INFINITE) | (exponents - gap < _LOWEST_BEHIND_GAP)):
         return None
     values = (exceptions.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    firsts = np.searchsorted(places, np.arange(0, rows.size + 1, ROWS * n_cols)).tolist()
+    firsts = np.searchsorted(places, np.arange(0, rows.size + 1, ROWS * n_cols))
     return Packed(words, gap, places, np.ldexp(values, -gap), firsts)
 
 

@@ -14,7 +14,6 @@ fits there is no window and nothing is read: the files are mapped, and the kerne
 """
 
 import bisect
-import math
 import mmap
 import os
 import threading
@@ -243,16 +242,6 @@ class Pager:
         if self.budget_bytes is None:
             return None
         return self.budget_bytes - self._base - self._work_bytes(self._max_rows) - self._window_bytes
-
-    @property
-    def spare_bytes(self) -> float:
-        """What the budget leaves beside all weights and the largest pass; nothing where any stream."""
-        if not self._maps:
-            return 0
-        if self.budget_bytes is None:
-            return math.inf
-        kept = sum(part.kept_bytes for part in self._parts)
-        return self.budget_bytes - self._base - self._work_bytes(self._max_rows) - kept
 
     def begin_pass(self, n_rows: int = 1, cache_bytes: int = 0, scores: bool = True) -> None:
         """Makes room for a pass of `n_rows` rows with caches of `cache_bytes`, which may use lm_head or not.

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from tpilite import compiled
 from tpilite.blas import limit_blas_threads
 from tpilite.collective import Collective, Timed
 from tpilite.config import EngineConfig, LlamaConfig
@@ -25,7 +24,6 @@ from tpilite.tensor_file import StoredTensor
 from tpilite.weights import Embedding
 
 _MEASURED_FROM_BYTES = 32 << 20
-_COMPILED_FROM_BYTES = 256 << 20
 
 
 class Rank:
@@ -54,12 +52,6 @@ class Rank:
                 max_rows=engine.max_rows,
             )
         )
-        # Below that many bytes, Numba takes longer to load than it saves. While weights stream, the disk
-        # decides, and its memory is better spent on weights. It is loaded for the second token: the first
-        # has nothing of it, and would come 0.3 s later.
-        self._compile: Callable[[], None] | None = None
-        if n_bytes >= _COMPILED_FROM_BYTES and self._pager.spare_bytes >= compiled.MEMORY_BYTES:
-            self._compile = linear.compile
         self._network = Timed(collective)
         kv_dtype = np.float16 if engine.kv_dtype == "f16" else np.float32
         model = Llama(config, self._pager.weights, self._network, linear, kv_dtype)
@@ -69,9 +61,6 @@ class Rank:
 
     def begin_pass(self, n_rows: int, cache_bytes: int, scores: bool) -> None:
         """Makes room in memory for a pass."""
-        if n_rows == 1 and self._compile is not None:
-            self._compile()
-            self._compile = None
         self._pager.begin_pass(n_rows, cache_bytes, scores)
 
     def status(self) -> dict[str, Any]:

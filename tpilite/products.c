@@ -1,0 +1,505 @@
+/* y = x W^T for stored weights, as `linear` does it in NumPy, each weight widened in a register on its way.
+ *
+ * NumPy must widen a block in one call and multiply it in the next, and while it does the one, what the other
+ * needs idles: the memory, or the arithmetic. Here both go on at once. This file is compiled when the package
+ * is installed, where there is a compiler, and called by `compiled.py`; without it `linear` does all itself.
+ *
+ * A product with one row of x is as many dot products as the matrix has rows: the memory decides. One with
+ * several rows takes ROWS rows of weights at a time, widened into the first-level cache, and PANELS vectors of
+ * rows of x, whose ROWS * PANELS sums fill the registers (K. Goto and R. van de Geijn, "Anatomy of
+ * High-Performance Matrix Multiplication", 2008). The order of a sum depends on the number of columns alone, so
+ * its bits depend neither on the threads nor on what else is computed in the same call.
+ */
+
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define VECTOR 32
+#define ROWS 6
+#define SHORTS(p) ((Words)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p))))
+#define HALVES(p) ((Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p))))
+#define PAUSE() _mm_pause()
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#define VECTOR 16
+#define ROWS 12
+#define SHORTS(p) ((Words)vmovl_u16(vreinterpret_u16_u8(vld1_u8((const uint8_t *)(p)))))
+#define HALVES(p) ((Floats)vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8((const uint8_t *)(p)))))
+#define PAUSE() __asm__ volatile("yield")
+#else
+#error "there are no vectors for this processor here: NumPy does the products"
+#endif
+
+/* Whether this processor has the instructions. Everything else here may be called only if it does. */
+int products_run_here(void) {
+#if defined(__x86_64__)
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#else
+    return 1;
+#endif
+}
+
+#if defined(__x86_64__) && defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#elif defined(__x86_64__)
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+#define LANES (VECTOR / 4)
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float Floats __attribute__((vector_size(VECTOR)));
+typedef uint32_t Words __attribute__((vector_size(VECTOR)));
+typedef int32_t Signed __attribute__((vector_size(VECTOR)));
+typedef float AnyFloats __attribute__((vector_size(VECTOR), aligned(1), may_alias));
+
+/* ---- weights ---- */
+
+enum { BFLOAT16, FLOAT16, FLOAT32, PACKED }; /* how a piece is stored: compiled.py has the same numbers */
+
+#define PACKED_ROWS 4 /* lie in three that are stored */
+
+/* Some rows of a matrix, all of the same number of columns, and where their products go. */
+typedef struct {
+    const char *rows;
+    float *out; /* of row i and row t of x at out[t * out_stride + i] */
+    int64_t n_rows, out_stride;
+    int64_t dtype;
+    /* Of packed rows: their values are too small by `scale`; the few that are stored apart, with their places in
+     * the rows laid end to end, are grouped: those of rows 4 g to 4 g + 3 are firsts[g] to firsts[g + 1] - 1. */
+    float scale;
+    const int64_t *places, *firsts;
+    const float *values;
+} Piece;
+
+/* Where row i begins; of packed rows, the first of four. */
+INLINE const char *row_of(const Piece *piece, int64_t i, int64_t n_cols) {
+    int64_t half_bytes = piece->dtype == FLOAT32 ? 8 : piece->dtype == PACKED ? 3 : 4;
+    return piece->rows + half_bytes * n_cols * i / 2;
+}
+
+INLINE Floats load(const void *p) { return *(const AnyFloats *)p; }
+
+INLINE void store(float *p, Floats v) { *(AnyFloats *)p = v; }
+
+/* bfloat16 is the upper half of a float32. */
+INLINE Words upper_halves(const void *p) { return SHORTS(p) << 16; }
+
+/* The weights from number `at` on of a row that begins at `row`. */
+INLINE Floats weights(int64_t dtype, const char *row, int64_t at) {
+    if (dtype == BFLOAT16) return (Floats)upper_halves(row + 2 * at);
+    if (dtype == FLOAT16) return HALVES(row + 2 * at);
+    return load(row + 4 * at);
+}
+
+/* The same, with zeros behind column n_cols. */
+INLINE Floats last_weights(int64_t dtype, const char *row, int64_t n_cols, int64_t at) {
+    int64_t size = dtype == FLOAT32 ? 4 : 2;
+    char rest[VECTOR] = {0};
+    memcpy(rest, row + size * at, size * (n_cols - at));
+    return weights(dtype, rest, 0);
+}
+
+INLINE Floats last_floats(const float *x, int64_t n_cols, int64_t at) {
+    float rest[LANES] = {0};
+    memcpy(rest, x + at, 4 * (n_cols - at));
+    return load(rest);
+}
+
+/* The weights from column `at` on of four packed rows, but for those that are stored apart: packing.py has the
+ * format. The words of the three rows are `n_cols` apart. */
+INLINE void unpack(const char *words, int64_t n_cols, int64_t at, float scale, Floats four[PACKED_ROWS]) {
+    Words a = upper_halves(words + 2 * at), b = upper_halves(words + 2 * (n_cols + at)),
+          c = upper_halves(words + 2 * (2 * n_cols + at));
+    Words last = (Words)((Signed)(c << 1) >> 12) ^ (a & 0x78000000) >> 4 ^ (b & 0x78000000) >> 8;
+    four[0] = (Floats)(a & 0x87ff0000) * scale;
+    four[1] = (Floats)(b & 0x87ff0000) * scale;
+    four[2] = (Floats)(c & 0x87ff0000) * scale;
+    four[3] = (Floats)(last & 0x87ff0000) * scale;
+}
+
+/* The next of each of four rows' weights that are stored apart. */
+typedef struct {
+    int64_t next[PACKED_ROWS], end[PACKED_ROWS]; /* in the piece's places */
+    int64_t column;                              /* the first of those that come next; n_cols at the end */
+} Apart;
+
+static void find_column(const Piece *piece, int64_t i, int64_t n_cols, Apart *apart) {
+    apart->column = n_cols;
+    for (int k = 0; k < PACKED_ROWS; k++) {
+        if (apart->next[k] == apart->end[k]) continue;
+        int64_t column = piece->places[apart->next[k]] - (i + k) * n_cols;
+        if (column < apart->column) apart->column = column;
+    }
+}
+
+/* From column `at` of rows i to i + 3 on. */
+static Apart apart_from(const Piece *piece, int64_t i, int64_t n_cols, int64_t at) {
+    Apart apart;
+    int64_t e = piece->firsts[i / PACKED_ROWS], end = piece->firsts[i / PACKED_ROWS + 1];
+    for (int k = 0; k < PACKED_ROWS; k++) {
+        while (e < end && piece->places[e] < (i + k) * n_cols + at) e++;
+        apart.next[k] = e;
+        while (e < end && piece->places[e] < (i + k + 1) * n_cols) e++;
+        apart.end[k] = e;
+    }
+    find_column(piece, i, n_cols, &apart);
+    return apart;
+}
+
+/* Puts those of the columns from `at` on into their places in `four`. */
+static void put_apart(const Piece *piece, int64_t i, int64_t n_cols, int64_t at, Apart *apart, Floats *four) {
+    for (int k = 0; k < PACKED_ROWS; k++)
+        for (; apart->next[k] < apart->end[k]; apart->next[k]++) {
+            int64_t column = piece->places[apart->next[k]] - (i + k) * n_cols - at;
+            if (column >= LANES) break;
+            ((float *)(four + k))[column] = piece->values[apart->next[k]] * piece->scale;
+        }
+    find_column(piece, i, n_cols, apart);
+}
+
+/* All weights from column `at` on of packed rows i to i + 3, with zeros behind column n_cols. */
+INLINE void packed_weights(const Piece *piece, int64_t i, int64_t n_cols, int64_t at, Apart *apart,
+                           Floats four[PACKED_ROWS]) {
+    const char *words = row_of(piece, i, n_cols);
+    if (at + LANES <= n_cols) {
+        unpack(words, n_cols, at, piece->scale, four);
+    } else {
+        uint16_t rest[3 * LANES] = {0};
+        for (int k = 0; k < 3; k++) memcpy(rest + k * LANES, words + 2 * (k * n_cols + at), 2 * (n_cols - at));
+        unpack((char *)rest, LANES, 0, piece->scale, four);
+    }
+    if (__builtin_expect(apart->column < at + LANES && apart->column < n_cols, 0)) {
+        Floats patched[PACKED_ROWS]; /* a copy, so that the others may stay in registers */
+        for (int k = 0; k < PACKED_ROWS; k++) patched[k] = four[k];
+        put_apart(piece, i, n_cols, at, apart, patched);
+        for (int k = 0; k < PACKED_ROWS; k++) four[k] = patched[k];
+    }
+}
+
+/* ---- one row of x ---- */
+
+INLINE float total(Floats v) {
+    float lanes[LANES];
+    memcpy(lanes, &v, sizeof lanes);
+    for (int n = LANES / 2; n; n /= 2)
+        for (int i = 0; i < n; i++) lanes[i] += lanes[i + n];
+    return lanes[0];
+}
+
+/* Two sums side by side, as each addition waits for the one before it. Vector v of a row belongs to sum v % 2,
+ * of packed rows too: so the bits are the same. */
+INLINE float dot(int64_t dtype, const char *row, const float *x, int64_t n_cols) {
+    Floats sums[2] = {{0}};
+    int64_t j = 0, last = n_cols / LANES % 2;
+    for (; j + 2 * LANES <= n_cols; j += 2 * LANES) {
+        sums[0] += weights(dtype, row, j) * load(x + j);
+        sums[1] += weights(dtype, row, j + LANES) * load(x + j + LANES);
+    }
+    if (last) sums[0] += weights(dtype, row, j) * load(x + j), j += LANES;
+    if (j < n_cols) sums[last] += last_weights(dtype, row, n_cols, j) * last_floats(x, n_cols, j);
+    return total(sums[0] + sums[1]);
+}
+
+INLINE void dots(int64_t dtype, const Piece *piece, int64_t start, int64_t stop, const float *x, int64_t n_cols) {
+    for (int64_t i = start; i < stop; i++) piece->out[i] = dot(dtype, row_of(piece, i, n_cols), x, n_cols);
+}
+
+INLINE void add_packed(const Piece *piece, int64_t i, int64_t n_cols, int64_t at, Apart *apart, Floats columns,
+                       Floats sums[PACKED_ROWS]) {
+    Floats four[PACKED_ROWS];
+    packed_weights(piece, i, n_cols, at, apart, four);
+    for (int k = 0; k < PACKED_ROWS; k++) sums[k] += four[k] * columns;
+}
+
+static void packed_dots(const Piece *piece, int64_t start, int64_t stop, const float *x, int64_t n_cols) {
+    for (int64_t i = start; i < stop; i += PACKED_ROWS) {
+        Floats sums[2][PACKED_ROWS] = {{{0}}};
+        Apart apart = apart_from(piece, i, n_cols, 0);
+        int64_t j = 0, last = n_cols / LANES % 2;
+        for (; j + 2 * LANES <= n_cols; j += 2 * LANES) {
+            add_packed(piece, i, n_cols, j, &apart, load(x + j), sums[0]);
+            add_packed(piece, i, n_cols, j + LANES, &apart, load(x + j + LANES), sums[1]);
+        }
+        if (last) add_packed(piece, i, n_cols, j, &apart, load(x + j), sums[0]), j += LANES;
+        if (j < n_cols) add_packed(piece, i, n_cols, j, &apart, last_floats(x, n_cols, j), sums[last]);
+        for (int k = 0; k < PACKED_ROWS; k++) piece->out[i + k] = total(sums[0][k] + sums[1][k]);
+    }
+}
+
+static void one_row(const Piece *piece, int64_t start, int64_t stop, const float *x, int64_t n_cols) {
+    switch (piece->dtype) { /* each with its own loop, in which the question is not asked again */
+    case BFLOAT16: dots(BFLOAT16, piece, start, stop, x, n_cols); break;
+    case FLOAT16: dots(FLOAT16, piece, start, stop, x, n_cols); break;
+    case FLOAT32: dots(FLOAT32, piece, start, stop, x, n_cols); break;
+    case PACKED: packed_dots(piece, start, stop, x, n_cols); break;
+    }
+}
+
+/* ---- several rows of x ---- */
+
+#define PANELS 2   /* of LANES rows of x each */
+#define STRIP 12   /* rows of weights that are widened at a time: some tiles of ROWS, and some packed fours */
+#define DEPTH 512  /* columns at a time: STRIP * DEPTH floats fit into the first-level cache */
+#define WIDTH 256  /* rows of x at a time */
+
+INLINE void widen(int64_t dtype, const char *row, int64_t at, int64_t stop, float *out) {
+    for (; at + LANES <= stop; at += LANES, out += LANES) store(out, weights(dtype, row, at));
+    if (at < stop) store(out, last_weights(dtype, row, stop, at));
+}
+
+static void widen_packed(const Piece *piece, int64_t i, int64_t n_cols, int64_t at, int64_t stop, float *out) {
+    Apart apart = apart_from(piece, i, n_cols, at);
+    Floats four[PACKED_ROWS];
+    for (; at < stop; at += LANES, out += LANES) {
+        packed_weights(piece, i, n_cols, at, &apart, four);
+        for (int k = 0; k < PACKED_ROWS; k++) store(out + k * DEPTH, four[k]);
+    }
+}
+
+/* Rows i to i + n of the piece, their columns from `at` to `stop`, as float32 in `out` [STRIP, DEPTH]. */
+static void widen_strip(const Piece *piece, int64_t i, int64_t n, int64_t n_cols, int64_t at, int64_t stop,
+                        float *out) {
+    if (piece->dtype == PACKED) {
+        for (int64_t k = 0; k < n; k += PACKED_ROWS)
+            widen_packed(piece, i + k, n_cols, at, stop, out + k * DEPTH);
+        return;
+    }
+    for (int64_t k = 0; k < n; k++, out += DEPTH) {
+        const char *row = row_of(piece, i + k, n_cols);
+        switch (piece->dtype) {
+        case BFLOAT16: widen(BFLOAT16, row, at, stop, out); break;
+        case FLOAT16: widen(FLOAT16, row, at, stop, out); break;
+        case FLOAT32: widen(FLOAT32, row, at, stop, out); break;
+        }
+    }
+}
+
+/* sums [ROWS, n * LANES] += w [ROWS, depth] x [depth, n * LANES]; the panels of x are `panel` floats apart. */
+INLINE void tile(int n, const float *w, const float *x, int64_t panel, int64_t depth, float *sums) {
+    Floats found[ROWS][PANELS], columns[PANELS];
+    for (int i = 0; i < ROWS; i++)
+        for (int p = 0; p < n; p++) found[i][p] = (Floats){0};
+    for (int64_t j = 0; j < depth; j++) {
+        for (int p = 0; p < n; p++) columns[p] = load(x + p * panel + j * LANES);
+        for (int i = 0; i < ROWS; i++)
+            for (int p = 0; p < n; p++) found[i][p] += w[i * DEPTH + j] * columns[p];
+    }
+    for (int i = 0; i < ROWS; i++)
+        for (int p = 0; p < n; p++) {
+            float *sum = sums + i * WIDTH + p * LANES;
+            store(sum, load(sum) + found[i][p]);
+        }
+}
+
+/* The panels of x are [n_cols, LANES] each, with zeros for rows that there are not. */
+static void several_rows(const Piece *piece, int64_t start, int64_t stop, const float *panels, int64_t n_x,
+                         int64_t n_cols) {
+    float wide[STRIP * DEPTH] = {0}, sums[STRIP * WIDTH];
+    int64_t panel = n_cols * LANES;
+    for (int64_t first = 0; first < n_x; first += WIDTH, panels += WIDTH / LANES * panel) {
+        int64_t width = n_x - first < WIDTH ? n_x - first : WIDTH, n_panels = (width + LANES - 1) / LANES;
+        for (int64_t i = start; i < stop; i += STRIP) {
+            int64_t n = stop - i < STRIP ? stop - i : STRIP;
+            memset(sums, 0, sizeof sums);
+            for (int64_t at = 0; at < n_cols; at += DEPTH) {
+                int64_t depth = n_cols - at < DEPTH ? n_cols - at : DEPTH, p;
+                widen_strip(piece, i, n, n_cols, at, at + depth, wide);
+                for (int k = 0; k < STRIP; k += ROWS) {
+                    const float *w = wide + k * DEPTH, *x = panels + at * LANES;
+                    for (p = 0; p + PANELS <= n_panels; p += PANELS)
+                        tile(PANELS, w, x + p * panel, panel, depth, sums + k * WIDTH + p * LANES);
+                    if (p < n_panels) tile(1, w, x + p * panel, panel, depth, sums + k * WIDTH + p * LANES);
+                }
+            }
+            for (int64_t t = 0; t < width; t++) {
+                float *out = piece->out + (first + t) * piece->out_stride + i;
+                for (int64_t k = 0; k < n; k++) out[k] = sums[k * WIDTH + t];
+            }
+        }
+    }
+}
+
+/* ---- threads ---- */
+
+/* Threads of the caller's, which do what is to be done in `products_multiply` together with the one that calls it.
+ *
+ * They wait awake for a while, since a processor that has gone to sleep takes as long to come back as a small
+ * product does: within a pass they hardly ever sleep, and for the network they do. */
+#define AWAKE_NS 100000
+#define UNIT_BYTES 32768 /* of weights: the least that a thread takes */
+
+typedef struct Team {
+    int64_t n_threads;
+    /* What is being done: units 0 to n_units - 1, taken from the front in ever smaller runs. */
+    void (*work)(struct Team *team, int64_t start, int64_t stop);
+    int64_t n_units;
+    _Atomic int64_t n_left, n_undone; /* that nobody has taken; that are not done */
+    /* A product. */
+    const Piece *pieces;
+    int64_t n_x, n_cols;
+    const float *x;
+    float *panels;
+    /* Who waits asleep, and how often all were called back. */
+    pthread_mutex_t mutex;
+    pthread_cond_t changed;
+    _Atomic int64_t n_asleep, n_recalls;
+} Team;
+
+Team *products_team(int64_t n_threads) {
+    Team *team = calloc(1, sizeof *team);
+    if (team) {
+        team->n_threads = n_threads;
+        pthread_mutex_init(&team->mutex, NULL);
+        pthread_cond_init(&team->changed, NULL);
+    }
+    return team;
+}
+
+/* No thread may be in `products_serve` any more. */
+void products_end(Team *team) {
+    pthread_mutex_destroy(&team->mutex);
+    pthread_cond_destroy(&team->changed);
+    free(team);
+}
+
+static int take(Team *team, int64_t *start, int64_t *stop) {
+    int64_t left = atomic_load(&team->n_left), n;
+    do {
+        if (left == 0) return 0;
+        n = left / (2 * team->n_threads);
+        n = n ? n : 1;
+    } while (!atomic_compare_exchange_weak(&team->n_left, &left, left - n));
+    /* What the team does does not change before this run is done. */
+    *start = team->n_units - left;
+    *stop = *start + n;
+    return 1;
+}
+
+static void take_part(Team *team) {
+    int64_t start, stop;
+    while (take(team, &start, &stop)) {
+        team->work(team, start, stop);
+        atomic_fetch_sub(&team->n_undone, stop - start);
+    }
+}
+
+static void wake(Team *team) {
+    if (atomic_load(&team->n_asleep)) {
+        pthread_mutex_lock(&team->mutex);
+        pthread_cond_broadcast(&team->changed);
+        pthread_mutex_unlock(&team->mutex);
+    }
+}
+
+static void do_together(Team *team, void (*work)(Team *, int64_t, int64_t), int64_t n_units) {
+    team->work = work;
+    team->n_units = n_units;
+    atomic_store(&team->n_undone, n_units);
+    atomic_store(&team->n_left, n_units);
+    if (n_units > 1) wake(team);
+    take_part(team);
+    for (int i = 0; atomic_load(&team->n_undone); i++)
+        if (i < 1000)
+            PAUSE();
+        else
+            sched_yield(); /* the other thread may have no processor */
+}
+
+static int64_t now_ns(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * 1000000000LL + now.tv_nsec;
+}
+
+/* Takes part until there have been other than `n_recalls` calls back; how many there have been. */
+int64_t products_serve(Team *team, int64_t n_recalls) {
+    int64_t awake_until = now_ns() + AWAKE_NS;
+    while (atomic_load(&team->n_recalls) == n_recalls) {
+        if (atomic_load(&team->n_left)) {
+            take_part(team);
+            awake_until = now_ns() + AWAKE_NS;
+        } else if (now_ns() < awake_until) {
+            for (int i = 0; i < 16; i++) PAUSE();
+        } else {
+            pthread_mutex_lock(&team->mutex);
+            atomic_fetch_add(&team->n_asleep, 1);
+            while (!atomic_load(&team->n_left) && atomic_load(&team->n_recalls) == n_recalls)
+                pthread_cond_wait(&team->changed, &team->mutex);
+            atomic_fetch_sub(&team->n_asleep, 1);
+            pthread_mutex_unlock(&team->mutex);
+        }
+    }
+    return atomic_load(&team->n_recalls);
+}
+
+/* Brings every thread back from `products_serve`. */
+void products_recall(Team *team) {
+    atomic_fetch_add(&team->n_recalls, 1);
+    wake(team);
+}
+
+/* ---- products ---- */
+
+static void lay_out(Team *team, int64_t start, int64_t stop) {
+    for (int64_t p = start; p < stop; p++) {
+        float *panel = team->panels + p * LANES * team->n_cols;
+        for (int64_t j = 0; j < team->n_cols; j++)
+            for (int64_t t = 0; t < LANES; t++) {
+                int64_t row = p * LANES + t;
+                panel[j * LANES + t] = row < team->n_x ? team->x[row * team->n_cols + j] : 0;
+            }
+    }
+}
+
+/* Rows in a unit of a piece: whole strips. */
+static int64_t unit_rows(const Piece *piece, int64_t n_cols) {
+    int64_t strip_bytes = row_of(piece, STRIP, n_cols) - piece->rows;
+    return STRIP * (strip_bytes && strip_bytes < UNIT_BYTES ? UNIT_BYTES / strip_bytes : 1);
+}
+
+static int64_t units_of(const Piece *piece, int64_t n_cols) {
+    int64_t n = unit_rows(piece, n_cols);
+    return (piece->n_rows + n - 1) / n;
+}
+
+static void multiply(Team *team, int64_t start, int64_t stop) {
+    for (const Piece *piece = team->pieces; start < stop; piece++) {
+        int64_t n_units = units_of(piece, team->n_cols), n = unit_rows(piece, team->n_cols);
+        if (start < n_units) {
+            int64_t end = stop < n_units ? stop * n : piece->n_rows;
+            if (team->n_x == 1)
+                one_row(piece, start * n, end, team->x, team->n_cols);
+            else
+                several_rows(piece, start * n, end, team->panels, team->n_x, team->n_cols);
+        }
+        start = start < n_units ? 0 : start - n_units;
+        stop -= n_units;
+    }
+}
+
+/* The products of x [n_x, n_cols] with all pieces. `panels` has room for x with its rows rounded up to LANES; it
+ * is not used for a single one. Threads in `products_serve` help. */
+void products_multiply(Team *team, const Piece *pieces, int64_t n_pieces, const float *x, int64_t n_x,
+                       int64_t n_cols, float *panels) {
+    int64_t n_units = 0;
+    team->pieces = pieces;
+    team->x = x;
+    team->n_x = n_x;
+    team->n_cols = n_cols;
+    team->panels = panels;
+    if (n_x > 1) do_together(team, lay_out, (n_x + LANES - 1) / LANES);
+    for (int64_t i = 0; i < n_pieces; i++) n_units += units_of(pieces + i, n_cols);
+    do_together(team, multiply, n_units);
+}
+
+#if defined(__x86_64__) && defined(__clang__)
+#pragma clang attribute pop
+#endif
