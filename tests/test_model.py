@@ -187,6 +187,19 @@ def test_sequences_in_one_pass_do_not_see_each_other(lengths):
         start = stop
 
 
+@pytest.mark.parametrize("wanted", [[11], [3, 0, 3], [], list(range(12))])
+def test_rows_that_are_not_wanted_still_leave_their_keys_and_values(wanted):
+    tiny = Tiny(_SMALL)
+    llama, ids = tiny.llama(), _ids(13)
+    cache = llama.new_cache()
+    hidden = llama.forward(tiny.table[ids[:12]], [Segment(cache, 12)], wanted)
+    expected = tiny.reference(ids)
+    assert hidden.shape == (len(wanted), _SMALL["hidden_size"])
+    if wanted:
+        _assert_close(llama.logits(hidden), expected[wanted])
+    _assert_close(tiny.logits(llama, ids[12:], cache), expected[12:])
+
+
 @pytest.mark.parametrize("tile", [1, 3, 16, 40, 41])
 @pytest.mark.parametrize(("n_heads", "n_kv_heads"), [(4, 4), (6, 2), (3, 1)])
 def test_attention_is_that_of_float64_for_any_tile(monkeypatch, tile, n_heads, n_kv_heads):

@@ -105,10 +105,13 @@ class Llama:
         max_length = self.config.max_position_embeddings
         return KVCache(len(self.weights.layers), n_kv_heads, head_dim, max_length, self.kv_dtype)
 
-    def forward(self, x: Array, segments: Sequence[Segment]) -> Array:  # [T, D] -> [T, D]
+    def forward(
+        self, x: Array, segments: Sequence[Segment], wanted: Sequence[int] | None = None
+    ) -> Array:  # [T, D] -> [len(wanted), D]
         """The last layer's hidden states for the embedded rows `x`, which is overwritten.
 
-        The segments' rows follow each other in `x`; their caches hold the new positions afterwards.
+        The segments' rows follow each other in `x`; their caches hold the new positions afterwards. Rows
+        that are not `wanted` (default: all are) leave the last layer when their keys and values are made.
         """
         eps = self.config.rms_norm_eps
         positions = np.concatenate([s.cache.length + np.arange(s.n_rows) for s in segments])
@@ -116,7 +119,10 @@ class Llama:
         for segment in segments:
             segment.cache.reserve(segment.cache.length + segment.n_rows)
         for layer, w in enumerate(self.weights.layers):
-            part = self._attention(rms_norm(x, w.input_layernorm, eps), w, layer, segments, table)
+            heads = self._attention(rms_norm(x, w.input_layernorm, eps), w, layer, segments, table)
+            if wanted is not None and layer == len(self.weights.layers) - 1:
+                x, heads = x[wanted], heads[wanted]
+            (part,) = self.linear(heads, w.o_proj)
             x += self.collective.all_reduce(part)
             part = self._feed_forward(rms_norm(x, w.post_attention_layernorm, eps), w)
             x += self.collective.all_reduce(part)
@@ -138,7 +144,7 @@ class Llama:
         layer: int,
         segments: Sequence[Segment],
         table: tuple[Array, Array],
-    ) -> Array:  # [T, D] -> [T, D]
+    ) -> Array:  # [T, D] -> [T, H * d]
         n_rows, d = x.shape[0], self.config.head_dim
         q, k, v = (y.reshape(n_rows, -1, d) for y in self.linear(x, w.q_proj, w.k_proj, w.v_proj))
         q, k = rotate(q, table), rotate(k, table)
@@ -149,8 +155,7 @@ class Llama:
             keys, values = segment.cache.append(layer, k[rows], v[rows])
             self._attend(q[rows], keys, values, heads[rows])
             start += segment.n_rows
-        (y,) = self.linear(heads.reshape(n_rows, -1), w.o_proj)
-        return y
+        return heads.reshape(n_rows, -1)
 
     def _attend(self, q: Array, keys: Kept, values: Kept, out: Array) -> None:
         """`attend`, its KV heads shared out to the threads where that pays."""

@@ -312,12 +312,13 @@ static void several_rows(const Piece *piece, int64_t start, int64_t stop, const 
             for (int64_t at = 0; at < n_cols; at += DEPTH) {
                 int64_t depth = n_cols - at < DEPTH ? n_cols - at : DEPTH, p;
                 widen_strip(piece, i, n, n_cols, at, at + depth, wide);
-                for (int k = 0; k < STRIP; k += ROWS) {
-                    const float *w = wide + k * DEPTH, *x = panels + at * LANES;
-                    for (p = 0; p + PANELS <= n_panels; p += PANELS)
-                        tile(PANELS, w, x + p * panel, panel, depth, sums + k * WIDTH + p * LANES);
-                    if (p < n_panels) tile(1, w, x + p * panel, panel, depth, sums + k * WIDTH + p * LANES);
-                }
+                const float *x = panels + at * LANES;
+                for (p = 0; p + PANELS <= n_panels; p += PANELS)
+                    for (int k = 0; k < STRIP; k += ROWS) /* meanwhile the panels stay in the cache */
+                        tile(PANELS, wide + k * DEPTH, x + p * panel, panel, depth, sums + k * WIDTH + p * LANES);
+                if (p < n_panels)
+                    for (int k = 0; k < STRIP; k += ROWS)
+                        tile(1, wide + k * DEPTH, x + p * panel, panel, depth, sums + k * WIDTH + p * LANES);
             }
             for (int64_t t = 0; t < width; t++) {
                 float *out = piece->out + (first + t) * piece->out_stride + i;

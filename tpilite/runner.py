@@ -157,8 +157,10 @@ class Runner:
             if self._memory is not None:
                 self._memory.begin_pass(len(x), self._cache_bytes(segments), bool(step.wanted))
             start_s = time.perf_counter()
-            hidden = self.model.forward(x, segments)
-            self._logits = self.model.logits(hidden[[w.row for w in step.wanted]]) if step.wanted else _NONE
+            # Where none is wanted one goes on, so that every pass uses all layers in their order.
+            wanted = [w.row for w in step.wanted] or [len(x) - 1]
+            hidden = self.model.forward(x, segments, wanted)
+            self._logits = self.model.logits(hidden) if step.wanted else _NONE
             self.forward_s += time.perf_counter() - start_s
         if step.full:
             return Message(array=self._logits)
