@@ -250,8 +250,12 @@ static void one_row(const Piece *piece, int64_t start, int64_t stop, const float
 #define DEPTH 512  /* columns at a time: STRIP * DEPTH floats fit into the first-level cache */
 #define WIDTH 256  /* rows of x at a time */
 
-INLINE void widen(int64_t dtype, const char *row, int64_t at, int64_t stop, float *out) {
-    for (; at + LANES <= stop; at += LANES, out += LANES) store(out, weights(dtype, row, at));
+/* `next` is what will be widened next: of each row the processor would notice too late that it is read in order. */
+INLINE void widen(int64_t dtype, const char *row, int64_t at, int64_t stop, const char *next, float *out) {
+    for (; at + LANES <= stop; at += LANES, out += LANES, next += (dtype == FLOAT32 ? 4 : 2) * LANES) {
+        store(out, weights(dtype, row, at));
+        __builtin_prefetch(next);
+    }
     if (at < stop) store(out, last_weights(dtype, row, stop, at));
 }
 
@@ -274,10 +278,12 @@ static void widen_strip(const Piece *piece, int64_t i, int64_t n, int64_t n_cols
     }
     for (int64_t k = 0; k < n; k++, out += DEPTH) {
         const char *row = row_of(piece, i + k, n_cols);
+        const char *next = stop < n_cols ? row + stop * (piece->dtype == FLOAT32 ? 4 : 2)
+                                         : row_of(piece, i + STRIP + k, n_cols);
         switch (piece->dtype) {
-        case BFLOAT16: widen(BFLOAT16, row, at, stop, out); break;
-        case FLOAT16: widen(FLOAT16, row, at, stop, out); break;
-        case FLOAT32: widen(FLOAT32, row, at, stop, out); break;
+        case BFLOAT16: widen(BFLOAT16, row, at, stop, next, out); break;
+        case FLOAT16: widen(FLOAT16, row, at, stop, next, out); break;
+        case FLOAT32: widen(FLOAT32, row, at, stop, next, out); break;
         }
     }
 }
@@ -450,13 +456,16 @@ void products_recall(Team *team) {
 /* ---- products ---- */
 
 static void lay_out(Team *team, int64_t start, int64_t stop) {
+    enum { COLUMNS = 64 }; /* at a time: both sides stay in the cache */
     for (int64_t p = start; p < stop; p++) {
+        const float *x = team->x + p * LANES * team->n_cols;
         float *panel = team->panels + p * LANES * team->n_cols;
-        for (int64_t j = 0; j < team->n_cols; j++)
-            for (int64_t t = 0; t < LANES; t++) {
-                int64_t row = p * LANES + t;
-                panel[j * LANES + t] = row < team->n_x ? team->x[row * team->n_cols + j] : 0;
-            }
+        int64_t n = team->n_x - p * LANES < LANES ? team->n_x - p * LANES : LANES;
+        if (n < LANES) memset(panel, 0, sizeof(float) * LANES * team->n_cols);
+        for (int64_t first = 0; first < team->n_cols; first += COLUMNS)
+            for (int64_t t = 0; t < n; t++)
+                for (int64_t j = first; j < first + COLUMNS && j < team->n_cols; j++)
+                    panel[j * LANES + t] = x[t * team->n_cols + j];
     }
 }
 
