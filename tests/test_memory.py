@@ -2,9 +2,12 @@
 
 import contextlib
 import csv
+import ctypes
 import mmap
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -209,3 +212,25 @@ def test_a_disk_that_is_full_ends_the_report_and_nothing_else(tmp_path, monkeypa
     with MemoryReport(tmp_path / "memory.csv", dict, interval_s=0.001) as report:
         monkeypatch.setattr(report, "_writer", type("Full", (), {"writerow": staticmethod(fail)}))
     assert "the memory report ends here: No space left on device" in caplog.text
+
+
+_KEEPS = """
+import numpy as np
+from tpilite.memory import keep_freed_memory, return_freed_memory, rss_bytes
+
+keep_freed_memory()
+before = rss_bytes()
+for _ in range(2):
+    np.ones(5 << 20, np.float32)  # 20 MiB, freed at once
+print(rss_bytes() - before)
+return_freed_memory()
+print(rss_bytes() - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="this is about glibc")
+def test_freed_memory_is_kept_until_it_is_returned():
+    done = subprocess.run([sys.executable, "-c", _KEEPS], capture_output=True, text=True, check=True)
+    kept, returned = map(int, done.stdout.split())
+    assert 19 * _MIB < kept < 30 * _MIB
+    assert returned < 4 * _MIB

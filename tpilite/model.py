@@ -205,7 +205,8 @@ def attend(q: Array, keys: Kept, values: Kept, out: Array) -> None:  # [T, H, d]
             np.matmul(grouped * lift, k.transpose(0, 2, 1), out=scores[:, :, part])
         if t > 1:
             hidden = np.arange(seen) > np.arange(seen - t, seen)[:, None]  # [t, S]
-            scores.reshape(n_kv_heads, n_groups, t, seen)[:, :, hidden] = -np.inf
+            each = scores.reshape(n_kv_heads, n_groups, t, seen)
+            np.copyto(each, np.float32(-np.inf), where=hidden)
         softmax(scores)
         mixed = np.zeros((n_kv_heads, n_groups * t, d), np.float32)
         for part, lift, v in _widened(values[:, :seen]):

@@ -14,7 +14,7 @@ from tpilite.blas import limit_blas_threads
 from tpilite.collective import Collective, Timed
 from tpilite.config import EngineConfig, LlamaConfig
 from tpilite.linear import Linear
-from tpilite.memory import auto_budget_bytes, rss_bytes
+from tpilite.memory import auto_budget_bytes, keep_freed_memory, return_freed_memory, rss_bytes
 from tpilite.model import Llama
 from tpilite.pager import Pager
 from tpilite.partition import EMBEDDING
@@ -39,6 +39,7 @@ class Rank:
     ) -> None:
         self._stack = ExitStack()
         limit_blas_threads()
+        keep_freed_memory()
         linear = self._stack.enter_context(Linear(engine.threads or physical_cores()))
         n_bytes = sum(tensor.nbytes for tensor in tensors.values())
         if n_bytes >= _MEASURED_FROM_BYTES:  # before the pager finds out what memory there is
@@ -52,6 +53,7 @@ class Rank:
                 max_rows=engine.max_rows,
             )
         )
+        self._n_rows = 0  # of the pass before
         self._network = Timed(collective)
         kv_dtype = np.float16 if engine.kv_dtype == "f16" else np.float32
         model = Llama(config, self._pager.weights, self._network, linear, kv_dtype)
@@ -61,6 +63,9 @@ class Rank:
 
     def begin_pass(self, n_rows: int, cache_bytes: int, scores: bool) -> None:
         """Makes room in memory for a pass."""
+        if n_rows < self._n_rows:  # the prompt is read
+            return_freed_memory()
+        self._n_rows = n_rows
         self._pager.begin_pass(n_rows, cache_bytes, scores)
 
     def status(self) -> dict[str, Any]:
