@@ -1,9 +1,9 @@
-"""Hosts in network namespaces, on wires of a given rate and delay to one switch. Linux and root only.
+"""Hosts in network namespaces, on wires of some rate and delay to one switch. For root, on Linux, with cc.
 
 Each host's sockets and its interface are in a namespace of its own. Its wire is a veth pair, whose two ends
 hold what goes out and what comes in at the rate by `tc tbf`. The switch, one more namespace, has neither
-bridge nor addresses: a process reads what comes from all wires by one packet socket, holds it for the
-delay and writes it to the wire of the host that it is for. So both ends speak TCP with each other through
+bridge nor addresses: a process (relay.c) reads what comes from all wires by one packet socket, holds it for
+the delay and writes it to the wire of the host that it is for. So both ends speak TCP with each other through
 their kernels: acknowledgements wait as long, and they and the headers use up the rate.
 
 A bucket lets the first packets of a message pass at once, which would flatter us. The delay is therefore
@@ -16,18 +16,16 @@ Nothing here has a name outside of these processes, so whatever way they end, no
 
 import contextlib
 import ctypes
-import itertools
 import mmap
 import multiprocessing
 import os
-import select
 import shutil
 import signal
 import socket
 import subprocess
-import time
-from collections import deque
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,17 +38,6 @@ _BUCKET_BYTES = 2 * _PACKETS * 1514
 # From linux/if_packet.h, linux/sched.h, linux/prctl.h and asm/socket.h, for what Python has no names.
 _PACKET_VNET_HDR, _SOL_PACKET, _CLONE_NEWNET, _ETH_P_IP = 15, 263, 0x40000000, 0x0800
 _SO_TIMESTAMPNS, _SO_SNDBUFFORCE, _SO_RCVBUFFORCE, _PR_SET_PDEATHSIG = 35, 32, 33, 1
-
-# A slot holds ten bytes about checksum and cutting, then the packet, whose byte 5 is the target's number.
-_SLOTS, _BATCH, _SLOT_BYTES, _TARGET = 8192, 64, 8192, 10 + 5
-# struct mmsghdr, sockaddr_ll, cmsghdr with timespec; 64-bit and little-endian, with their gaps.
-_FIELDS = ("name", "name_room", "pieces", "n_pieces", "control", "control_room", "flags", "n_bytes")
-_MESSAGE = np.dtype([(name, "u8") for name in _FIELDS])
-_ADDRESS = np.dtype([("protocol", "u4"), ("interface", "i4"), ("hardware", "12u1")])
-_STAMP = np.dtype([("n_bytes", "u8"), ("kind", "u8"), ("seconds", "i8"), ("nanoseconds", "i8")])
-
-# A virtual processor that sleeps for longer is late by 40 to 200 us.
-_NAP_NS = 100_000
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -89,10 +76,12 @@ class Wires:
             _run("ip", *(f"link set port{i} up" for i in range(n_hosts)))
             _run("tc", *(f"qdisc add dev port{i} {limits}" for i in range(n_hosts)))
             sock = self._stack.enter_context(_packet_socket())
-            targets = np.array([socket.if_nametoindex(f"port{i}") for i in range(n_hosts)])
+            targets = np.array([socket.if_nametoindex(f"port{i}") for i in range(n_hosts)], np.int32)
             _enter(home)
             fork = multiprocessing.get_context("fork")
-            process = fork.Process(target=_hold, args=(sock, targets, hold_s, self._told), daemon=True)
+            process = fork.Process(
+                target=_hold, args=(_compiled_relay(), sock, targets, hold_s, self._told), daemon=True
+            )
             process.start()
             self._stack.callback(process.join)
             self._stack.callback(process.kill)
@@ -205,58 +194,25 @@ def _stay_awake() -> None:
             pass
 
 
-def _hold(sock: socket.socket, targets: Any, hold_s: float, told: Any) -> None:
+def _hold(relay: ctypes.CDLL, sock: socket.socket, targets: Any, hold_s: float, told: Any) -> None:
     """Passes every packet on when its time has come, before anything else that this machine has to do."""
     end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to handle: it kills this process
     os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
-    packets = np.zeros((_SLOTS, _SLOT_BYTES), np.uint8)
-    addresses, stamps = np.zeros(_SLOTS, _ADDRESS), np.zeros(_SLOTS, _STAMP)
-    pieces, messages = np.zeros((_SLOTS, 2), np.uint64), np.zeros(_SLOTS, _MESSAGE)
-    pieces[:, 0] = _at(packets)
-    messages["name"], messages["name_room"] = _at(addresses), _ADDRESS.itemsize
-    messages["pieces"], messages["n_pieces"], messages["control"] = _at(pieces), 1, _at(stamps)
-    base, hold_ns = messages.ctypes.data, int(hold_s * 1e9)
-
-    def transfer(call: Any, first: int, n: int) -> int:
-        """How many of these messages were received or sent."""
-        at = ctypes.c_void_p(base + first * _MESSAGE.itemsize)
-        return max(0, call(sock.fileno(), at, n, socket.MSG_DONTWAIT, None))
-
-    seconds, nanoseconds, interfaces = stamps["seconds"], stamps["nanoseconds"], addresses["interface"]
-    sizes, rooms, stamp_rooms = messages["n_bytes"], pieces[:, 1], messages["control_room"]
-    due_ns: deque[int] = deque()
-    tail = 0  # the slot of the first that is held, in a ring
-    read_ns = 0
-    with contextlib.suppress(KeyboardInterrupt):
-        while True:
-            if not due_ns:
-                select.select([sock], [], [])
-            # What came since the last look has its own time stamp and is not due yet.
-            if not due_ns or time.time_ns() - read_ns > hold_ns // 4:
-                read_ns = time.time_ns()
-                n = _BATCH
-                while n == _BATCH and len(due_ns) <= _SLOTS - _BATCH:
-                    first = (tail + len(due_ns)) % _SLOTS
-                    n = min(_BATCH, _SLOTS - first)
-                    new = slice(first, first + n)
-                    rooms[new], stamp_rooms[new] = _SLOT_BYTES, _STAMP.itemsize
-                    n = transfer(_libc.recvmmsg, first, n)
-                    new = slice(first, first + n)
-                    due_ns.extend((seconds[new] * 1_000_000_000 + nanoseconds[new] + hold_ns).tolist())
-                    rooms[new], stamp_rooms[new] = sizes[new], 0
-                    interfaces[new] = targets[packets[new, _TARGET]]
-            now_ns = time.time_ns()
-            n = len(list(itertools.takewhile(now_ns.__ge__, due_ns)))
-            if n:
-                n = transfer(_libc.sendmmsg, tail, min(n, _SLOTS - tail)) or 1  # or a full queue lost it
-                now_ns = time.time_ns()
-                told += n, sum(now_ns - due_ns.popleft() for _ in range(n)) / 1e9
-                tail = (tail + n) % _SLOTS
-            elif due_ns:
-                wait_ns = min(due_ns[0], read_ns + hold_ns // 4 + 1) - now_ns
-                time.sleep(max(0, min(wait_ns, _NAP_NS)) / 1e9)
+    relay.relay(
+        sock.fileno(),
+        ctypes.c_void_p(targets.ctypes.data),
+        ctypes.c_int64(int(hold_s * 1e9)),
+        ctypes.c_void_p(told.ctypes.data),
+    )
 
 
-def _at(array: Any) -> Any:
-    """The address of each row."""
-    return array.ctypes.data + np.arange(len(array), dtype=np.uint64) * np.uint64(array.strides[0])
+def _compiled_relay() -> ctypes.CDLL:
+    """relay.c as a library."""
+    source = Path(__file__).with_name("relay.c")
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "relay.so"
+        done = subprocess.run(["cc", "-O2", "-shared", "-fPIC", source, "-o", library], check=False)
+        if done.returncode:
+            raise SystemExit("wires need a C compiler, for relay.c")
+        return ctypes.CDLL(str(library))

@@ -203,11 +203,18 @@ class _Direct(Sum):
 
 
 class _Scatter(Sum):
+    """Receives in the order in which the parts come, as all ranks begin with their successors.
+
+    So what came first is in its place when the last comes, which takes two thirds of the time above the bound
+    that receiving in rank order takes, or the last one first (8 ranks, 1 ms); the sum is made in rank order.
+    """
+
     def __init__(self, rank: int, channels: Sequence[Channel | None], payload: str, n: int) -> None:
         super().__init__(rank, channels, payload, n)
         bounds = [n * r // len(channels) for r in range(len(channels) + 1)]
         self.chunks = [slice(*pair) for pair in itertools.pairwise(bounds)]
         self.heads = [self._head(chunk.stop - chunk.start) for chunk in self.chunks]
+        self.parts = np.empty((len(channels), bounds[rank + 1] - bounds[rank]), self.codec.dtype)
         by_channel = {channel: r for r, channel in enumerate(channels)}
         self.targets = [(by_channel[channel], channel) for channel in self.successors]
 
@@ -218,16 +225,19 @@ class _Scatter(Sum):
         sends: list[Rest] = []
         for rank, channel in self.targets:
             self._start(sends, channel, heads[rank], stored[chunks[rank]])
-        if not codec.exact:
-            np.copyto(mine, codec.widen(stored[chunks[self.rank]]))
-        self._add_others(mine, my_head, sends, mine_is_sent=False)
+        self.parts[self.rank] = stored[chunks[self.rank]]
+        for rank, channel in reversed(self.targets):
+            channel.receive_frame(my_head, self.found, self.parts[rank], sends)
+        np.copyto(mine, codec.widen(self.parts[0]))
+        for part in self.parts[1:]:
+            mine += codec.widen(part)
         finish_sends(sends)  # before the other chunks, which are being sent, are overwritten
         summed = codec.narrow(mine)
         for _, channel in self.targets:
             self._start(sends, channel, my_head, summed)
         if not codec.exact:
             np.copyto(mine, codec.widen(summed))
-        for rank, channel in self.targets:
+        for rank, channel in reversed(self.targets):
             chunk = x[chunks[rank]]
             if codec.exact:
                 channel.receive_frame(heads[rank], self.found, chunk, sends)
