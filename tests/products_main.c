@@ -1,7 +1,9 @@
-/* products.c below sanitizers: every kind of rows, one row of x and many, by one thread and by three. */
+/* products.c below sanitizers, or on another processor: every kind of rows, one row of x and many, by one thread
+ * and by three, against plain sums in double precision. */
 
 #include "products.c"
 
+#include <math.h>
 #include <stdio.h>
 
 enum { N = 44, COLUMNS = 1037, X = 19 };
@@ -9,6 +11,52 @@ enum { N = 44, COLUMNS = 1037, X = 19 };
 static void *serve(void *team) {
     for (int64_t n = 0; n < 2;) n = products_serve(team, n);
     return NULL;
+}
+
+static double of_bits(int sign, int exponent, int bias, int mantissa, int n_bits) {
+    double value = exponent ? ldexp(mantissa + (1 << n_bits), exponent - bias - n_bits)
+                            : ldexp(mantissa, 1 - bias - n_bits);
+    return sign ? -value : value;
+}
+
+static double bfloat16(unsigned bits) { return of_bits(bits >> 15 & 1, bits >> 7 & 255, 127, bits & 127, 7); }
+
+static double weight(const Piece *piece, int64_t i, int64_t j) {
+    const uint16_t *halves = (const uint16_t *)piece->rows;
+    if (piece->dtype == FLOAT32) return ((const float *)piece->rows)[i * COLUMNS + j];
+    if (piece->dtype == BFLOAT16) return bfloat16(halves[i * COLUMNS + j]);
+    if (piece->dtype == FLOAT16) {
+        unsigned bits = halves[i * COLUMNS + j];
+        return of_bits(bits >> 15, bits >> 10 & 31, 15, bits & 1023, 10);
+    }
+    for (int e = 0; e < N; e++)
+        if (piece->places[e] == i * COLUMNS + j) return (double)piece->values[e] * piece->scale;
+    const uint16_t *words = halves + i / 4 * 3 * COLUMNS + j;
+    unsigned a = words[0], b = words[COLUMNS], c = words[2 * COLUMNS], bits;
+    if (i % 4 < 3) {
+        bits = words[i % 4 * COLUMNS] & 0x87ff;
+    } else { /* sign and the mantissa's lower three bits in c; in a the exponent, in b its upper four */
+        unsigned sign = c >> 14 & 1, flip = sign ? 15 : 0;
+        bits = sign << 15 | ((a >> 11 & 15) ^ flip) << 7 | ((b >> 11 & 15) ^ flip) << 3 | (c >> 11 & 7);
+    }
+    return bfloat16(bits) * piece->scale;
+}
+
+static void check(const Piece *piece, const float *x, int64_t n_x) {
+    for (int64_t t = 0; t < n_x; t++)
+        for (int64_t i = 0; i < N; i++) {
+            double sum = 0, unit = 0;
+            for (int64_t j = 0; j < COLUMNS; j++) {
+                double product = weight(piece, i, j) * x[t * COLUMNS + j];
+                sum += product;
+                unit += fabs(product);
+            }
+            if (!(fabs(piece->out[t * N + i] - sum) <= 1e-6 * unit)) {
+                printf("dtype %d, row %d of x, row %d: %g instead of %g\n", (int)piece->dtype, (int)t, (int)i,
+                       piece->out[t * N + i], sum);
+                exit(1);
+            }
+        }
 }
 
 /* Products of all kinds, in memory from malloc of just the size. */
@@ -32,10 +80,11 @@ static float *products_by(int n_threads, int64_t n_x) {
     for (int dtype = 0; dtype < 4; dtype++) {
         int64_t n_bytes = half_bytes[dtype] * N * COLUMNS / 2;
         unsigned char *rows = malloc(n_bytes);
-        for (int64_t i = 0; i < n_bytes; i++) rows[i] = i * 37 % 61; /* small and finite in any type */
+        for (int64_t i = 0; i < n_bytes; i++) rows[i] = i % 2 ? i * 37 % 61 + i % 3 % 2 * 128 : i * 41 % 251;
         pieces[dtype] = (Piece){(char *)rows, y + dtype * n_x * N, N, N, dtype, 2.0f, places, firsts, values};
     }
     for (int round = 0; round < 20; round++) products_multiply(team, pieces, 4, x, n_x, COLUMNS, panels);
+    for (int dtype = 0; dtype < 4; dtype++) check(pieces + dtype, x, n_x);
     products_recall(team);
     products_recall(team);
     for (int i = 0; i < n_threads - 1; i++) pthread_join(threads[i], NULL);

@@ -199,31 +199,31 @@ def test_a_processor_without_the_instructions_is_left_to_numpy(tmp_path):
     assert compiled.load(tmp_path) is None
 
 
-@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no compiler")
-@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
-def test_no_sanitizer_finds_anything(sanitizer, tmp_path):
-    """The whole of products.c below a main function of its own, with memory that ends where it should."""
-    main = Path(__file__).with_name("products_main.c")
-    program = tmp_path / "products"
-    built = subprocess.run(
-        [
-            "cc",
-            "-O1",
-            "-g",
-            "-pthread",
-            f"-fsanitize={sanitizer}",
-            f"-I{_SOURCE.parent}",
-            main,
-            "-o",
-            program,
-        ],
-        capture_output=True,
-        check=False,
-        text=True,
-    )
-    if built.returncode and "sanitize" in built.stderr + built.stdout:
+def built(tmp_path, compiler, *options):
+    """products.c below a main function of its own, with memory that ends where it should."""
+    if shutil.which(compiler) is None:
+        pytest.skip(f"there is no {compiler}")
+    main, program = Path(__file__).with_name("products_main.c"), tmp_path / "products"
+    command = [compiler, "-pthread", f"-I{_SOURCE.parent}", *options, main, "-lm", "-o", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode and "sanitize" in done.stderr:
         pytest.skip("this compiler has no such sanitizer")
-    assert built.returncode == 0, built.stderr
-    done = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return program
+
+
+def assert_right(*command):
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout == "3 threads agree with one\n"
+
+
+@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+def test_no_sanitizer_finds_anything(sanitizer, tmp_path):
+    assert_right(built(tmp_path, "cc", "-O1", "-g", f"-fsanitize={sanitizer}"))
+
+
+def test_they_are_right_on_a_raspberry_pi(tmp_path):
+    if shutil.which("qemu-aarch64") is None:
+        pytest.skip("there is no qemu-aarch64")
+    assert_right("qemu-aarch64", built(tmp_path, "aarch64-linux-gnu-gcc", "-O3", "-static"))

@@ -37,10 +37,11 @@
 #error "there are no vectors for this processor here: NumPy does the products"
 #endif
 
-/* Whether this processor has the instructions. Everything else here may be called only if it does. */
+/* Whether this processor has the instructions. Everything else here may be called only if it does. Not every
+ * compiler can ask for F16C, which all processors with AVX2 have. */
 int products_run_here(void) {
 #if defined(__x86_64__)
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #else
     return 1;
 #endif
