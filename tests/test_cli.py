@@ -14,6 +14,9 @@ from typing import Any
 import pytest
 from checkpoints import tiny_config, write_checkpoint
 
+from tpilite import compiled
+from tpilite.version import __version__
+
 NODE = [sys.executable, str(Path(__file__).parents[1] / "bin" / "tpilite-node")]
 STORY = ["--model_path", "fable", "--prompt", "Once upon a time", "--temperature", "0", "--length", "20"]
 
@@ -240,7 +243,8 @@ def test_ctrl_c_on_a_terminal_stops_the_answer_and_not_the_program(tmp_path: Pat
 
 
 def test_version_and_help_name_the_program() -> None:
-    assert node("--version").stdout.startswith("tpilite ")
+    products = "by NumPy" if compiled.load() is None else "compiled"
+    assert node("--version").stdout == f"tpilite {__version__}, products {products}\n"
     text = node("--help").stdout
     for option in ("--model_path", "--prompt", "--temperature", "--k", "--p", "--seed", "--stats"):
         assert option in text

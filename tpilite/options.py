@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from tpilite import compiled
 from tpilite.config import KV_DTYPES, ClusterConfig, EngineConfig
 from tpilite.errors import ConfigError
 from tpilite.llm import size_of
@@ -166,7 +167,8 @@ def _parser() -> argparse.ArgumentParser:
         "wrong with what was asked for or with a file, 3 a peer was lost or misbehaved, 130 interrupted.",
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"tpilite {__version__}")
+    products = "by NumPy" if compiled.load() is None else "compiled"
+    parser.add_argument("--version", action="version", version=f"tpilite {__version__}, products {products}")
     parser.add_argument("--verbose", action="store_true", help="log what happens in detail")
 
     model = parser.add_argument_group("the model")
