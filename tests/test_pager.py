@@ -21,16 +21,18 @@ import pytest
 from checkpoints import tiny_config, write_checkpoint
 from packed_rows import widened
 
+from tpilite import loader as loader_module
 from tpilite import pager as pager_module
 from tpilite import uncached
 from tpilite.checkpoint import Checkpoint
 from tpilite.collective import Solo
 from tpilite.errors import CheckpointError, ConfigError
 from tpilite.linear import Linear, as_float32
+from tpilite.loader import PagedPart
 from tpilite.memory import MemoryReport
 from tpilite.model import Llama, Segment
 from tpilite.packing import Packed
-from tpilite.pager import PagedPart, Pager
+from tpilite.pager import Pager
 from tpilite.partition import EMBEDDING, LM_HEAD
 from tpilite.uncached import UncachedFile
 from tpilite.weights import Embedding, assemble, mapped
@@ -285,7 +287,7 @@ def test_what_does_not_fit_as_it_is_may_fit_packed(checkpoint, reads):
 def test_parts_that_cannot_be_packed_stream_until_there_is_room_for_them(checkpoint, monkeypatch):
     """As many give way as do not fit unpacked, in a budget that never is exceeded."""
     tried = []
-    monkeypatch.setattr(pager_module, "pack", lambda rows, memory: tried.append(rows.ctypes.data))
+    monkeypatch.setattr(loader_module, "pack", lambda rows, memory: tried.append(rows.ctypes.data))
     with paged(checkpoint, budget_bytes=budget(checkpoint, 0.5), packs=True) as (pager, model):
         resident = []
 
