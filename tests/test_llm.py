@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from checkpoints import tiny_config, write_checkpoint
 
-from tpilite import LLM, SamplingParams
+from tpilite import LLM, SamplingParams, rank
 from tpilite.errors import CheckpointError, ConfigError
 from tpilite.models import find_model
 
@@ -64,6 +64,15 @@ def test_a_text_that_ends_by_itself_says_stop(fable: Path) -> None:
         completion = llm.generate("Once upon a time", SamplingParams(temperature=0))
     assert completion.finish_reason == "stop"
     assert completion.ids[-1] in llm.config.eos_token_ids
+
+
+def test_a_prompts_memory_is_returned_when_it_is_read(fable: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    returned: list[int] = []
+    monkeypatch.setattr(rank, "return_freed_memory", lambda: returned.append(1))
+    with LLM(fable) as llm:
+        for n, text in enumerate(("Once upon a time", "One day"), start=1):
+            llm.generate(text, SamplingParams(temperature=0, length=5))
+            assert len(returned) == n
 
 
 def test_a_folder_without_tokenizer_serves_ids(tmp_path: Path) -> None:
