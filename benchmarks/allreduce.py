@@ -42,9 +42,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from wires import Wires, end_with_parent
 
 from tpilite.collective import Message

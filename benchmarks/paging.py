@@ -194,9 +194,6 @@ def run(
     spec |= {"part_bytes": PART_BYTES, "way": args.way} | changes
     command = [sys.executable, __file__, "--measure", json.dumps(spec), "--kind", kind]
     environment = dict(os.environ) | ONE_THREAD
-    environment["PYTHONPATH"] = os.pathsep.join(
-        [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
-    )
     if limit is not None:
         # Pages that another run left in the cache would be free of charge to this group.
         for path in (*folder.iterdir(), *folder.parent.glob(f"{folder.name}.gguf")):

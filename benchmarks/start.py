@@ -45,10 +45,9 @@ def with_tokenizer(folder: Path, tokenizer: Path, into: Path) -> Path:
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """Ours, with this checkout's package; and Python may keep what it compiles, as it does for users."""
+    """Ours, but Python may keep what it compiles, as it does for users."""
     inherited = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    return inherited | {"PYTHONPATH": path} | changes
+    return inherited | changes
 
 
 def started(command: list[str], variables: dict[str, str]) -> dict[str, float]:
