@@ -32,7 +32,8 @@ from numpy.typing import NDArray
 
 from tpilite.blas import limit_blas_threads
 from tpilite.config import LlamaConfig
-from tpilite.linear import WAYS, Linear, Matrix
+from tpilite.linear import Linear, Matrix
+from tpilite.plans import WAYS
 
 N_LAYERS = 4
 MAX_WAIT = 0.03
@@ -74,7 +75,7 @@ def main() -> None:
     parser.add_argument("--dtypes", default="bf16,f16,f32", help="(%(default)s)")
     parser.add_argument("--rows", default="1,4,16,128,512", help="of x (%(default)s)")
     parser.add_argument("--threads", default="1,2", help="(%(default)s)")
-    parser.add_argument("--ways", default="measured", help="of measured,bits,cast (%(default)s)")
+    parser.add_argument("--ways", default="default", help="of default,bits,cast,compiled (%(default)s)")
     parser.add_argument("--seconds", type=float, default=30.0, help="in all (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there, too")
     args = parser.parse_args()
