@@ -214,9 +214,12 @@ class _Scatter(Sum):
         bounds = [n * r // len(channels) for r in range(len(channels) + 1)]
         self.chunks = [slice(*pair) for pair in itertools.pairwise(bounds)]
         self.heads = [self._head(chunk.stop - chunk.start) for chunk in self.chunks]
-        self.parts = np.empty((len(channels), bounds[rank + 1] - bounds[rank]), self.codec.dtype)
+        # In rank order, and each by itself.
+        self.stack = np.empty((len(channels), bounds[rank + 1] - bounds[rank]), self.codec.dtype)
+        self.parts = list(self.stack)
         by_channel = {channel: r for r, channel in enumerate(channels)}
         self.targets = [(by_channel[channel], channel) for channel in self.successors]
+        self.sources = self.targets[::-1]
 
     def __call__(self, x: Array) -> None:
         codec, chunks, heads = self.codec, self.chunks, self.heads
@@ -225,19 +228,23 @@ class _Scatter(Sum):
         sends: list[Rest] = []
         for rank, channel in self.targets:
             self._start(sends, channel, heads[rank], stored[chunks[rank]])
-        self.parts[self.rank] = stored[chunks[self.rank]]
-        for rank, channel in reversed(self.targets):
+        np.copyto(self.parts[self.rank], stored[chunks[self.rank]])
+        for rank, channel in self.sources:
             channel.receive_frame(my_head, self.found, self.parts[rank], sends)
-        np.copyto(mine, codec.widen(self.parts[0]))
-        for part in self.parts[1:]:
-            mine += codec.widen(part)
-        finish_sends(sends)  # before the other chunks, which are being sent, are overwritten
+        if codec.exact:
+            np.add.reduce(self.stack, axis=0, out=mine)  # row by row: in rank order
+        else:
+            np.copyto(mine, codec.widen(self.parts[0]))
+            for part in self.parts[1:]:
+                mine += codec.widen(part)
+        if sends:  # before the other chunks, which are being sent, are overwritten
+            finish_sends(sends)
         summed = codec.narrow(mine)
         for _, channel in self.targets:
             self._start(sends, channel, my_head, summed)
         if not codec.exact:
             np.copyto(mine, codec.widen(summed))
-        for rank, channel in reversed(self.targets):
+        for rank, channel in self.sources:
             chunk = x[chunks[rank]]
             if codec.exact:
                 channel.receive_frame(heads[rank], self.found, chunk, sends)
@@ -245,7 +252,8 @@ class _Scatter(Sum):
                 part = self.part[: len(chunk)]
                 channel.receive_frame(heads[rank], self.found, part, sends)
                 np.copyto(chunk, codec.widen(part))
-        finish_sends(sends)
+        if sends:
+            finish_sends(sends)
 
 
 def new_sum(way: str, rank: int, channels: Sequence[Channel | None], payload: str, n: int) -> Sum:
