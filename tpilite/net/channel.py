@@ -249,7 +249,7 @@ class Channel:
     def _receive_some_of(self, head: bytearray, payload: NDArray[Any]) -> int:
         """Receives at least one byte of the two, in one call."""
         try:
-            n_bytes = self._sock.recvmsg_into((head, payload))[0]
+            n_bytes = self._sock.recvmsg_into((head, payload.data))[0]
         except OSError as error:
             raise self._lost(error, (0, len(head) + payload.nbytes)) from error
         if n_bytes == 0:
