@@ -95,7 +95,9 @@ static float *products_by(int n_threads, int64_t n_x) {
 }
 
 int main(void) {
-    for (int64_t n_x = 1; n_x <= X; n_x += X - 1) {
+    static const int64_t rows_of_x[] = {1, 3, X};
+    for (int which = 0; which < 3; which++) {
+        int64_t n_x = rows_of_x[which];
         float *one = products_by(1, n_x), *three = products_by(3, n_x);
         if (memcmp(one, three, 4 * 4 * n_x * N)) return 1;
         free(one), free(three);

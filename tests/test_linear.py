@@ -208,12 +208,13 @@ def test_dtypes_take_turns_in_the_same_memory():
             check(linear(x, Matrix.of(w))[0], x, w)
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_decoding_allocates_its_results_alone(dtype):
+def test_decoding_allocates_its_results_alone(dtype, way):
     rng = np.random.default_rng(5)
     matrices = [Matrix.of(stored(rng, dtype, (4000, 256))), Matrix.of(stored(rng, dtype, (1000, 256)))]
     x = rows_of_x(rng, 1, 256)
-    with Linear(2, "bits") as linear:
+    with Linear(2, way) as linear:
         linear(x, *matrices)
         tracemalloc.start()
         try:

@@ -4,8 +4,8 @@
  * needs idles: the memory, or the arithmetic. Here both go on at once. This file is compiled when the package
  * is installed, where there is a compiler, and called by `compiled.py`; without it `linear` does all itself.
  *
- * A product with one row of x is as many dot products as the matrix has rows: the memory decides. One with
- * several rows takes ROWS rows of weights at a time, widened into the first-level cache, and PANELS vectors of
+ * A product with one row of x, or a few, is as many dot products as the matrix has rows: the memory decides. One
+ * with several rows takes ROWS rows of weights at a time, widened into the first-level cache, and PANELS vectors of
  * rows of x, whose ROWS * PANELS sums fill the registers (K. Goto and R. van de Geijn, "Anatomy of
  * High-Performance Matrix Multiplication", 2008). The order of a sum depends on the number of columns alone, so
  * its bits depend neither on the threads nor on what else is computed in the same call.
@@ -241,6 +241,65 @@ static void one_row(const Piece *piece, int64_t start, int64_t stop, const float
     case FLOAT16: dots(FLOAT16, piece, start, stop, x, n_cols); break;
     case FLOAT32: dots(FLOAT32, piece, start, stop, x, n_cols); break;
     case PACKED: packed_dots(piece, start, stop, x, n_cols); break;
+    }
+}
+
+/* ---- a few rows of x ---- */
+
+#define FEW 4 /* or fewer would leave tiles mostly empty */
+
+/* Each weight is widened once and meets all rows of x, which stay in the cache: one sum for each of them. */
+INLINE void few_dots(int64_t dtype, int n_x, const Piece *piece, int64_t start, int64_t stop, const float *x,
+                     int64_t n_cols) {
+    for (int64_t i = start; i < stop; i++) {
+        const char *row = row_of(piece, i, n_cols);
+        Floats sums[FEW] = {{0}};
+        int64_t j = 0;
+        for (; j + LANES <= n_cols; j += LANES) {
+            Floats w = weights(dtype, row, j);
+            for (int t = 0; t < n_x; t++) sums[t] += w * load(x + t * n_cols + j);
+        }
+        if (j < n_cols) {
+            Floats w = last_weights(dtype, row, n_cols, j);
+            for (int t = 0; t < n_x; t++) sums[t] += w * last_floats(x + t * n_cols, n_cols, j);
+        }
+        for (int t = 0; t < n_x; t++) piece->out[t * piece->out_stride + i] = total(sums[t]);
+    }
+}
+
+static void few_packed_dots(int64_t n_x, const Piece *piece, int64_t start, int64_t stop, const float *x,
+                            int64_t n_cols) {
+    for (int64_t i = start; i < stop; i += PACKED_ROWS) {
+        Floats sums[FEW][PACKED_ROWS] = {{{0}}}, four[PACKED_ROWS];
+        Apart apart = apart_from(piece, i, n_cols, 0);
+        for (int64_t j = 0; j < n_cols; j += LANES) {
+            packed_weights(piece, i, n_cols, j, &apart, four);
+            for (int t = 0; t < n_x; t++) {
+                const float *row = x + t * n_cols;
+                Floats columns = j + LANES <= n_cols ? load(row + j) : last_floats(row, n_cols, j);
+                for (int k = 0; k < PACKED_ROWS; k++) sums[t][k] += four[k] * columns;
+            }
+        }
+        for (int t = 0; t < n_x; t++)
+            for (int k = 0; k < PACKED_ROWS; k++) piece->out[t * piece->out_stride + i + k] = total(sums[t][k]);
+    }
+}
+
+INLINE void few_of(int64_t dtype, const Piece *piece, int64_t start, int64_t stop, const float *x, int64_t n_x,
+                   int64_t n_cols) {
+    switch (n_x) { /* the sums of a number that the compiler knows stay in registers */
+    case 2: few_dots(dtype, 2, piece, start, stop, x, n_cols); break;
+    case 3: few_dots(dtype, 3, piece, start, stop, x, n_cols); break;
+    case 4: few_dots(dtype, 4, piece, start, stop, x, n_cols); break;
+    }
+}
+
+static void few_rows(const Piece *piece, int64_t start, int64_t stop, const float *x, int64_t n_x, int64_t n_cols) {
+    switch (piece->dtype) {
+    case BFLOAT16: few_of(BFLOAT16, piece, start, stop, x, n_x, n_cols); break;
+    case FLOAT16: few_of(FLOAT16, piece, start, stop, x, n_x, n_cols); break;
+    case FLOAT32: few_of(FLOAT32, piece, start, stop, x, n_x, n_cols); break;
+    case PACKED: few_packed_dots(n_x, piece, start, stop, x, n_cols); break;
     }
 }
 
@@ -488,6 +547,8 @@ static void multiply(Team *team, int64_t start, int64_t stop) {
             int64_t end = stop < n_units ? stop * n : piece->n_rows;
             if (team->n_x == 1)
                 one_row(piece, start * n, end, team->x, team->n_cols);
+            else if (team->n_x <= FEW)
+                few_rows(piece, start * n, end, team->x, team->n_x, team->n_cols);
             else
                 several_rows(piece, start * n, end, team->panels, team->n_x, team->n_cols);
         }
@@ -497,7 +558,7 @@ static void multiply(Team *team, int64_t start, int64_t stop) {
 }
 
 /* The products of x [n_x, n_cols] with all pieces. `panels` has room for x with its rows rounded up to LANES; it
- * is not used for a single one. Threads in `products_serve` help. */
+ * is not used for a few. Threads in `products_serve` help. */
 void products_multiply(Team *team, const Piece *pieces, int64_t n_pieces, const float *x, int64_t n_x,
                        int64_t n_cols, float *panels) {
     int64_t n_units = 0;
@@ -506,7 +567,7 @@ void products_multiply(Team *team, const Piece *pieces, int64_t n_pieces, const 
     team->n_x = n_x;
     team->n_cols = n_cols;
     team->panels = panels;
-    if (n_x > 1) do_together(team, lay_out, (n_x + LANES - 1) / LANES);
+    if (n_x > FEW) do_together(team, lay_out, (n_x + LANES - 1) / LANES);
     for (int64_t i = 0; i < n_pieces; i++) n_units += units_of(pieces + i, n_cols);
     do_together(team, multiply, n_units);
 }
