@@ -7,8 +7,8 @@
  * A product with one row of x, or a few, is as many dot products as the matrix has rows: the memory decides. One
  * with several rows takes ROWS rows of weights at a time, widened into the first-level cache, and PANELS vectors of
  * rows of x, whose ROWS * PANELS sums fill the registers (K. Goto and R. van de Geijn, "Anatomy of
- * High-Performance Matrix Multiplication", 2008). The order of a sum depends on the number of columns alone, so
- * its bits depend neither on the threads nor on what else is computed in the same call.
+ * High-Performance Matrix Multiplication", 2008). The order of a sum depends on the numbers of columns and of rows
+ * of x alone, so its bits depend neither on the threads nor on what else is computed in the same call.
  */
 
 #include <pthread.h>
