@@ -238,6 +238,18 @@ def test_threads_are_started_once_and_ended_by_close():
     assert threading.active_count() == before
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_closed_twice_it_does_no_harm(way):
+    x, w = np.ones((1, 100), np.float32), Matrix.of(np.ones((30, 100), np.float32))
+    linear = Linear(2, way)
+    for _ in range(2):
+        linear.close()
+    linear.share(1, lambda start, stop: None)
+    assert linear._team._products is None
+    if way != "compiled":
+        assert (linear(x, w)[0] == 100).all()
+
+
 def test_one_thread_is_the_callers():
     before = threading.active_count()
     with Linear(1):

@@ -95,11 +95,6 @@ class Packed:
         these = slice(self.firsts[start // ROWS], self.firsts[stop // ROWS])
         return self.places[these] - start * self.words.shape[2], self.values[these]
 
-    def words_of(self, start: int, stop: int) -> Bits:  # [3 / 4 (stop - start), D]
-        """What is stored for the rows from `start` to `stop`."""
-        words = self.words[start // ROWS : stop // ROWS]
-        return words.reshape(-1, words.shape[2])
-
 
 def packed_bytes(n_rows: int, n_cols: int) -> int:
     """The most that rows take when they are packed."""

@@ -33,6 +33,7 @@ class Team:
         for thread in self._threads:
             thread.join()
         self._inboxes, self._threads = [], []
+        self._products = None  # whose memory may be gone from now on
 
     def run(self, work: Callable[[int], None]) -> None:
         """Calls `work(i)` in thread i, for 0 in the caller's own; raises what the first of them raised."""
