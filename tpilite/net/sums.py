@@ -118,7 +118,6 @@ class Sum:
         self.head = self._head(n)
         self.found = bytearray(len(self.head))
         self.part = np.empty(n, self.codec.dtype)
-        self.total = np.empty(n if self.rank else 0, np.float32)
 
     def __call__(self, x: Array) -> None:
         raise NotImplementedError
@@ -130,26 +129,6 @@ class Sum:
         rest = channel.start_send(head, stored)
         if rest is not None:
             sends.append((channel, rest))
-
-    def _add_others(self, mine: Array, head: bytes, sends: list[Rest], *, mine_is_sent: bool) -> None:
-        """Makes `mine` the sum of all ranks' parts of it, which the others send with `head`."""
-        part, total = self.part[: len(mine)], self.total[: len(mine)]
-        for rank, channel in enumerate(self.channels):
-            if channel is not None:
-                channel.receive_frame(head, self.found, part, sends)
-                values = self.codec.widen(part)
-                if rank == 0:
-                    np.copyto(total, values)
-                elif rank < self.rank:
-                    total += values
-                else:
-                    mine += values
-            elif rank:
-                if mine_is_sent:
-                    finish_sends(sends)
-                np.add(total, mine, out=mine)
-            elif mine_is_sent:
-                finish_sends(sends)
 
 
 class _StarHub(Sum):
@@ -190,6 +169,10 @@ class _StarLeaf(Sum):
 
 
 class _Direct(Sum):
+    def __init__(self, rank: int, channels: Sequence[Channel | None], payload: str, n: int) -> None:
+        super().__init__(rank, channels, payload, n)
+        self.total = np.empty(n if rank else 0, np.float32)
+
     def __call__(self, x: Array) -> None:
         codec = self.codec
         stored = codec.narrow(x)
@@ -198,8 +181,28 @@ class _Direct(Sum):
             self._start(sends, channel, self.head, stored)
         if not codec.exact:
             np.copyto(x, codec.widen(stored))
-        self._add_others(x, self.head, sends, mine_is_sent=codec.exact)
+        self._add_others(x, sends)
         finish_sends(sends)
+
+    def _add_others(self, mine: Array, sends: list[Rest]) -> None:
+        """Makes `mine`, which an exact codec is sending, the sum of all ranks' parts, in rank order."""
+        part, total, mine_is_sent = self.part, self.total, self.codec.exact
+        for rank, channel in enumerate(self.channels):
+            if channel is not None:
+                channel.receive_frame(self.head, self.found, part, sends)
+                values = self.codec.widen(part)
+                if rank == 0:
+                    np.copyto(total, values)
+                elif rank < self.rank:
+                    total += values
+                else:
+                    mine += values
+            elif rank:
+                if mine_is_sent:
+                    finish_sends(sends)
+                np.add(total, mine, out=mine)
+            elif mine_is_sent:
+                finish_sends(sends)
 
 
 class _Scatter(Sum):
