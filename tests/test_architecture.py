@@ -14,7 +14,7 @@ _PACKAGE = _ROOT / "tpilite"
 # Every module, in an order such that each imports only from those before it. This is the one place that
 # says so: a new module needs a row here.
 _ROWS = [
-    "errors version config ops blas packing compiled team plans linear kv_cache collective model",
+    "errors version config ops blas packing library compiled team plans linear kv_cache collective model",
     "partition memory tensor_file uncached weights checkpoint slices loader pager",
     "net net.token net.auth net.wire net.channel net.sums net.group net.door net.lobby net.seat",
     "net.slice_server net.slice_client",

@@ -7,13 +7,13 @@ fifth less: benchmarks/RESULTS.md has the figures. `linear` asks for them and ca
 import ctypes
 import logging
 from collections.abc import Sequence
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tpilite.library import load_library
 from tpilite.packing import Packed
 
 logger = logging.getLogger(__name__)
@@ -53,28 +53,20 @@ class _Piece(ctypes.Structure):
     )
 
 
+_FUNCTIONS = {
+    "products_run_here": (ctypes.c_int,),
+    "products_team": (_Team, _Int),
+    "products_end": (None, _Team),
+    "products_recall": (None, _Team),
+    "products_serve": (_Int, _Team, _Int),
+    "products_multiply": (None, _Team, _Pieces, _Int, _Address, _Int, _Int, _Address),
+}
+
+
 def load(folder: Path = Path(__file__).parent) -> ctypes.CDLL | None:
     """The compiled library in `folder`; None where there is none, or not for this processor."""
-    for suffix in EXTENSION_SUFFIXES:
-        path = folder / f"_products{suffix}"
-        if path.exists():
-            break
-    else:
-        logger.debug("no compiled products: the package was installed without a compiler")
-        return None
-    try:
-        library = ctypes.CDLL(str(path))
-        library.products_team.restype = _Team
-        library.products_team.argtypes = (_Int,)
-        library.products_end.argtypes = library.products_recall.argtypes = (_Team,)
-        library.products_serve.restype = _Int
-        library.products_serve.argtypes = (_Team, _Int)
-        library.products_multiply.argtypes = (_Team, _Pieces, _Int, _Address, _Int, _Int, _Address)
-        supported = bool(library.products_run_here())
-    except (OSError, AttributeError) as error:
-        logger.warning("the compiled products cannot be used: %s", error)
-        return None
-    if not supported:
+    library = load_library(folder, "_products", _FUNCTIONS)
+    if library is not None and not library.products_run_here():
         logger.debug("no compiled products: they need a processor with AVX2")
         return None
     return library
