@@ -68,6 +68,7 @@ void relay(int sock, const int32_t *targets, int64_t hold_ns, volatile double *t
     int64_t read_ns = 0, now;
     for (;;) {
         if (n_held == 0) {
+            first = 0; /* its memory is still in the cache */
             struct pollfd wait = {.fd = sock, .events = POLLIN};
             poll(&wait, 1, -1);
         }
