@@ -16,7 +16,7 @@ lint: .venv/linted
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
-.venv/installed: .venv/bin/python setup.cfg setup.py pyproject.toml tpilite/products.c
+.venv/installed: .venv/bin/python setup.cfg setup.py pyproject.toml tpilite/products.c tpilite/net/exchange.c
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 

@@ -1,4 +1,4 @@
-"""What setup.cfg cannot say: the products that are compiled, and left out where there is no compiler."""
+"""What setup.cfg cannot say: what is compiled, and left out where there is no compiler."""
 
 from setuptools import Extension, setup
 
@@ -9,6 +9,9 @@ setup(
             ["tpilite/products.c"],
             extra_compile_args=["-O3", "-pthread"],
             optional=True,
-        )
+        ),
+        Extension(
+            "tpilite.net._exchange", ["tpilite/net/exchange.c"], extra_compile_args=["-O3"], optional=True
+        ),
     ]
 )

@@ -16,8 +16,8 @@ _PACKAGE = _ROOT / "tpilite"
 _ROWS = [
     "errors version config ops blas packing library compiled team plans linear kv_cache collective model",
     "partition memory tensor_file uncached weights checkpoint slices loader pager",
-    "net net.token net.auth net.wire net.channel net.sums net.group net.door net.lobby net.seat",
-    "net.slice_server net.slice_client",
+    "net net.token net.auth net.wire net.channel net.exchange net.compiled net.sums net.group",
+    "net.door net.lobby net.seat net.slice_server net.slice_client",
     "tokenizer chat sampling sequence scheduler stats runner engine rank",
     "cluster host worker local models llm __init__ openai service server terminal hub options cli __main__",
 ]

@@ -1,4 +1,4 @@
-"""One connection over loopback: the handshake's refusals, exact reads, sends that cannot block each other."""
+"""One connection over loopback: the handshake's refusals, exact reads, sends that end in time."""
 
 import contextlib
 import logging
@@ -19,6 +19,8 @@ import pytest
 from tpilite.errors import ConfigError, PeerLost, ProtocolError
 from tpilite.net import auth, channel, wire
 from tpilite.net.channel import Channel, accept, connect, parse_address
+from tpilite.net.compiled import new_exchange
+from tpilite.net.exchange import Frames
 
 TOKEN = "a token"
 
@@ -272,94 +274,6 @@ def test_a_peer_that_closes_at_any_point(pair: tuple[Channel, Channel]) -> None:
                 receiver.receive()
 
 
-HEAD = wire.encode(wire.Reduce("f32"), 12)
-
-
-@pytest.mark.parametrize("size", [1, 7, 1000])
-def test_a_frame_of_known_size_in_any_pieces(size: int, pool: ThreadPoolExecutor) -> None:
-    a, b = socket.socketpair()
-    expected = np.array([1, 2, 3], np.float32)
-    stream = (HEAD + expected.tobytes()) * 2
-
-    def send() -> None:
-        for i in range(0, len(stream), size):
-            b.sendall(stream[i : i + size])
-            time.sleep(0.0005)
-
-    with contextlib.closing(Channel(a, "peer")) as receiver, b:
-        sending = pool.submit(send)
-        for _ in range(2):
-            array, head = np.zeros(3, np.float32), bytearray(len(HEAD))
-            receiver.receive_frame(HEAD, head, array, [])
-            np.testing.assert_array_equal(array, expected)
-        sending.result()
-
-
-def test_a_frame_of_known_size_cut_at_every_offset() -> None:
-    stream = HEAD + bytes(12)
-    for cut in range(len(stream)):
-        a, b = socket.socketpair()
-        with contextlib.closing(Channel(a, "peer")) as receiver:
-            b.sendall(stream[:cut])
-            b.close()
-            with pytest.raises(PeerLost, match=f"closed the connection after {cut} of {len(stream)} bytes"):
-                receiver.receive_frame(HEAD, bytearray(len(HEAD)), np.zeros(3, np.float32), [])
-
-
-@pytest.mark.parametrize(
-    ("frame", "text"),
-    [
-        (wire.encode(wire.Reduce("f32"), 8) + bytes(8), r"found Reduce\(payload='f32'\) with 8 bytes"),
-        (wire.encode(wire.Error("a reason as long as it takes to fill a head")), "found another frame"),
-        (b"garbage " * 8, "found no frame"),
-    ],
-)
-def test_another_frame_than_the_expected_one_does_not_hang(
-    frame: bytes, text: str, pair: tuple[Channel, Channel]
-) -> None:
-    left, right = pair
-    right._sock.sendall(frame)
-    with pytest.raises(ProtocolError, match=r"expected Reduce\(payload='f32'\) with 12 bytes .*" + text):
-        left.receive_frame(HEAD, bytearray(len(HEAD)), np.zeros(3, np.float32), [])
-
-
-def test_another_frame_in_pieces_does_not_hang(pool: ThreadPoolExecutor) -> None:
-    a, b = socket.socketpair()
-    frame = wire.encode(wire.Reduce("f16"), 6)
-
-    def send() -> None:
-        for i in range(len(frame)):
-            b.sendall(frame[i : i + 1])
-            time.sleep(0.001)
-
-    with contextlib.closing(Channel(a, "peer")) as receiver, b:
-        sending = pool.submit(send)
-        with pytest.raises(ProtocolError, match=r"found Reduce\(payload='f16'\) with 6 bytes"):
-            receiver.receive_frame(HEAD, bytearray(len(HEAD)), np.zeros(3, np.float32), [])
-        sending.result()
-
-
-def test_both_may_send_more_than_the_kernel_holds(
-    pair: tuple[Channel, Channel], pool: ThreadPoolExecutor
-) -> None:
-    n = 2_000_000
-    head = wire.encode(wire.Reduce("f32"), 4 * n)
-
-    def exchange(mine: Channel, value: float) -> Any:
-        out, back = np.full(n, value, np.float32), np.zeros(n, np.float32)
-        sends: list[channel.Rest] = []
-        rest = mine.start_send(head, out)
-        assert rest is not None, "the test needs more than the kernel takes at once"
-        sends.append((mine, rest))
-        mine.receive_frame(head, bytearray(len(head)), back, sends)
-        channel.finish_sends(sends)
-        return back
-
-    results = list(pool.map(exchange, pair, (1.0, 2.0)))
-    assert (results[0] == 2).all()
-    assert (results[1] == 1).all()
-
-
 def test_a_send_has_a_deadline(pair: tuple[Channel, Channel]) -> None:
     with pytest.raises(PeerLost, match="silent for too long: it takes no more bytes"):
         pair[0].send(wire.Reduce("f32"), np.zeros(2_000_000, np.float32), time.monotonic() + 0.1)
@@ -408,14 +322,12 @@ def test_the_same_over_tls(tls: tuple[ssl.SSLContext, ssl.SSLContext], pool: Thr
         head = wire.encode(wire.Reduce("f32"), 4 * n)
 
         def exchange(mine: Channel, value: float) -> Any:
-            out, back = np.full(n, value, np.float32), np.zeros(n, np.float32)
-            rest = mine.start_send(head, out)
-            sends = [] if rest is None else [(mine, rest)]
-            mine.receive_frame(head, bytearray(len(head)), back, sends)
-            channel.finish_sends(sends)
+            frames = Frames(head, 2, n, np.float32)
+            frames.payloads[0] = value
+            new_exchange([(mine, frames[0])], [(mine, frames[1])], head)()
             mine.send(wire.Barrier())
             assert mine.receive()[0] == wire.Barrier()
-            return back
+            return frames.payloads[1]
 
         results = list(pool.map(exchange, (client, served), (1.0, 2.0)))
         assert (results[0] == 2).all()

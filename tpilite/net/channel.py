@@ -2,8 +2,8 @@
 
 A channel reads never more than the frame at hand, so that nothing waits in a buffer of its own while its
 socket looks idle. Reads without a deadline block in one plain system call: whoever watches over the peer
-ends them from another thread by `shutdown`. The two calls of the hot path, `start_send` and
-`receive_frame`, move an array that the caller owns to and from the kernel, copying and allocating nothing.
+ends them from another thread by `shutdown`. The two calls of the hot path, `send_now` and `receive_some`,
+move bytes that the caller owns to and from the kernel.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ _KEEPALIVE = (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4), ("
 _TLS_ENDS = (ssl.SSLEOFError, ssl.SSLZeroReturnError)
 
 Address = tuple[str, int]
-Rest = tuple["Channel", list[memoryview]]  # what the kernel has not taken yet of a frame for this peer
+Progress = wire.Decoder | tuple[int, int]  # how far a frame has come, the tuple in bytes of how many
 
 
 def parse_address(text: str, default_port: int) -> Address:
@@ -98,16 +98,17 @@ class Channel:
         try:
             return str(self._sock.getpeername()[0]).removeprefix("::ffff:")
         except OSError as error:
-            raise self._lost(error, self._decoder) from error
+            raise self.lost(error, self._decoder) from error
 
     def send(
         self, header: wire.Header, payload: NDArray[Any] | None = None, deadline_s: float | None = None
     ) -> None:
         """Sends one frame; returns when the kernel has all of it. `deadline_s` is by `time.monotonic`."""
         head = wire.encode(header, 0 if payload is None else payload.nbytes)
-        rest = self.start_send(head, payload)
-        if rest is not None:
-            finish_sends([(self, rest)], deadline_s)
+        frame = memoryview(head if payload is None else b"".join((head, payload.data)))
+        while frame := frame[self.send_now(frame) :]:
+            if not self.wait_writable(deadline_s):
+                raise PeerLost(f"{self.peer} was silent for too long: it takes no more bytes")
 
     def receive(self, deadline_s: float | None = None) -> tuple[wire.Header, memoryview]:
         """The next frame's header and payload, which is valid until the next call."""
@@ -131,28 +132,22 @@ class Channel:
         """Whether something can be read (the connection's end included) within this time."""
         return self._poll(select.POLLIN, timeout_s)
 
-    def start_send(self, head: bytes, payload: NDArray[Any] | None) -> list[memoryview] | None:
-        """Hands a frame to the kernel without waiting; what it did not take, or None if that is nothing."""
-        parts = (head,) if payload is None else (head, payload)
-        n_sent = self._send_now(parts)
-        n_bytes = len(head) + (0 if payload is None else payload.nbytes)
-        self.sent_bytes += n_bytes
-        return None if n_sent == n_bytes else _behind([_flat(part) for part in parts], n_sent)
+    def wait_writable(self, deadline_s: float | None = None) -> bool:
+        return self._poll(select.POLLOUT, None if deadline_s is None else deadline_s - time.monotonic())
 
-    def receive_frame(
-        self, expected: bytes, head: bytearray, payload: NDArray[Any], sends: list[Rest]
-    ) -> None:
-        """Receives a frame whose first bytes must be `expected` into `head` and `payload`.
-
-        What is left of `sends` goes on meanwhile, so that ranks that all send first cannot block each other.
-        """
-        if sends:
-            push_sends(sends, self)
-        n_bytes = self._receive_some_of(head, payload)
-        if n_bytes >= len(head) and head != expected:
-            raise self._out_of_step(expected, head)
-        if n_bytes < len(head) + payload.nbytes:
-            self._receive_rest(expected, head, payload, n_bytes, sends)
+    def lost(self, error: OSError | None, where: Progress) -> PeerLost:
+        """What to raise for this error of a system call on the socket, or for the connection's end."""
+        if self._reason:
+            return PeerLost(self._reason)
+        self.broken = True
+        progress = (
+            where.progress
+            if isinstance(where, wire.Decoder)
+            else f"after {where[0]} of {where[1]} bytes of a frame"
+        )
+        if error is None:
+            return PeerLost(f"{self.peer} closed the connection {progress}")
+        return PeerLost(f"the connection to {self.peer} broke {progress}: {error.strerror or error}")
 
     def end_sends(self) -> None:
         """Tells the peer that nothing follows what was sent; receiving goes on."""
@@ -178,7 +173,7 @@ class Channel:
         while True:
             event = decoder.next_event()
             if event is wire.NEED_MORE:
-                decoder.received(self._receive_some(decoder.wanted(), deadline_s, decoder))
+                decoder.received(self.receive_some(decoder.wanted(), deadline_s, decoder))
             elif isinstance(event, wire.FrameStart):
                 header = event.header
                 if event.n_payload_bytes > len(self._payload):
@@ -188,52 +183,14 @@ class Channel:
                 assert header is not None
                 return header, event.payload
 
-    def _receive_rest(
-        self, expected: bytes, head: bytearray, payload: NDArray[Any], n_bytes: int, sends: list[Rest]
-    ) -> None:
-        total = len(head) + payload.nbytes
-        for offset, view in ((0, memoryview(head)), (len(head), _flat(payload))):
-            while n_bytes < offset + len(view):
-                if sends:
-                    push_sends(sends, self)
-                # Behind a head that is right there are as many bytes as it says: one call waits for all.
-                whole = offset > 0 and not sends
-                n_bytes += self._receive_some(view[n_bytes - offset :], None, (n_bytes, total), whole=whole)
-            if head != expected:
-                raise self._out_of_step(expected, head)
-
-    def _out_of_step(self, expected: bytes, head: bytearray) -> ProtocolError:
-        return ProtocolError(
-            f"expected {_describe(expected)} from {self.peer}, found {_describe(bytes(head))}; "
-            "the nodes are out of step: start them again"
-        )
-
-    def _lost(self, error: OSError | None, where: wire.Decoder | tuple[int, int]) -> PeerLost:
-        if self._reason:
-            return PeerLost(self._reason)
-        self.broken = True
-        progress = (
-            where.progress
-            if isinstance(where, wire.Decoder)
-            else f"after {where[0]} of {where[1]} bytes of a frame"
-        )
-        if error is None:
-            return PeerLost(f"{self.peer} closed the connection {progress}")
-        return PeerLost(f"the connection to {self.peer} broke {progress}: {error.strerror or error}")
-
-    def _late(self, where: wire.Decoder | tuple[int, int]) -> PeerLost:
+    def _late(self, where: Progress) -> PeerLost:
         progress = where.progress if isinstance(where, wire.Decoder) else "while it was to receive"
         return PeerLost(f"{self.peer} was silent for too long, {progress}")
 
     # What a TLS channel does in another way:
 
-    def _receive_some(
-        self,
-        view: memoryview,
-        deadline_s: float | None,
-        where: wire.Decoder | tuple[int, int],
-        *,
-        whole: bool = False,
+    def receive_some(
+        self, view: memoryview, deadline_s: float | None, where: Progress, *, whole: bool = False
     ) -> int:
         """Receives at least one byte, or with `whole` all, which signals can still cut short."""
         if deadline_s is not None and not self._poll(select.POLLIN, deadline_s - time.monotonic()):
@@ -241,36 +198,29 @@ class Channel:
         try:
             n_bytes = self._sock.recv_into(view, 0, socket.MSG_WAITALL if whole else 0)
         except OSError as error:
-            raise self._lost(error, where) from error
+            raise self.lost(error, where) from error
         if n_bytes == 0:
-            raise self._lost(None, where)
+            raise self.lost(None, where)
         return n_bytes
 
-    def _receive_some_of(self, head: bytearray, payload: NDArray[Any]) -> int:
-        """Receives at least one byte of the two, in one call."""
+    def send_now(self, view: memoryview) -> int:
+        """Hands bytes to the kernel without waiting; how many of them it took."""
         try:
-            n_bytes = self._sock.recvmsg_into((head, payload.data))[0]
-        except OSError as error:
-            raise self._lost(error, (0, len(head) + payload.nbytes)) from error
-        if n_bytes == 0:
-            raise self._lost(None, (0, len(head) + payload.nbytes))
-        return n_bytes
-
-    def _send_now(self, parts: Sequence[Any]) -> int:
-        try:
-            return self._sock.sendmsg(parts, (), socket.MSG_DONTWAIT)
+            n_bytes = self._sock.send(view, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return 0
         except OSError as error:
-            raise self._lost(error, (0, sum(_flat(part).nbytes for part in parts))) from error
+            raise self.lost(error, (0, len(view))) from error
+        self.sent_bytes += n_bytes
+        return n_bytes
 
-    def _poll(self, event: int, timeout_s: float) -> bool:
+    def _poll(self, event: int, timeout_s: float | None) -> bool:
         poll = select.poll()
         try:
             poll.register(self._sock, event)
         except ValueError:  # closed by its owner: reading tells
             return True
-        return bool(poll.poll(max(0.0, timeout_s) * 1000))
+        return bool(poll.poll(None if timeout_s is None else max(0.0, timeout_s) * 1000))
 
 
 class TlsChannel(Channel):
@@ -289,13 +239,8 @@ class TlsChannel(Channel):
                 return True
         return super().wait_readable(timeout_s)
 
-    def _receive_some(
-        self,
-        view: memoryview,
-        deadline_s: float | None,
-        where: wire.Decoder | tuple[int, int],
-        *,
-        whole: bool = False,
+    def receive_some(
+        self, view: memoryview, deadline_s: float | None, where: Progress, *, whole: bool = False
     ) -> int:
         del whole  # OpenSSL gives one record at a time
         while True:
@@ -308,97 +253,27 @@ class TlsChannel(Channel):
             except ssl.SSLWantWriteError:
                 event = select.POLLOUT
             except OSError as error:
-                raise self._lost(error, where) from error
+                raise self.lost(error, where) from error
             else:
                 if n_bytes == 0:
-                    raise self._lost(None, where)
+                    raise self.lost(None, where)
                 return n_bytes
             timeout_s = 3600.0 if deadline_s is None else deadline_s - time.monotonic()
             if not self._poll(event, timeout_s) and deadline_s is not None:
                 raise self._late(where)
 
-    def _receive_some_of(self, head: bytearray, payload: NDArray[Any]) -> int:
-        return self._receive_some(memoryview(head), None, (0, len(head) + payload.nbytes))
-
-    def _send_now(self, parts: Sequence[Any]) -> int:
+    def send_now(self, view: memoryview) -> int:
         n_sent = 0
         try:
-            for part in parts:
-                view = _flat(part)
-                while view:
-                    with self._lock:
-                        n_bytes = self._sock.send(view)
-                    n_sent += n_bytes
-                    view = view[n_bytes:]
+            while n_sent < len(view):
+                with self._lock:
+                    n_sent += self._sock.send(view[n_sent:])
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
             pass
         except OSError as error:
-            raise self._lost(error, (n_sent, sum(_flat(part).nbytes for part in parts))) from error
+            raise self.lost(error, (n_sent, len(view))) from error
+        self.sent_bytes += n_sent
         return n_sent
-
-
-def push_sends(sends: list[Rest], receiver: Channel) -> None:
-    """Sends on until `receiver` has something to read or everything is sent; `sends` keeps the rest."""
-    while sends:
-        readable = receiver.wait_readable(0)
-        _push(sends, receiver, 0 if readable else None)
-        if readable:
-            return
-
-
-def finish_sends(sends: list[Rest], deadline_s: float | None = None) -> None:
-    """Returns when everything of `sends` is with the kernel, and the list empty."""
-    while sends:
-        timeout_s = None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
-        if not _push(sends, None, timeout_s):
-            raise PeerLost(f"{sends[0][0].peer} was silent for too long: it takes no more bytes")
-
-
-def _push(sends: list[Rest], receiver: Channel | None, timeout_s: float | None) -> bool:
-    """Waits until one of the peers takes something or `receiver` can read, and sends what is taken."""
-    poll = select.poll()
-    for channel, _ in sends:
-        poll.register(channel, select.POLLOUT)
-    if receiver is not None:
-        both = any(channel is receiver for channel, _ in sends)
-        poll.register(receiver, select.POLLIN | select.POLLOUT if both else select.POLLIN)
-    if not poll.poll(None if timeout_s is None else timeout_s * 1000):
-        return False
-    for i in range(len(sends) - 1, -1, -1):
-        channel, views = sends[i]
-        views = _behind(views, channel._send_now(views))
-        if views:
-            sends[i] = channel, views
-        else:
-            del sends[i]
-    return True
-
-
-def _behind(views: list[memoryview], n_bytes: int) -> list[memoryview]:
-    """What follows the first `n_bytes` of the views."""
-    rest = []
-    for view in views:
-        if n_bytes < len(view):
-            rest.append(view[n_bytes:])
-        n_bytes = max(0, n_bytes - len(view))
-    return rest
-
-
-def _flat(part: Any) -> memoryview:
-    view = memoryview(part)
-    return view.cast("B") if view.nbytes else memoryview(b"")
-
-
-def _describe(head: bytes) -> str:
-    """A frame's start for an error's text."""
-    decoder = wire.Decoder()
-    try:
-        for event in decoder.feed(head):
-            if isinstance(event, wire.FrameStart):
-                return f"{event.header} with {event.n_payload_bytes} bytes"
-    except ProtocolError as error:
-        return f"no frame ({error})"
-    return "another frame"
 
 
 def connect(address: Address, token: str, *, timeout_s: float, tls: ssl.SSLContext | None = None) -> Channel:
@@ -502,7 +377,7 @@ def _greet_client(channel: Channel, token: str, deadline_s: float) -> None:
         # Its side finds our version in our Hello, if we do not reset the connection by unread bytes.
         with contextlib.suppress(PeerLost):
             channel.send(wire.Hello(mine), deadline_s=deadline_s)
-            channel._receive_some(memoryview(bytearray(wire.MAX_HANDSHAKE_BYTES)), deadline_s, (0, 0))
+            channel.receive_some(memoryview(bytearray(wire.MAX_HANDSHAKE_BYTES)), deadline_s, (0, 0))
         raise
     channel.send(wire.Hello(mine), deadline_s=deadline_s)
     proof = channel.expect(wire.Proof, deadline_s)[0].proof

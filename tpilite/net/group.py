@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from tpilite.collective import Array, Message
 from tpilite.errors import ConfigError, PeerLost, ProtocolError, TpiliteError
 from tpilite.net import wire
-from tpilite.net.channel import Channel, Rest, finish_sends
+from tpilite.net.channel import Channel
+from tpilite.net.compiled import new_exchange
 from tpilite.net.sums import CODECS, WAYS, Sum, new_sum
 
 log = logging.getLogger(__name__)
@@ -353,13 +354,8 @@ class RankZero(Group):
             self.fail(ProtocolError(f"expected no {type(header).__name__} from {peer} in a running group"))
 
     def _to_all(self, head: bytes, array: NDArray[Any] | None) -> None:
-        sends: list[Rest] = []
-        for channel in self._channels[1:]:
-            assert channel is not None
-            rest = channel.start_send(head, array)
-            if rest is not None:
-                sends.append((channel, rest))
-        finish_sends(sends)
+        frame = memoryview(head if array is None else b"".join((head, array.data)))
+        new_exchange([(self.channel(r), frame) for r in range(1, self.world_size)], [], head)()
 
 
 class Worker(Group):

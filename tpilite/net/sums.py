@@ -11,7 +11,6 @@ bf16) they do not agree with each other, but still all ranks agree: who sends a 
 the rounded one.
 """
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,13 +19,15 @@ from numpy.typing import NDArray
 
 from tpilite.collective import Array
 from tpilite.net import wire
-from tpilite.net.channel import Channel, Rest, finish_sends
+from tpilite.net.channel import Channel
+from tpilite.net.compiled import new_exchange, new_summed_exchange
+from tpilite.net.exchange import Frames, sum_in_rank_order
 
 WAYS = ("star", "direct", "scatter")
 
 
 class _Codec:
-    """float32 as it travels: itself."""
+    """float32 as it travels: itself. At most `n` numbers at a time."""
 
     dtype: Any = np.dtype("<f4")
     exact = True
@@ -34,12 +35,12 @@ class _Codec:
     def __init__(self, n: int) -> None:
         pass
 
-    def narrow(self, x: Array) -> NDArray[Any]:
-        """`x` as it is sent, in a buffer of the codec's own unless it is `x` itself."""
-        return x
+    def narrow(self, x: Array, out: NDArray[Any]) -> None:
+        """Puts `x` as it is sent into `out`, of the same shape."""
+        np.copyto(out, x)
 
     def widen(self, stored: NDArray[Any]) -> Array:
-        """The values of what was sent, likewise."""
+        """The values of what was sent, until the next call."""
         return stored
 
 
@@ -50,17 +51,14 @@ class _HalfCodec(_Codec):
     exact = False
 
     def __init__(self, n: int) -> None:
-        self._narrow = np.empty(n, self.dtype)
         self._wide = np.empty(n, np.float32)
 
-    def narrow(self, x: Array) -> NDArray[Any]:
-        out = self._narrow[: len(x)]
+    def narrow(self, x: Array, out: NDArray[Any]) -> None:
         with np.errstate(over="ignore"):  # becomes infinite
             np.copyto(out, x, casting="same_kind")
-        return out
 
     def widen(self, stored: NDArray[Any]) -> Array:
-        out = self._wide[: len(stored)]
+        out = self._wide[: stored.size].reshape(stored.shape)
         np.copyto(out, stored)
         return out
 
@@ -75,22 +73,19 @@ class _BrainCodec(_Codec):
     exact = False
 
     def __init__(self, n: int) -> None:
-        self._narrow = np.empty(n, self.dtype)
         self._bits = np.empty(n, np.uint32)
 
-    def narrow(self, x: Array) -> NDArray[Any]:
-        bits, out = self._bits[: len(x)], self._narrow[: len(x)]
-        source = x.view(np.uint32)
+    def narrow(self, x: Array, out: NDArray[Any]) -> None:
+        bits, source = self._bits[: x.size].reshape(x.shape), x.view(np.uint32)
         np.right_shift(source, 16, out=bits)
         bits &= 1
         bits += 0x7FFF
         bits += source
         bits >>= 16
         np.copyto(out, bits, casting="same_kind")
-        return out
 
     def widen(self, stored: NDArray[Any]) -> Array:
-        bits = self._bits[: len(stored)]
+        bits = self._bits[: stored.size].reshape(stored.shape)
         np.copyto(bits, stored)
         bits <<= 16
         return bits.view(np.float32)
@@ -100,7 +95,7 @@ CODECS: dict[str, type[_Codec]] = {"f32": _Codec, "f16": _HalfCodec, "bf16": _Br
 
 
 class Sum:
-    """Sums `n` numbers over the ranks, in place: heads and buffers are made once for all calls.
+    """Sums `n` numbers over the ranks, in place: frames and exchanges are made once for all calls.
 
     `channels[r]` leads to rank r, None at the own place and, for a worker in a star, at all but rank 0's.
     """
@@ -108,27 +103,21 @@ class Sum:
     def __init__(self, rank: int, channels: Sequence[Channel | None], payload: str, n: int) -> None:
         self.n = n
         self.rank = rank
-        self.channels = channels
-        self.peers = [channel for channel in channels if channel is not None]
-        # Ranks begin with their successors, so that not all of them send to rank 0 at the same time.
-        after = sum(channel is not None for channel in self.channels[: self.rank])
-        self.successors = self.peers[after:] + self.peers[:after]
         self.payload = payload
-        self.codec = CODECS[payload](n)
-        self.head = self._head(n)
-        self.found = bytearray(len(self.head))
-        self.part = np.empty(n, self.codec.dtype)
+        self.peers = [(r, channel) for r, channel in enumerate(channels) if channel is not None]
+        # Ranks begin with their successors, so that not all of them send to rank 0 at the same time. In the
+        # opposite order the frames come.
+        self.targets = sorted(self.peers, key=lambda peer: peer[0] < rank)
+        self.sources = self.targets[::-1]
 
     def __call__(self, x: Array) -> None:
         raise NotImplementedError
 
-    def _head(self, n: int) -> bytes:
-        return wire.encode(wire.Reduce(self.payload), n * self.codec.dtype.itemsize)
-
-    def _start(self, sends: list[Rest], channel: Channel, head: bytes, stored: NDArray[Any]) -> None:
-        rest = channel.start_send(head, stored)
-        if rest is not None:
-            sends.append((channel, rest))
+    def frames(self, n_frames: int, n: int) -> Frames:
+        """Frames of `n` numbers, which `self.codec` narrows and widens, all of them at once too."""
+        self.codec = CODECS[self.payload](n_frames * n)
+        dtype = self.codec.dtype
+        return Frames(wire.encode(wire.Reduce(self.payload), n * dtype.itemsize), n_frames, n, dtype)
 
 
 class _StarHub(Sum):
@@ -137,126 +126,102 @@ class _StarHub(Sum):
     Receiving whoever is ready first, by a selector, was no faster for 4 ranks and slower for 8.
     """
 
+    def __init__(self, rank: int, channels: Sequence[Channel | None], payload: str, n: int) -> None:
+        super().__init__(rank, channels, payload, n)
+        frames = self.frames(1, n)
+        self.payload_row = frames.payloads[0]
+        self.receives = [new_exchange([], [(channel, frames[0])], frames.head) for _, channel in self.peers]
+        self.send = new_exchange([(channel, frames[0]) for _, channel in self.peers], [], frames.head)
+
     def __call__(self, x: Array) -> None:
-        codec = self.codec
-        for channel in self.peers:
-            channel.receive_frame(self.head, self.found, self.part, [])
-            x += codec.widen(self.part)
-        stored = codec.narrow(x)
-        sends: list[Rest] = []
-        for channel in self.peers:
-            self._start(sends, channel, self.head, stored)
-        if sends:
-            finish_sends(sends)
+        codec, row = self.codec, self.payload_row
+        for receive in self.receives:
+            receive()
+            x += codec.widen(row)
+        codec.narrow(x, row)
+        self.send()
         if not codec.exact:
-            np.copyto(x, codec.widen(stored))
+            np.copyto(x, codec.widen(row))
 
 
 class _StarLeaf(Sum):
     """A worker of the star."""
 
+    def __init__(self, rank: int, channels: Sequence[Channel | None], payload: str, n: int) -> None:
+        super().__init__(rank, channels, payload, n)
+        frames, (_, hub) = self.frames(2, n), self.peers[0]
+        self.sent, self.received = frames.payloads
+        self.exchange = new_exchange([(hub, frames[0])], [(hub, frames[1])], frames.head)
+
     def __call__(self, x: Array) -> None:
-        codec, hub = self.codec, self.peers[0]
-        sends: list[Rest] = []
-        self._start(sends, hub, self.head, codec.narrow(x))
-        if sends:
-            finish_sends(sends)
-        if codec.exact:
-            hub.receive_frame(self.head, self.found, x, [])
-        else:
-            hub.receive_frame(self.head, self.found, self.part, [])
-            np.copyto(x, codec.widen(self.part))
+        self.codec.narrow(x, self.sent)
+        self.exchange()
+        np.copyto(x, self.codec.widen(self.received))
 
 
 class _Direct(Sum):
     def __init__(self, rank: int, channels: Sequence[Channel | None], payload: str, n: int) -> None:
         super().__init__(rank, channels, payload, n)
-        self.total = np.empty(n if rank else 0, np.float32)
+        frames = self.frames(len(channels), n)
+        self.parts, self.mine = frames.payloads, frames.payloads[rank]
+        self.exchange = new_exchange(
+            [(channel, frames[rank]) for _, channel in self.targets],
+            [(channel, frames[r]) for r, channel in self.sources],
+            frames.head,
+        )
 
     def __call__(self, x: Array) -> None:
-        codec = self.codec
-        stored = codec.narrow(x)
-        sends: list[Rest] = []
-        for channel in self.successors:
-            self._start(sends, channel, self.head, stored)
-        if not codec.exact:
-            np.copyto(x, codec.widen(stored))
-        self._add_others(x, sends)
-        finish_sends(sends)
-
-    def _add_others(self, mine: Array, sends: list[Rest]) -> None:
-        """Makes `mine`, which an exact codec is sending, the sum of all ranks' parts, in rank order."""
-        part, total, mine_is_sent = self.part, self.total, self.codec.exact
-        for rank, channel in enumerate(self.channels):
-            if channel is not None:
-                channel.receive_frame(self.head, self.found, part, sends)
-                values = self.codec.widen(part)
-                if rank == 0:
-                    np.copyto(total, values)
-                elif rank < self.rank:
-                    total += values
-                else:
-                    mine += values
-            elif rank:
-                if mine_is_sent:
-                    finish_sends(sends)
-                np.add(total, mine, out=mine)
-            elif mine_is_sent:
-                finish_sends(sends)
+        self.codec.narrow(x, self.mine)
+        self.exchange()
+        sum_in_rank_order(self.codec.widen(self.parts), x)
 
 
 class _Scatter(Sum):
     """Receives in the order in which the parts come, as all ranks begin with their successors.
 
     So what came first is in its place when the last comes, which takes two thirds of the time above the bound
-    that receiving in rank order takes, or the last one first (8 ranks, 1 ms); the sum is made in rank order.
+    that receiving in rank order takes, or the last one first (8 ranks, 1 ms). Zeros behind x make all chunks
+    one size.
     """
 
     def __init__(self, rank: int, channels: Sequence[Channel | None], payload: str, n: int) -> None:
         super().__init__(rank, channels, payload, n)
-        bounds = [n * r // len(channels) for r in range(len(channels) + 1)]
-        self.chunks = [slice(*pair) for pair in itertools.pairwise(bounds)]
-        self.heads = [self._head(chunk.stop - chunk.start) for chunk in self.chunks]
-        # In rank order, and each by itself.
-        self.stack = np.empty((len(channels), bounds[rank + 1] - bounds[rank]), self.codec.dtype)
-        self.parts = list(self.stack)
-        by_channel = {channel: r for r, channel in enumerate(channels)}
-        self.targets = [(by_channel[channel], channel) for channel in self.successors]
-        self.sources = self.targets[::-1]
+        world_size = len(channels)
+        size = -(-n // world_size)
+        parts, chunks = self.frames(world_size, size), self.frames(world_size, size)
+        self.parts, self.chunks = parts.payloads, chunks.payloads
+        self.total = np.empty(size, np.float32)
+        self.padded = np.zeros(parts.payloads.size, np.float32)
+        self.scatter = new_exchange(
+            [(channel, chunks[r]) for r, channel in self.targets],
+            [(channel, parts[r]) for r, channel in self.sources],
+            parts.head,
+        )
+        self.gather = new_exchange(
+            [(channel, chunks[rank]) for _, channel in self.targets],
+            [(channel, chunks[r]) for r, channel in self.sources],
+            parts.head,
+        )
+        if self.codec.exact:
+            self.whole = new_summed_exchange(self.scatter, self.parts, self.chunks[rank], self.gather)
 
     def __call__(self, x: Array) -> None:
-        codec, chunks, heads = self.codec, self.chunks, self.heads
-        stored = codec.narrow(x)
-        mine, my_head = x[chunks[self.rank]], heads[self.rank]
-        sends: list[Rest] = []
-        for rank, channel in self.targets:
-            self._start(sends, channel, heads[rank], stored[chunks[rank]])
-        np.copyto(self.parts[self.rank], stored[chunks[self.rank]])
-        for rank, channel in self.sources:
-            channel.receive_frame(my_head, self.found, self.parts[rank], sends)
+        codec, rank, fits = self.codec, self.rank, x.size == self.chunks.size
+        if not fits:
+            self.padded[: x.size] = x
+        rows = (x if fits else self.padded).reshape(self.chunks.shape)
+        codec.narrow(rows, self.chunks)
+        np.copyto(self.parts[rank], self.chunks[rank])
         if codec.exact:
-            np.add.reduce(self.stack, axis=0, out=mine)  # row by row: in rank order
+            self.whole()
         else:
-            np.copyto(mine, codec.widen(self.parts[0]))
-            for part in self.parts[1:]:
-                mine += codec.widen(part)
-        if sends:  # before the other chunks, which are being sent, are overwritten
-            finish_sends(sends)
-        summed = codec.narrow(mine)
-        for _, channel in self.targets:
-            self._start(sends, channel, my_head, summed)
-        if not codec.exact:
-            np.copyto(mine, codec.widen(summed))
-        for rank, channel in self.sources:
-            chunk = x[chunks[rank]]
-            if codec.exact:
-                channel.receive_frame(heads[rank], self.found, chunk, sends)
-            else:
-                part = self.part[: len(chunk)]
-                channel.receive_frame(heads[rank], self.found, part, sends)
-                np.copyto(chunk, codec.widen(part))
-        if sends:
-            finish_sends(sends)
+            self.scatter()
+            sum_in_rank_order(codec.widen(self.parts), self.total)
+            codec.narrow(self.total, self.chunks[rank])
+            self.gather()
+        np.copyto(rows, codec.widen(self.chunks))
+        if not fits:
+            np.copyto(x, self.padded[: x.size])
 
 
 def new_sum(way: str, rank: int, channels: Sequence[Channel | None], payload: str, n: int) -> Sum:
