@@ -62,10 +62,13 @@ static int take_in(int sock, int first, int room, const int32_t *targets, int64_
     return n < 0 ? 0 : n;
 }
 
-/* Never returns. `told` counts the packets that were passed on, and the seconds that they were late in all. */
+/* Never returns. Packets go out sooner by what they would be late otherwise, 30 to 50 us in the mean, so that in the
+ * mean they are held as long as they should. `told` counts the packets that were passed on, and the seconds that they
+ * were late in all. */
 void relay(int sock, const int32_t *targets, int64_t hold_ns, volatile double *told) {
     int first = 0, n_held = 0; /* in a ring */
     int64_t read_ns = 0, now;
+    double lead_ns = 0;
     for (;;) {
         if (n_held == 0) {
             first = 0; /* its memory is still in the cache */
@@ -83,17 +86,22 @@ void relay(int sock, const int32_t *targets, int64_t hold_ns, volatile double *t
         }
         now = now_ns();
         int n = 0;
-        while (n < n_held && first + n < SLOTS && ring.due_ns[first + n] <= now) n++;
+        while (n < n_held && first + n < SLOTS && ring.due_ns[first + n] <= now + (int64_t)lead_ns) n++;
         if (n) {
             n = sendmmsg(sock, ring.messages + first, n, MSG_DONTWAIT);
             if (n <= 0) n = 1; /* a full queue lost it */
             now = now_ns();
-            for (int i = 0; i < n; i++) told[1] += (now - ring.due_ns[first + i]) / 1e9;
+            for (int i = 0; i < n; i++) {
+                double late_ns = now - ring.due_ns[first + i];
+                told[1] += late_ns / 1e9;
+                lead_ns += late_ns / 256;
+            }
+            lead_ns = lead_ns < 0 ? 0 : lead_ns > NAP_NS ? NAP_NS : lead_ns;
             told[0] += n;
             first = (first + n) % SLOTS;
             n_held -= n;
         } else if (n_held) {
-            int64_t wait_ns = ring.due_ns[first], look_ns = read_ns + hold_ns / 4 + 1;
+            int64_t wait_ns = ring.due_ns[first] - (int64_t)lead_ns, look_ns = read_ns + hold_ns / 4 + 1;
             wait_ns = (wait_ns < look_ns ? wait_ns : look_ns) - now;
             struct timespec nap = {.tv_nsec = wait_ns < 0 ? 0 : wait_ns < NAP_NS ? wait_ns : NAP_NS};
             nanosleep(&nap, NULL);

@@ -6,7 +6,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-enum { RANKS = 3, HEAD = 17, N = 100001, ROUNDS = 5, BYTES = HEAD + 3 + 4 * N };
+enum { RANKS = 3, HEAD = 17, N = 100001, TOTAL = RANKS * N - 2, ROUNDS = 5, BYTES = HEAD + 3 + 4 * N };
 
 static int sockets[RANKS][RANKS];
 static const char head[HEAD] = "sixteen bytes...";
@@ -24,19 +24,20 @@ static void *rank_of(void *number) {
         parts_in[n] = (Transfer){sockets[rank][r], parts + r * BYTES + 3, BYTES - 3, 0};
         chunks_in[n++] = (Transfer){sockets[rank][r], chunks + r * BYTES + 3, BYTES - 3, 0};
     }
-    Exchange first = {scattered, parts_in, head, n, n, HEAD, 0, 0, 0, 0}, second = {gathered, chunks_in, head, n, n, HEAD, 0, 0, 0, 0};
+    Exchange scatter = {scattered, parts_in, head, n, n, HEAD, 0, 0, 0, 0};
+    Exchange gather = {gathered, chunks_in, head, n, n, HEAD, 0, 0, 0, 0};
+    Rows part_rows = {parts + HEAD + 3, BYTES, RANKS, N}, chunk_rows = {chunks + HEAD + 3, BYTES, RANKS, N};
+    float *x = malloc(TOTAL * sizeof *x);
     for (int round = 0; round < ROUNDS; round++) {
-        for (int r = 0; r < RANKS; r++)
-            for (int j = 0; j < N; j++) ((float *)(chunks + r * BYTES + HEAD + 3))[j] = rank + r * 10 + j % 7 + round;
-        memcpy(parts + rank * BYTES, chunks + rank * BYTES, BYTES);
-        float *total = (float *)(chunks + rank * BYTES + HEAD + 3);
-        int outcome = exchange_sum(&first, parts + HEAD + 3, BYTES, RANKS, N, total, &second, 1);
-        while (outcome == INTERRUPTED) outcome = exchange_sum(&first, parts + HEAD + 3, BYTES, RANKS, N, total, &second, 0);
+        for (int j = 0; j < TOTAL; j++) x[j] = rank + j % 7 + round;
+        int outcome = INTERRUPTED;
+        for (int begin = 1; outcome == INTERRUPTED; begin = 0)
+            outcome = exchange_sum(&scatter, &gather, &part_rows, &chunk_rows, rank, x, TOTAL, begin);
         if (outcome) return "it failed";
-        for (int r = 0; r < RANKS; r++)
-            for (int j = 0; j < N; j++)
-                if (((float *)(chunks + r * BYTES + HEAD + 3))[j] != 3 + 3 * (r * 10 + j % 7 + round)) return "a sum is wrong";
+        for (int j = 0; j < TOTAL; j++)
+            if (x[j] != 3 + 3 * (j % 7 + round)) return "a sum is wrong";
     }
+    free(x);
     free(parts);
     free(chunks);
     return NULL;

@@ -1,4 +1,4 @@
-"""Frames exchanged over socket pairs, by Python and by exchange.c: what can go wrong, and signals."""
+"""Exchanges and scattered sums over socket pairs, by Python and by exchange.c: failures and signals too."""
 
 import contextlib
 import itertools
@@ -13,14 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from tpilite.errors import PeerLost, ProtocolError
 from tpilite.net import compiled, wire
 from tpilite.net.channel import Channel
-from tpilite.net.compiled import CompiledExchange, CompiledSummedExchange
-from tpilite.net.exchange import Exchange, Frames, SummedExchange, sum_in_rank_order
+from tpilite.net.compiled import CompiledExchange
+from tpilite.net.exchange import Exchange, Frames
+from tpilite.net.sums import new_sum, sum_in_rank_order
 
 _LIBRARY = compiled.load()
 _SOURCE = Path(compiled.__file__).with_name("exchange.c")
@@ -258,76 +257,107 @@ def test_a_sum_in_rank_order_adds_no_pairs(n):
     assert (total == 2**24).all()
 
 
-def summed(new, channel, peer_frames, n_parts, n):
-    """A sum between two exchanges with one peer, which has sent `peer_frames`."""
-    head = wire.encode(wire.Reduce("f32"), 4 * n)
-    frames = Frames(head, n_parts + 2, n, np.float32)
-    parts, total = frames.payloads[:n_parts], frames.payloads[n_parts]
-    parts[:] = np.random.default_rng(n).standard_normal((n_parts, n)) * np.logspace(-4, 4, n_parts)[:, None]
-    first = new([], [(channel, frames[0])], head)
-    second = new([(channel, frames[n_parts])], [(channel, frames[n_parts + 1])], head)
-    cls = SummedExchange if new is Exchange else CompiledSummedExchange
-    peer_frames(head)
-    cls(first, parts, total, second)()
-    return parts, total, frames.payloads[n_parts + 1]
+both_sums = pytest.mark.parametrize("by_c", [False, pytest.param(True, marks=compiled_only)])
 
 
-@both
-@settings(max_examples=60, deadline=None)
-@given(n_parts=st.integers(1, 12), n=st.integers(1, 40) | st.sampled_from([256, 1000]))
-def test_the_sum_between_two_exchanges_is_in_rank_order(new, n_parts, n):
+class Peer:
+    """The socket of rank 1, in a sum of `n` numbers over two ranks of which rank 0 is ours."""
+
+    def __init__(self, sock, n):
+        self.sock = sock
+        size = -(-n // 2)
+        self.head = wire.encode(wire.Reduce("f32"), 4 * size)
+        self.frame_bytes = len(self.head) + 4 * size
+        self.part = np.arange(size, dtype=np.float32) / 3  # of our chunk
+        self.chunk = np.append(self.part[: n - size] * 5, np.zeros(2 * size - n, np.float32))
+
+    def send_part(self, factor=1):
+        self.sock.sendall(self.head + (self.part * np.float32(factor)).tobytes())
+
+    def send_chunk(self, factor=1):
+        self.sock.sendall(self.head + (self.chunk * np.float32(factor)).tobytes())
+
+    def sent_to_it(self):
+        """Our part of its chunk and our chunk, which must be all that was sent."""
+        frames = self.sock.recv(10 * self.frame_bytes, socket.MSG_DONTWAIT)
+        assert len(frames) == 2 * self.frame_bytes
+        return [
+            np.frombuffer(frame[len(self.head) :], np.float32)
+            for frame in (frames[: self.frame_bytes], frames[self.frame_bytes :])
+        ]
+
+
+@contextlib.contextmanager
+def a_sum_over_two(n, by_c):
     a, b = socket.socketpair()
-    sent = np.arange(2 * n, dtype=np.float32).reshape(2, n) / 3
     with contextlib.closing(Channel(a, "peer")) as channel, b:
-        parts, total, back = summed(
-            new, channel, lambda head: [b.sendall(head + row.tobytes()) for row in sent], n_parts, n
-        )
-        frame = b.recv(1 << 16, socket.MSG_DONTWAIT)
-    np.testing.assert_array_equal(parts[0], sent[0])
-    np.testing.assert_array_equal(back, sent[1])
-    expected = parts[0].copy()
-    for part in parts[1:]:
-        expected += part
-    np.testing.assert_array_equal(total.view(np.uint32), expected.view(np.uint32))
-    assert frame.endswith(expected.tobytes())
+        sum_up = new_sum("scatter", 0, [None, channel], "f32", n)
+        assert (sum_up.compiled is not None) == (_LIBRARY is not None)
+        if not by_c:
+            sum_up.compiled = None
+        yield sum_up, Peer(b, n)
 
 
-@both
+def check_sum(x, given, peer, first, second):
+    own, theirs = np.split(given, [len(peer.part)])
+    np.testing.assert_array_equal(x[: len(own)], own + peer.part * np.float32(first))
+    np.testing.assert_array_equal(x[len(own) :], (peer.chunk * np.float32(second))[: len(theirs)])
+    part, chunk = peer.sent_to_it()
+    np.testing.assert_array_equal(part[: len(theirs)], theirs)
+    assert not part[len(theirs) :].any()
+    np.testing.assert_array_equal(chunk, x[: len(own)])
+
+
+@both_sums
+@pytest.mark.parametrize("n", [1, 2, 5, 64, 1001])
+def test_a_scattered_sum(by_c, n):
+    given = np.random.default_rng(n).standard_normal(n).astype(np.float32)
+    with a_sum_over_two(n, by_c) as (sum_up, peer):
+        for first, second in ((2, 3), (4, 5)):  # a second time, with the same frames
+            peer.send_part(first)
+            peer.send_chunk(second)
+            x = given.copy()
+            sum_up(x)
+            check_sum(x, given, peer, first, second)
+
+
+@both_sums
 @pytest.mark.parametrize("which", [0, 1])
-def test_a_failure_of_either_exchange_around_a_sum(new, which, ends):
-    channel, b = ends
-
-    def peer_frames(head):
+def test_a_scattered_sum_whose_peer_ends(by_c, which):
+    with a_sum_over_two(10, by_c) as (sum_up, peer):
         for _ in range(which):
-            b.sendall(head + bytes(20))
-        b.sendall(head[:7])
-        b.shutdown(socket.SHUT_WR)
+            peer.send_part()
+        peer.sock.sendall(peer.head[:7])
+        peer.sock.shutdown(socket.SHUT_WR)
+        with pytest.raises(PeerLost, match="peer closed the connection after 7 of"):
+            sum_up(np.ones(10, np.float32))
 
-    with pytest.raises(PeerLost, match="peer closed the connection after 7 of"):
-        summed(new, channel, peer_frames, 2, 5)
+
+@both_sums
+def test_a_scattered_sum_on_a_closed_channel(by_c):
+    with a_sum_over_two(10, by_c) as (sum_up, _):
+        sum_up.peers[0][1].close()
+        with pytest.raises(PeerLost, match="this node closed the connection"):
+            sum_up(np.ones(10, np.float32))
 
 
-@both
-def test_signals_in_both_exchanges_around_a_sum(new, ends):
-    channel, b = ends
-    waiting, handled = [], []
+@both_sums
+def test_signals_in_both_exchanges_of_a_scattered_sum(by_c):
+    given = np.arange(9, dtype=np.float32)
+    with a_sum_over_two(9, by_c) as (sum_up, peer):
+        for _ in range(2):
+            x, handled = given.copy(), []
 
-    def handle():
-        handled.append(1)
-        if len(handled) in (3, 6):  # the first two come while nothing is there
-            b.sendall(waiting.pop(0))
+            def handle(handled=handled):
+                handled.append(1)
+                if len(handled) == 3:  # the first two come while nothing is there
+                    peer.send_part(3)
+                elif len(handled) == 6:
+                    peer.send_chunk(6)
 
-    def peer_frames(head):
-        waiting.extend(head + np.full(5, value, np.float32).tobytes() for value in (2, 3))
-
-    with at_a_signal(handle, 0.02, 0.02):
-        parts, total, back = summed(new, channel, peer_frames, 2, 5)
-    assert (parts[0] == 2).all()
-    np.testing.assert_array_equal(total, parts[0] + parts[1])
-    assert (back == 3).all()
-    frame = b.recv(1000)
-    assert len(frame) == len(wire.encode(wire.Reduce("f32"), 20)) + 20, "it is sent once"
-    assert frame.endswith(total.tobytes())
+            with at_a_signal(handle, 0.02, 0.02):
+                sum_up(x)
+            check_sum(x, given, peer, 3, 6)
 
 
 @compiled_only

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tpilite.library import load_library
+from tpilite.library import address, load_library
 from tpilite.packing import Packed
 
 logger = logging.getLogger(__name__)
@@ -102,21 +102,16 @@ class Products:
             self._panels = np.empty(n_panels, np.float32)
         pieces = (_Piece * len(products))(*(_piece(product) for product in products))
         self._library.products_multiply(
-            self._team, pieces, len(pieces), _address(x), n_x, n_cols, _address(self._panels)
+            self._team, pieces, len(pieces), address(x), n_x, n_cols, address(self._panels)
         )
 
 
 def _piece(product: Product) -> _Piece:
     rows, out = product
-    where, stride = _address(out), out.strides[0] // 4
+    where, stride = address(out), out.strides[0] // 4
     if isinstance(rows, Packed):
-        stored_apart = _address(rows.places), _address(rows.firsts), _address(rows.values)
+        stored_apart = address(rows.places), address(rows.firsts), address(rows.values)
         return _Piece(
-            _address(rows.words), where, rows.shape[0], stride, _PACKED, 2.0**rows.gap, *stored_apart
+            address(rows.words), where, rows.shape[0], stride, _PACKED, 2.0**rows.gap, *stored_apart
         )
-    return _Piece(_address(rows), where, rows.shape[0], stride, _DTYPES[rows.dtype], 1.0)
-
-
-def _address(array: NDArray[Any]) -> int:
-    address: int = array.__array_interface__["data"][0]
-    return address
+    return _Piece(address(rows), where, rows.shape[0], stride, _DTYPES[rows.dtype], 1.0)

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from tpilite.collective import Array
-from tpilite.library import load_library
+from tpilite.library import address, load_library
 from tpilite.net.channel import TlsChannel
-from tpilite.net.exchange import Exchange, SummedExchange, Transfer
+from tpilite.net.exchange import Exchange, Transfer
 
 
 class _Transfer(ctypes.Structure):
@@ -82,25 +82,32 @@ class CompiledExchange(Exchange):
         return channel.lost(error, (transfer.n_done, transfer.n_bytes))
 
 
-class CompiledSummedExchange(SummedExchange):
-    """The same in one call of `exchange.c`, float32."""
+class _Rows(ctypes.Structure):
+    _fields_ = (
+        ("rows", ctypes.c_void_p),
+        ("stride", ctypes.c_int64),
+        ("n_ranks", ctypes.c_int64),
+        ("size", ctypes.c_int64),
+    )
 
-    def __init__(self, first: CompiledExchange, parts: Array, total: Array, second: CompiledExchange) -> None:
-        super().__init__(first, parts, total, second)
-        assert parts.strides[1] == total.strides[0] == total.itemsize, "numbers lie side by side"
-        self._exchanges = first, second
-        self._args = (
-            ctypes.byref(first.state),
-            *(parts.ctypes.data, parts.strides[0], *parts.shape, total.ctypes.data),
-            ctypes.byref(second.state),
-        )
 
-    def __call__(self) -> None:
-        first, second = self._exchanges
-        if first.is_open() and second.is_open():
-            _complete(self._exchanges, first.library.exchange_sum, *self._args)
-        else:
-            super().__call__()
+class ScatteredSum:
+    """The scattered sum of `net.sums` in one call, float32: parts and chunks [world_size, size]."""
+
+    def __init__(
+        self, scatter: CompiledExchange, gather: CompiledExchange, parts: Array, chunks: Array, rank: int
+    ) -> None:
+        self._exchanges = scatter, gather
+        self._rows = [_Rows(address(rows), rows.strides[0], *rows.shape) for rows in (parts, chunks)]
+        pointers = (scatter.state, gather.state, *self._rows)
+        self._args = (*(ctypes.byref(pointer) for pointer in pointers), rank)
+
+    def is_open(self) -> bool:
+        return self._exchanges[0].is_open()  # the other's sockets are the same
+
+    def __call__(self, x: Array) -> None:
+        function = self._exchanges[0].library.exchange_sum
+        _complete(self._exchanges, function, *self._args, address(x), x.size)
 
 
 def _complete(exchanges: Sequence[CompiledExchange], function: Any, *args: Any) -> None:
@@ -115,7 +122,7 @@ def _complete(exchanges: Sequence[CompiledExchange], function: Any, *args: Any) 
 def _transfers(transfers: Sequence[Transfer]) -> Any:
     return (_Transfer * len(transfers))(
         *(
-            _Transfer(channel.fileno(), np.frombuffer(frame, np.uint8).ctypes.data, len(frame))
+            _Transfer(channel.fileno(), address(np.frombuffer(frame, np.uint8)), len(frame))
             for channel, frame in transfers
         )
     )
@@ -127,7 +134,7 @@ def load() -> ctypes.CDLL | None:
     pointer, size, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     functions = {
         "exchange_run": (flag, pointer, flag),
-        "exchange_sum": (flag, pointer, pointer, size, size, size, pointer, pointer, flag),
+        "exchange_sum": (flag, *[pointer] * 4, size, pointer, size, flag),
     }
     return load_library(Path(__file__).parent, "_exchange", functions)
 
@@ -140,8 +147,10 @@ def new_exchange(sends: Sequence[Transfer], receives: Sequence[Transfer], head: 
     return CompiledExchange(library, sends, receives, head)
 
 
-def new_summed_exchange(first: Exchange, parts: Array, total: Array, second: Exchange) -> SummedExchange:
-    """The fastest there is for these exchanges."""
-    if isinstance(first, CompiledExchange) and isinstance(second, CompiledExchange) and parts.dtype.isnative:
-        return CompiledSummedExchange(first, parts, total, second)
-    return SummedExchange(first, parts, total, second)
+def new_scattered_sum(
+    scatter: Exchange, gather: Exchange, parts: Array, chunks: Array, rank: int
+) -> ScatteredSum | None:
+    """None where it cannot be made."""
+    if not isinstance(scatter, CompiledExchange) or not isinstance(gather, CompiledExchange):
+        return None
+    return ScatteredSum(scatter, gather, parts, chunks, rank) if parts.dtype == np.float32 else None

@@ -1,4 +1,4 @@
-/* What `Exchange` and `SummedExchange` of exchange.py do, for sockets that are plain. */
+/* What `Exchange` of exchange.py and the scattered sum of sums.py do, for sockets that are plain. */
 
 #include <errno.h>
 #include <poll.h>
@@ -98,20 +98,42 @@ int exchange_run(Exchange *exchange, int begin) {
     return outcome;
 }
 
-/* Makes `first`, puts the sum of the parts, one after the other, into `total` and makes `second`; or goes on.
- * In one call, as the caches have forgotten Python by the time that the last part comes.
+/* The rows [n_ranks, size] that lie `stride` bytes apart, of which x [n] is the first numbers. */
+typedef struct {
+    char *rows;
+    int64_t stride, n_ranks, size;
+} Rows;
+
+static void copy(const Rows *rows, float *x, int64_t n, int out) {
+    for (int64_t r = 0; r < rows->n_ranks && r * rows->size < n; r++) {
+        int64_t left = n - r * rows->size, some = (left < rows->size ? left : rows->size) * sizeof *x;
+        char *row = rows->rows + r * rows->stride;
+        if (out) memcpy(x + r * rows->size, row, some);
+        else memcpy(row, x + r * rows->size, some);
+    }
+}
+
+/* Sums x [n] over the ranks, or goes on: its chunks are sent by `scatter`, which receives the parts of the chunk
+ * of `rank`; their sum, one after the other, is sent by `gather`, which receives the other chunks.
  */
-int exchange_sum(Exchange *first, const char *parts, int64_t stride, int64_t n_parts, int64_t n, float *total,
-                 Exchange *second, int begin) {
-    if (begin || !first->finished) {
-        int outcome = exchange_run(first, begin);
+int exchange_sum(Exchange *scatter, Exchange *gather, const Rows *parts, const Rows *chunks, int64_t rank, float *x,
+                 int64_t n, int begin) {
+    float *total = (float *)(chunks->rows + rank * chunks->stride);
+    if (begin) {
+        copy(chunks, x, n, 0);
+        memcpy(parts->rows + rank * parts->stride, total, parts->size * sizeof *total);
+    }
+    if (begin || !scatter->finished) {
+        int outcome = exchange_run(scatter, begin);
         if (outcome) return outcome;
-        memcpy(total, parts, n * sizeof *total);
-        for (int64_t i = 1; i < n_parts; i++) {
-            const float *part = (const float *)(parts + i * stride);
-            for (int64_t j = 0; j < n; j++) total[j] += part[j];
+        memcpy(total, parts->rows, parts->size * sizeof *total);
+        for (int64_t r = 1; r < parts->n_ranks; r++) {
+            const float *part = (const float *)(parts->rows + r * parts->stride);
+            for (int64_t j = 0; j < parts->size; j++) total[j] += part[j];
         }
         begin = 1;
     }
-    return exchange_run(second, begin);
+    int outcome = exchange_run(gather, begin);
+    if (!outcome) copy(chunks, x, n, 1);
+    return outcome;
 }

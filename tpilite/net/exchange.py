@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tpilite.collective import Array
 from tpilite.errors import ProtocolError
 from tpilite.net import wire
 from tpilite.net.channel import Channel
@@ -76,29 +75,6 @@ class Exchange:
             f"expected {_describe(self.head)} from {channel.peer}, found {found}; "
             "the nodes are out of step: start them again"
         )
-
-
-class SummedExchange:
-    """Makes `first`, puts the sum of `parts` in rank order into `total` and makes `second`."""
-
-    def __init__(self, first: Exchange, parts: Array, total: Array, second: Exchange) -> None:
-        self._first = first
-        self._parts = parts
-        self._total = total
-        self._second = second
-
-    def __call__(self) -> None:
-        self._first()
-        sum_in_rank_order(self._parts, self._total)
-        self._second()
-
-
-def sum_in_rank_order(parts: Array, total: Array) -> None:
-    """Puts the sum of `parts` [n_ranks, n] into `total` [n]."""
-    if parts.shape[1] > 1:
-        np.add.reduce(parts, axis=0, out=total)  # row by row
-    else:  # there it would add them in pairs
-        np.copyto(total, np.add.accumulate(parts)[-1])
 
 
 def _push(sends: list[Transfer], receiver: Channel | None) -> bool:

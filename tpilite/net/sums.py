@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from tpilite.collective import Array
 from tpilite.net import wire
 from tpilite.net.channel import Channel
-from tpilite.net.compiled import new_exchange, new_summed_exchange
-from tpilite.net.exchange import Frames, sum_in_rank_order
+from tpilite.net.compiled import new_exchange, new_scattered_sum
+from tpilite.net.exchange import Frames
 
 WAYS = ("star", "direct", "scatter")
 
@@ -202,26 +202,32 @@ class _Scatter(Sum):
             [(channel, chunks[r]) for r, channel in self.sources],
             parts.head,
         )
-        if self.codec.exact:
-            self.whole = new_summed_exchange(self.scatter, self.parts, self.chunks[rank], self.gather)
+        self.compiled = new_scattered_sum(self.scatter, self.gather, self.parts, self.chunks, rank)
 
     def __call__(self, x: Array) -> None:
+        if self.compiled is not None and self.compiled.is_open():
+            return self.compiled(x)
         codec, rank, fits = self.codec, self.rank, x.size == self.chunks.size
         if not fits:
             self.padded[: x.size] = x
         rows = (x if fits else self.padded).reshape(self.chunks.shape)
         codec.narrow(rows, self.chunks)
         np.copyto(self.parts[rank], self.chunks[rank])
-        if codec.exact:
-            self.whole()
-        else:
-            self.scatter()
-            sum_in_rank_order(codec.widen(self.parts), self.total)
-            codec.narrow(self.total, self.chunks[rank])
-            self.gather()
+        self.scatter()
+        sum_in_rank_order(codec.widen(self.parts), self.total)
+        codec.narrow(self.total, self.chunks[rank])
+        self.gather()
         np.copyto(rows, codec.widen(self.chunks))
         if not fits:
             np.copyto(x, self.padded[: x.size])
+
+
+def sum_in_rank_order(parts: Array, total: Array) -> None:
+    """Puts the sum of `parts` [n_ranks, n] into `total` [n]."""
+    if parts.shape[1] > 1:
+        np.add.reduce(parts, axis=0, out=total)  # row by row
+    else:  # there it would add them in pairs
+        np.copyto(total, np.add.accumulate(parts)[-1])
 
 
 def new_sum(way: str, rank: int, channels: Sequence[Channel | None], payload: str, n: int) -> Sum:
