@@ -9,7 +9,8 @@ their kernels: acknowledgements wait as long, and they and the headers use up th
 A bucket lets the first packets of a message pass at once, which would flatter us. The delay is therefore
 longer by as long as a full bucket takes at the rate: what is at least as long as the bucket (12 KB, over
 all its messages) comes when its last byte would, and what is shorter later. The delay counts from the
-kernel's time stamp; `lateness` tells how far the process lagged behind.
+kernel's time stamp, and is right in the mean: what would come late, the relay sends sooner; `lateness` tells
+what remained of that.
 
 Nothing here has a name outside of these processes, so whatever way they end, nothing is left.
 """
