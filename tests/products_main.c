@@ -1,12 +1,12 @@
 /* products.c below sanitizers, or on another processor: every kind of rows, one row of x and many, by one thread
- * and by three, against plain sums in double precision. */
+ * and by three, against plain sums in double precision. N_COLUMNS is given to the compiler. */
 
 #include "products.c"
 
 #include <math.h>
 #include <stdio.h>
 
-enum { N = 44, COLUMNS = 1037, X = 19 };
+enum { N = 44, COLUMNS = N_COLUMNS, X = 19 };
 
 static void *serve(void *team) {
     for (int64_t n = 0; n < 2;) n = products_serve(team, n);

@@ -68,7 +68,9 @@ def multiplied(found, x, *rows):
 def test_products_of_stored_rows(data):
     draw = data.draw
     rng = np.random.default_rng(draw(st.integers(0, 9)))
-    n_cols = draw(st.integers(1, 70) | st.integers(1, 1200) | st.sampled_from([511, 512, 513, 2048]))
+    n_cols = draw(
+        st.integers(1, 70) | st.integers(1, 1200) | st.sampled_from([511, 512, 513, 2048, 4097, 8200])
+    )
     x = rng.standard_normal((draw(st.sampled_from([1, 2, 3, 4, 5, 8, 9, 17, 255, 300])), n_cols), np.float32)
     rows = [
         stored(rng, dtype, (draw(st.integers(1, 100)), n_cols))
@@ -83,7 +85,9 @@ def test_products_of_stored_rows(data):
 @settings(max_examples=100, deadline=None)
 @given(
     seed=st.integers(0, 9),
-    shape=st.tuples(st.integers(1, 30).map(lambda n: 4 * n), st.integers(1, 1200)),
+    shape=st.tuples(
+        st.integers(1, 30).map(lambda n: 4 * n), st.integers(1, 1200) | st.sampled_from([4096, 4097, 8200])
+    ),
     t=st.sampled_from([1, 2, 3, 4, 9, 300]),
     n_small=st.integers(0, 20),
 )
@@ -116,10 +120,11 @@ def test_weights_that_are_stored_apart_stand_in_every_row_and_column():
 
 @compiled_only
 @pytest.mark.parametrize("t", [1, 3, 5])
-def test_what_else_is_computed_changes_no_bit(t):
+@pytest.mark.parametrize("n_cols", [777, 5007])
+def test_what_else_is_computed_changes_no_bit(t, n_cols):
     rng = np.random.default_rng(1)
-    rows = [stored(rng, dtype, (101, 777)) for dtype in ("bf16", "f16", "f32")]
-    x = rng.standard_normal((t, 777), np.float32)
+    rows = [stored(rng, dtype, (101, n_cols)) for dtype in ("bf16", "f16", "f32")]
+    x = rng.standard_normal((t, n_cols), np.float32)
     with products() as alone, products(4) as together:
         expected = [multiplied(alone, x, w)[0] for w in rows]
         for _ in range(20):
@@ -127,7 +132,7 @@ def test_what_else_is_computed_changes_no_bit(t):
                 multiplied(together, x, *rows, *rows[::-1]), expected + expected[::-1], strict=True
             ):
                 np.testing.assert_array_equal(y, z)
-        parts = [multiplied(together, x, w[:24], w[24:])[i] for w in rows for i in (0, 1)]
+        parts = [multiplied(together, x, w[:23], w[23:])[i] for w in rows for i in (0, 1)]
         for z, first, second in zip(expected, parts[::2], parts[1::2], strict=True):
             np.testing.assert_array_equal(np.hstack([first, second]), z)
 
@@ -218,12 +223,18 @@ def assert_right(*command):
     assert done.stdout == "3 threads agree with one\n"
 
 
+_NARROW_AND_WIDE = pytest.mark.parametrize("n_cols", [1037, 4111])
+
+
+@_NARROW_AND_WIDE
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
-def test_no_sanitizer_finds_anything(sanitizer, tmp_path):
-    assert_right(built(tmp_path, "cc", "-O1", "-g", f"-fsanitize={sanitizer}"))
+def test_no_sanitizer_finds_anything(sanitizer, n_cols, tmp_path):
+    assert_right(built(tmp_path, "cc", "-O1", "-g", f"-DN_COLUMNS={n_cols}", f"-fsanitize={sanitizer}"))
 
 
-def test_they_are_right_on_a_raspberry_pi(tmp_path):
+@_NARROW_AND_WIDE
+def test_they_are_right_on_a_raspberry_pi(n_cols, tmp_path):
     if shutil.which("qemu-aarch64") is None:
         pytest.skip("there is no qemu-aarch64")
-    assert_right("qemu-aarch64", built(tmp_path, "aarch64-linux-gnu-gcc", "-O3", "-static"))
+    program = built(tmp_path, "aarch64-linux-gnu-gcc", "-O3", "-static", f"-DN_COLUMNS={n_cols}")
+    assert_right("qemu-aarch64", program)

@@ -195,22 +195,35 @@ INLINE float total(Floats v) {
     return lanes[0];
 }
 
-/* Two sums side by side, as each addition waits for the one before it. Vector v of a row belongs to sum v % 2,
- * of packed rows too: so the bits are the same. */
-INLINE float dot(int64_t dtype, const char *row, const float *x, int64_t n_cols) {
-    Floats sums[2] = {{0}};
+/* Of how many columns x may be for the first-level cache to hold it beside the weights that pass through, and how
+ * many rows meet each number of a longer one, which comes from the next cache then: with 8192 columns, one row at a
+ * time took twice as long. With shorter ones it is more rows that take longer, as their weights lie apart. */
+enum { CACHED_COLUMNS = 4096, ROWS_TOGETHER = 6 };
+
+/* Of each row two sums side by side, as each addition waits for the one before it. Vector v of a row belongs to sum
+ * v % 2, of packed rows too: so the bits are the same. */
+INLINE void dots_of(int64_t dtype, int n, const Piece *piece, int64_t i, const float *x, int64_t n_cols) {
+    const char *row[ROWS_TOGETHER];
+    Floats sums[ROWS_TOGETHER][2] = {{{0}}};
     int64_t j = 0, last = n_cols / LANES % 2;
-    for (; j + 2 * LANES <= n_cols; j += 2 * LANES) {
-        sums[0] += weights(dtype, row, j) * load(x + j);
-        sums[1] += weights(dtype, row, j + LANES) * load(x + j + LANES);
-    }
-    if (last) sums[0] += weights(dtype, row, j) * load(x + j), j += LANES;
-    if (j < n_cols) sums[last] += last_weights(dtype, row, n_cols, j) * last_floats(x, n_cols, j);
-    return total(sums[0] + sums[1]);
+    for (int r = 0; r < n; r++) row[r] = row_of(piece, i + r, n_cols);
+    for (; j + 2 * LANES <= n_cols; j += 2 * LANES)
+        for (int r = 0; r < n; r++) {
+            sums[r][0] += weights(dtype, row[r], j) * load(x + j);
+            sums[r][1] += weights(dtype, row[r], j + LANES) * load(x + j + LANES);
+        }
+    for (int r = 0; last && r < n; r++) sums[r][0] += weights(dtype, row[r], j) * load(x + j);
+    j += last * LANES;
+    for (int r = 0; j < n_cols && r < n; r++)
+        sums[r][last] += last_weights(dtype, row[r], n_cols, j) * last_floats(x, n_cols, j);
+    for (int r = 0; r < n; r++) piece->out[i + r] = total(sums[r][0] + sums[r][1]);
 }
 
 INLINE void dots(int64_t dtype, const Piece *piece, int64_t start, int64_t stop, const float *x, int64_t n_cols) {
-    for (int64_t i = start; i < stop; i++) piece->out[i] = dot(dtype, row_of(piece, i, n_cols), x, n_cols);
+    int64_t i = start;
+    if (n_cols > CACHED_COLUMNS)
+        for (; i + ROWS_TOGETHER <= stop; i += ROWS_TOGETHER) dots_of(dtype, ROWS_TOGETHER, piece, i, x, n_cols);
+    for (; i < stop; i++) dots_of(dtype, 1, piece, i, x, n_cols);
 }
 
 INLINE void add_packed(const Piece *piece, int64_t i, int64_t n_cols, int64_t at, Apart *apart, Floats columns,
@@ -248,23 +261,33 @@ static void one_row(const Piece *piece, int64_t start, int64_t stop, const float
 
 #define FEW 4 /* or fewer would leave tiles mostly empty */
 
-/* Each weight is widened once and meets all rows of x, which stay in the cache: one sum for each of them. */
+#define FEW_TOGETHER 3 /* rows of weights: as many sums of each row of x, which comes from the second cache, fit */
+
+/* Each weight is widened once and meets all rows of x: one sum for each of them. */
+INLINE void few_dots_of(int64_t dtype, int n, int n_x, const Piece *piece, int64_t i, const float *x,
+                        int64_t n_cols) {
+    const char *row[FEW_TOGETHER];
+    Floats sums[FEW_TOGETHER][FEW] = {{{0}}}, w[FEW_TOGETHER];
+    int64_t j = 0;
+    for (int r = 0; r < n; r++) row[r] = row_of(piece, i + r, n_cols);
+    for (; j + LANES <= n_cols; j += LANES) {
+        for (int r = 0; r < n; r++) w[r] = weights(dtype, row[r], j);
+        for (int t = 0; t < n_x; t++)
+            for (int r = 0; r < n; r++) sums[r][t] += w[r] * load(x + t * n_cols + j);
+    }
+    for (int r = 0; j < n_cols && r < n; r++) {
+        w[r] = last_weights(dtype, row[r], n_cols, j);
+        for (int t = 0; t < n_x; t++) sums[r][t] += w[r] * last_floats(x + t * n_cols, n_cols, j);
+    }
+    for (int r = 0; r < n; r++)
+        for (int t = 0; t < n_x; t++) piece->out[t * piece->out_stride + i + r] = total(sums[r][t]);
+}
+
 INLINE void few_dots(int64_t dtype, int n_x, const Piece *piece, int64_t start, int64_t stop, const float *x,
                      int64_t n_cols) {
-    for (int64_t i = start; i < stop; i++) {
-        const char *row = row_of(piece, i, n_cols);
-        Floats sums[FEW] = {{0}};
-        int64_t j = 0;
-        for (; j + LANES <= n_cols; j += LANES) {
-            Floats w = weights(dtype, row, j);
-            for (int t = 0; t < n_x; t++) sums[t] += w * load(x + t * n_cols + j);
-        }
-        if (j < n_cols) {
-            Floats w = last_weights(dtype, row, n_cols, j);
-            for (int t = 0; t < n_x; t++) sums[t] += w * last_floats(x + t * n_cols, n_cols, j);
-        }
-        for (int t = 0; t < n_x; t++) piece->out[t * piece->out_stride + i] = total(sums[t]);
-    }
+    int64_t i = start;
+    for (; i + FEW_TOGETHER <= stop; i += FEW_TOGETHER) few_dots_of(dtype, FEW_TOGETHER, n_x, piece, i, x, n_cols);
+    for (; i < stop; i++) few_dots_of(dtype, 1, n_x, piece, i, x, n_cols);
 }
 
 static void few_packed_dots(int64_t n_x, const Piece *piece, int64_t start, int64_t stop, const float *x,
