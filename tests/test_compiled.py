@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from c_programs import assert_prints, built
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -204,23 +205,8 @@ def test_a_processor_without_the_instructions_is_left_to_numpy(tmp_path):
     assert compiled.load(tmp_path) is None
 
 
-def built(tmp_path, compiler, *options):
-    """products.c below a main function of its own, with memory that ends where it should."""
-    if shutil.which(compiler) is None:
-        pytest.skip(f"there is no {compiler}")
-    main, program = Path(__file__).with_name("products_main.c"), tmp_path / "products"
-    command = [compiler, "-pthread", f"-I{_SOURCE.parent}", *options, main, "-lm", "-o", program]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode and "sanitize" in done.stderr:
-        pytest.skip("this compiler has no such sanitizer")
-    assert done.returncode == 0, done.stderr
-    return program
-
-
 def assert_right(*command):
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout == "3 threads agree with one\n"
+    assert_prints("3 threads agree with one\n", *command)
 
 
 _NARROW_AND_WIDE = pytest.mark.parametrize("n_cols", [1037, 4111])
@@ -229,12 +215,31 @@ _NARROW_AND_WIDE = pytest.mark.parametrize("n_cols", [1037, 4111])
 @_NARROW_AND_WIDE
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
 def test_no_sanitizer_finds_anything(sanitizer, n_cols, tmp_path):
-    assert_right(built(tmp_path, "cc", "-O1", "-g", f"-DN_COLUMNS={n_cols}", f"-fsanitize={sanitizer}"))
+    assert_right(
+        built(
+            tmp_path,
+            _SOURCE,
+            "products_main.c",
+            "cc",
+            "-O1",
+            "-g",
+            f"-DN_COLUMNS={n_cols}",
+            f"-fsanitize={sanitizer}",
+        )
+    )
 
 
 @_NARROW_AND_WIDE
 def test_they_are_right_on_a_raspberry_pi(n_cols, tmp_path):
     if shutil.which("qemu-aarch64") is None:
         pytest.skip("there is no qemu-aarch64")
-    program = built(tmp_path, "aarch64-linux-gnu-gcc", "-O3", "-static", f"-DN_COLUMNS={n_cols}")
+    program = built(
+        tmp_path,
+        _SOURCE,
+        "products_main.c",
+        "aarch64-linux-gnu-gcc",
+        "-O3",
+        "-static",
+        f"-DN_COLUMNS={n_cols}",
+    )
     assert_right("qemu-aarch64", program)

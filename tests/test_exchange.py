@@ -2,10 +2,8 @@
 
 import contextlib
 import itertools
-import shutil
 import signal
 import socket
-import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from c_programs import assert_prints, built
 
 from tpilite.errors import PeerLost, ProtocolError
 from tpilite.net import compiled, wire
@@ -362,13 +361,5 @@ def test_signals_in_both_exchanges_of_a_scattered_sum(by_c):
 
 @compiled_only
 def test_below_sanitizers(tmp_path):
-    if shutil.which("cc") is None:
-        pytest.skip("there is no compiler now")
-    program = tmp_path / "exchange"
-    options = ["-fsanitize=address,undefined", "-fno-sanitize-recover", "-g", "-O1", "-pthread"]
-    files = [f"-I{_SOURCE.parent}", "-o", program, Path(__file__).with_name("exchange_main.c")]
-    built = subprocess.run(["cc", *options, *files], capture_output=True, text=True, check=False)
-    if built.returncode:
-        pytest.skip(f"the compiler has no such sanitizers: {built.stderr:.200}")
-    done = subprocess.run([program], capture_output=True, text=True, timeout=120, check=False)
-    assert done.stdout == "right\n", done.stderr
+    options = ["-fsanitize=address,undefined", "-fno-sanitize-recover", "-g", "-O1"]
+    assert_prints("right\n", built(tmp_path, _SOURCE, "exchange_main.c", "cc", *options))
