@@ -25,7 +25,7 @@ from tpilite.collective import Array, Message
 from tpilite.errors import ConfigError, PeerLost, ProtocolError, TpiliteError
 from tpilite.net import wire
 from tpilite.net.channel import Channel
-from tpilite.net.compiled import new_exchange
+from tpilite.net.exchange import Exchange
 from tpilite.net.sums import CODECS, WAYS, Sum, new_sum
 
 log = logging.getLogger(__name__)
@@ -355,7 +355,7 @@ class RankZero(Group):
 
     def _to_all(self, head: bytes, array: NDArray[Any] | None) -> None:
         frame = memoryview(head if array is None else b"".join((head, array.data)))
-        new_exchange([(self.channel(r), frame) for r in range(1, self.world_size)], [], head)()
+        Exchange([(self.channel(r), frame) for r in range(1, self.world_size)], [], head)()
 
 
 class Worker(Group):
