@@ -261,7 +261,7 @@ static void one_row(const Piece *piece, int64_t start, int64_t stop, const float
 
 #define FEW 4 /* or fewer would leave tiles mostly empty */
 
-#define FEW_TOGETHER 3 /* rows of weights: as many sums of each row of x, which comes from the second cache, fit */
+#define FEW_TOGETHER 3 /* rows of weights meet what is loaded of x; their FEW_TOGETHER * FEW sums fill the registers */
 
 /* Each weight is widened once and meets all rows of x: one sum for each of them. */
 INLINE void few_dots_of(int64_t dtype, int n, int n_x, const Piece *piece, int64_t i, const float *x,

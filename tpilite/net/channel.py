@@ -107,7 +107,8 @@ class Channel:
         head = wire.encode(header, 0 if payload is None else payload.nbytes)
         frame = memoryview(head if payload is None else b"".join((head, payload.data)))
         while frame := frame[self.send_now(frame) :]:
-            if not self.wait_writable(deadline_s):
+            timeout_s = None if deadline_s is None else deadline_s - time.monotonic()
+            if not self._poll(select.POLLOUT, timeout_s):
                 raise PeerLost(f"{self.peer} was silent for too long: it takes no more bytes")
 
     def receive(self, deadline_s: float | None = None) -> tuple[wire.Header, memoryview]:
@@ -131,9 +132,6 @@ class Channel:
     def wait_readable(self, timeout_s: float) -> bool:
         """Whether something can be read (the connection's end included) within this time."""
         return self._poll(select.POLLIN, timeout_s)
-
-    def wait_writable(self, deadline_s: float | None = None) -> bool:
-        return self._poll(select.POLLOUT, None if deadline_s is None else deadline_s - time.monotonic())
 
     def lost(self, error: OSError | None, where: Progress) -> PeerLost:
         """What to raise for this error of a system call on the socket, or for the connection's end."""

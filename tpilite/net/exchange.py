@@ -17,7 +17,7 @@ from tpilite.net.channel import Channel
 
 Transfer = tuple[Channel, memoryview]  # a frame, or what is left of it, and who it goes to or comes from
 
-_ALIGNMENT = 64  # of the first payload: a cache line
+_ALIGNMENT = 64  # of a payload in its row, so that its numbers lie where numbers of their type should
 
 
 class Frames:
