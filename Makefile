@@ -16,7 +16,7 @@ lint: .venv/linted
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
-.venv/installed: .venv/bin/python setup.cfg setup.py pyproject.toml tpilite/products.c tpilite/net/exchange.c
+.venv/installed: .venv/bin/python setup.cfg setup.py pyproject.toml tpilite/native/products.c tpilite/native/exchange.c
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 

@@ -5,13 +5,16 @@ from setuptools import Extension, setup
 setup(
     ext_modules=[
         Extension(
-            "tpilite._products",
-            ["tpilite/products.c"],
+            "tpilite.native._products",
+            ["tpilite/native/products.c"],
             extra_compile_args=["-O3", "-pthread"],
             optional=True,
         ),
         Extension(
-            "tpilite.net._exchange", ["tpilite/net/exchange.c"], extra_compile_args=["-O3"], optional=True
+            "tpilite.native._exchange",
+            ["tpilite/native/exchange.c"],
+            extra_compile_args=["-O3"],
+            optional=True,
         ),
     ]
 )

@@ -41,7 +41,7 @@ def tpilite(folder: Path, threads: int) -> Tokens:
 
 def tpilite_numpy(folder: Path, threads: int) -> Tokens:
     """As if there had been no compiler when it was installed."""
-    from tpilite import compiled
+    from tpilite.native import products as compiled
 
     compiled.load = lambda: None
     return tpilite(folder, threads)

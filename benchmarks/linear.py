@@ -32,8 +32,8 @@ from numpy.typing import NDArray
 
 from tpilite.blas import limit_blas_threads
 from tpilite.config import LlamaConfig
-from tpilite.linear import Linear, Matrix
-from tpilite.plans import WAYS
+from tpilite.linear.linear import Linear, Matrix
+from tpilite.linear.plans import WAYS
 
 N_LAYERS = 4
 MAX_WAIT = 0.03

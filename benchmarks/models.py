@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tpilite.config import LlamaConfig, RopeScaling
-from tpilite.partition import LM_HEAD, tensor_shapes
-from tpilite.tensor_file import write_tensor_file
+from tpilite.weights.partition import LM_HEAD, tensor_shapes
+from tpilite.weights.tensor_file import write_tensor_file
 
 PRESETS = {
     "tinyllama-1.1b": LlamaConfig(

@@ -26,18 +26,18 @@ from engines import ONE_THREAD
 from models import PRESETS, add_model_options, model_of, write_model
 
 from tpilite.blas import limit_blas_threads
-from tpilite.checkpoint import Checkpoint
 from tpilite.collective import Solo
 from tpilite.config import LlamaConfig
-from tpilite.linear import Linear
-from tpilite.memory import peak_rss_bytes, rss_bytes
-from tpilite.model import Llama, Segment
-from tpilite.pager import PART_BYTES, Pager
-from tpilite.partition import EMBEDDING
-from tpilite.stats import disk_read_bytes
-from tpilite.tensor_file import StoredTensor
-from tpilite.uncached import UncachedFile, allocate, buffer_bytes
-from tpilite.weights import Embedding, assemble, mapped
+from tpilite.engine.stats import disk_read_bytes
+from tpilite.linear.linear import Linear
+from tpilite.machine import peak_rss_bytes, rss_bytes
+from tpilite.model.llama import Llama, Segment
+from tpilite.weights.assemble import Embedding, assemble, mapped
+from tpilite.weights.checkpoint import Checkpoint
+from tpilite.weights.pager import PART_BYTES, Pager
+from tpilite.weights.partition import EMBEDDING
+from tpilite.weights.tensor_file import StoredTensor
+from tpilite.weights.uncached import UncachedFile, allocate, buffer_bytes
 
 _SETTLED_AFTER = 24  # tokens
 MARGIN_BYTES = 60_000_000  # what the budget may be exceeded by

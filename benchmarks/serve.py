@@ -27,10 +27,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from tpilite.engine.sampling import SamplingParams
 from tpilite.llm import LLM
-from tpilite.sampling import SamplingParams
-from tpilite.server import Server, ServerConfig, serve
-from tpilite.service import Service
+from tpilite.serving.server import Server, ServerConfig, serve
+from tpilite.serving.service import Service
 
 # Each begins in its own way, so that no cache of the prompt before makes its first token come sooner.
 PROMPTS = ["Once upon a time", "One day a fox", "The old house", "In the forest", "A little girl", "Long ago"]

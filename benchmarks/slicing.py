@@ -23,9 +23,9 @@ from pathlib import Path
 
 from models import add_model_options, model_of
 
-from tpilite.checkpoint import Checkpoint
-from tpilite.partition import Partition
-from tpilite.slices import ensure_slices
+from tpilite.weights.checkpoint import Checkpoint
+from tpilite.weights.partition import Partition
+from tpilite.weights.slices import ensure_slices
 
 _BUFFER_BYTES = 4 << 20
 

@@ -18,11 +18,11 @@ import tempfile
 import time
 from pathlib import Path
 
+from tpilite.cluster.slice_client import fetch_slices
+from tpilite.cluster.slice_server import SliceServer
 from tpilite.config import LlamaConfig
-from tpilite.net.slice_client import fetch_slices
-from tpilite.net.slice_server import SliceServer
-from tpilite.partition import Partition
-from tpilite.slices import FileEntry, Manifest, node_folder
+from tpilite.weights.partition import Partition
+from tpilite.weights.slices import FileEntry, Manifest, node_folder
 
 TOKEN = "benchmark"
 N_LAYERS = 4

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
 
-from tpilite.checkpoint import Checkpoint
-from tpilite.partition import LM_HEAD
+from tpilite.weights.checkpoint import Checkpoint
+from tpilite.weights.partition import LM_HEAD
 
 _NAMES = {
     "model.embed_tokens": "token_embd",

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tpilite.config import LlamaConfig
-from tpilite.partition import LM_HEAD, tensor_shapes
-from tpilite.tensor_file import DTYPES, write_tensor_file
+from tpilite.weights.partition import LM_HEAD, tensor_shapes
+from tpilite.weights.tensor_file import DTYPES, write_tensor_file
 
 
 def tiny_config(**changes: Any) -> LlamaConfig:

@@ -13,10 +13,10 @@ import sentencepiece
 from checkpoints import tiny_config, write_checkpoint
 
 from tpilite.llm import LLM, Session
-from tpilite.partition import LM_HEAD
-from tpilite.server import Server, ServerConfig
-from tpilite.service import Service
-from tpilite.tensor_file import TensorFile
+from tpilite.serving.server import Server, ServerConfig
+from tpilite.serving.service import Service
+from tpilite.weights.partition import LM_HEAD
+from tpilite.weights.tensor_file import TensorFile
 
 N_PIECES = 400
 SENTENCES = [

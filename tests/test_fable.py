@@ -15,7 +15,7 @@ import pytest
 import sentencepiece
 
 ROOT = Path(__file__).resolve().parents[1]
-MODEL = ROOT / "tpilite" / "models" / "fable"
+MODEL = ROOT / "tpilite" / "shipped" / "fable"
 MAX_BYTES = 4_000_000
 
 

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from checkpoints import tiny_config, write_checkpoint
 
-from tpilite import LLM, SamplingParams, rank
+from tpilite import LLM, SamplingParams
+from tpilite.engine import rank
 from tpilite.errors import CheckpointError, ConfigError
-from tpilite.models import find_model
+from tpilite.shipped import find_model
 
 GREEDY = SamplingParams(temperature=0, length=40)
 

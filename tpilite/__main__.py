@@ -2,6 +2,6 @@
 
 import sys
 
-from tpilite.cli import main
+from tpilite.cli.main import main
 
 sys.exit(main())

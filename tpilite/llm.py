@@ -18,19 +18,19 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
-from tpilite.chat import ChatFormat, chat_format
-from tpilite.checkpoint import Checkpoint
 from tpilite.collective import Solo
 from tpilite.config import EngineConfig, LlamaConfig
-from tpilite.engine import Engine, Recover
+from tpilite.engine.engine import Engine, Recover
+from tpilite.engine.rank import Rank
+from tpilite.engine.sampling import SamplingParams
+from tpilite.engine.sequence import Sequence
+from tpilite.engine.stats import Stats, Usage, measure
 from tpilite.errors import ConfigError
-from tpilite.memory import parse_size
-from tpilite.models import find_model
-from tpilite.rank import Rank
-from tpilite.sampling import SamplingParams
-from tpilite.sequence import Sequence
-from tpilite.stats import Stats, Usage, measure
-from tpilite.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
+from tpilite.machine import parse_size
+from tpilite.shipped import find_model
+from tpilite.text.chat import ChatFormat, chat_format
+from tpilite.text.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
+from tpilite.weights.checkpoint import Checkpoint
 
 Prompt = str | Items[int]
 Chat = Items[Mapping[str, str]]

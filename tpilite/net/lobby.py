@@ -28,8 +28,8 @@ from tpilite.errors import PeerLost, ProtocolError, TpiliteError
 from tpilite.net import wire
 from tpilite.net.auth import Security
 from tpilite.net.channel import Address, Channel
-from tpilite.net.door import HANDSHAKE_S, Door
 from tpilite.net.group import VERDICT_S, Control, RankLost, RankZero, check_options
+from tpilite.net.listener import HANDSHAKE_S, Door
 
 log = logging.getLogger(__name__)
 

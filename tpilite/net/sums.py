@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tpilite.collective import Array
+from tpilite.native.exchange import new_exchange, new_scattered_sum
 from tpilite.net import wire
 from tpilite.net.channel import Channel
-from tpilite.net.compiled import new_exchange, new_scattered_sum
 from tpilite.net.exchange import Frames
 
 WAYS = ("star", "direct", "scatter")

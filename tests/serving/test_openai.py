@@ -1,0 +1,339 @@
+"""OpenAI's API as functions, against the types of OpenAI's own client."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tpilite.engine.sampling import SamplingParams
+from tpilite.engine.sequence import TokenLogprob
+from tpilite.serving import openai as api
+from tpilite.serving.openai import ApiError, Head
+
+client = pytest.importorskip("openai", reason="needs OpenAI's client: pip install openai")
+
+from openai.types import Completion, Model  # noqa: E402  # where the client is missing, these are too
+from openai.types.chat import ChatCompletion, ChatCompletionChunk  # noqa: E402
+from openai.types.chat.completion_create_params import CompletionCreateParamsBase as ChatFields  # noqa: E402
+from openai.types.completion_create_params import CompletionCreateParamsBase as TextFields  # noqa: E402
+
+DEFAULTS = SamplingParams(p=0.8, k=7)
+HELLO = [{"role": "user", "content": "Hello"}]
+CHAT = {"model": "m", "messages": HELLO}
+TEXT = {"model": "m", "prompt": "Once"}
+CHAT_HEAD = Head("chatcmpl-1", 1234, "m", True)
+TEXT_HEAD = Head("cmpl-1", 1234, "m", False)
+
+
+def chat(**fields: Any) -> api.Request:
+    return api.parse_chat({**CHAT, **fields}, DEFAULTS)
+
+
+def text(**fields: Any) -> api.Request:
+    return api.parse_completion({**TEXT, **fields}, DEFAULTS)
+
+
+def refused(parse: Any, **fields: Any) -> ApiError:
+    with pytest.raises(ApiError) as caught:
+        parse(**fields)
+    assert caught.value.status == 400
+    assert caught.value.body["error"].keys() == {"message", "type", "param", "code"}
+    assert caught.value.body["error"]["type"] == "invalid_request_error"
+    return caught.value
+
+
+def test_fields_become_sampling_params() -> None:
+    request = chat(
+        max_completion_tokens=9,
+        temperature=0.5,
+        top_p=0.3,
+        top_k=4,
+        min_p=0.1,
+        seed=5,
+        repetition_penalty=1.5,
+        presence_penalty=-1,
+        frequency_penalty=2,
+        logit_bias={"3": -100, "4": 1.5},
+        stop=["a", "b"],
+        logprobs=True,
+        top_logprobs=3,
+        n=2,
+        stream=True,
+        stream_options={"include_usage": True, "include_obfuscation": False},
+    )
+    assert request.params == SamplingParams(
+        length=9,
+        temperature=0.5,
+        p=0.3,
+        k=4,
+        min_p=0.1,
+        seed=5,
+        repetition_penalty=1.5,
+        presence_penalty=-1,
+        frequency_penalty=2,
+        logit_bias={3: -100, 4: 1.5},
+        stop=("a", "b"),
+        logprobs=3,
+    )
+    assert (request.n, request.stream, request.include_usage) == (2, True, True)
+    assert request.messages == tuple(HELLO)
+
+
+def test_what_is_absent_or_null_is_the_services_default() -> None:
+    assert chat().params == DEFAULTS
+    nothing = dict.fromkeys(["temperature", "top_p", "stop", "seed", "n", "logprobs", "tools", "metadata"])
+    assert chat(**nothing) == chat()
+    assert chat(**nothing).n == 1
+    assert text().params.length == 16
+    assert api.parse_completion(TEXT, SamplingParams(length=99)).params.length == 99
+    assert api.parse_completion({"model": "m"}, DEFAULTS).prompts == ("",)
+
+
+def test_values_with_a_meaning_of_their_own() -> None:
+    assert chat(max_tokens=3).params.length == 3
+    assert text(max_tokens=0).params.length == 0
+    assert chat(stop="x").params.stop == ("x",)
+    assert chat(seed=-1).params.seed == 2**64 - 1
+    assert chat(top_k=-1).params.k == 0
+    assert 0 < (chat(top_p=0).params.p or 1) < 1e-6
+    assert chat(logprobs=True).params.logprobs == 0
+    assert chat(logprobs=False).params.logprobs is None
+    assert text(logprobs=2).params.logprobs == 2
+    assert text(echo=True).echo
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prompts"),
+    [("a", ("a",)), (["a", "b"], ("a", "b")), ([1, 2], ([1, 2],)), ([[1], [2, 3]], ([1], [2, 3]))],
+)
+def test_prompts_are_texts_or_ids_one_or_many(prompt: Any, prompts: Any) -> None:
+    assert text(prompt=prompt).prompts == prompts
+
+
+def test_messages_of_parts_and_of_answers_sent_back() -> None:
+    parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
+    assert chat(messages=[{"role": "user", "content": parts}]).messages == tuple(HELLO)
+    assert chat(messages=[{"role": "developer", "content": "x"}]).messages == (
+        {"role": "system", "content": "x"},
+    )
+    answer = api.choice(CHAT_HEAD, 0, "Hi", None, "stop")
+    whole = ChatCompletion.model_validate(api.response(CHAT_HEAD, [answer], 1, 1))
+    returned = whole.choices[0].message.model_dump()
+    messages = chat(messages=[*HELLO, returned, *HELLO]).messages
+    assert messages is not None
+    assert messages[1] == {"role": "assistant", "content": "Hi"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "code"),
+    [
+        ({"messages": None}, "messages", "missing_required_parameter"),
+        ({"model": None}, "model", "missing_required_parameter"),
+        ({"model": 5}, "model", "invalid_type"),
+        ({"messages": "Hello"}, "messages", "invalid_type"),
+        ({"messages": []}, "messages", "empty_array"),
+        ({"messages": ["x"]}, "messages[0]", "invalid_type"),
+        ({"messages": [{"content": "x"}]}, "messages[0].role", "missing_required_parameter"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content", "missing_required_parameter"),
+        ({"messages": [{"role": "king", "content": "x"}]}, "messages[0].role", "invalid_value"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "unsupported_parameter"),
+        ({"messages": [{**HELLO[0], "name": "Ann"}]}, "messages[0].name", "unsupported_parameter"),
+        ({"messages": [{**HELLO[0], "nam": "Ann"}]}, "messages[0].nam", "unknown_parameter"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+            "messages[0].content[0].type",
+            "unsupported_parameter",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}]},
+            "messages[0].tool_calls",
+            "unsupported_parameter",
+        ),
+        ({"temperature": "hot"}, "temperature", "invalid_type"),
+        ({"temperature": True}, "temperature", "invalid_type"),
+        ({"temperature": 2.5}, "temperature", "decimal_above_max_value"),
+        ({"temperature": -1}, "temperature", "integer_below_min_value"),
+        ({"top_p": 1.1}, "top_p", "decimal_above_max_value"),
+        ({"top_k": 1.5}, "top_k", "invalid_type"),
+        ({"min_p": 2}, "min_p", "integer_above_max_value"),
+        ({"presence_penalty": 3}, "presence_penalty", "integer_above_max_value"),
+        ({"frequency_penalty": -3}, "frequency_penalty", "integer_below_min_value"),
+        ({"repetition_penalty": 0}, "repetition_penalty", "integer_below_min_value"),
+        ({"n": 0}, "n", "integer_below_min_value"),
+        ({"n": 129}, "n", "integer_above_max_value"),
+        ({"n": 1.0}, "n", "invalid_type"),
+        ({"max_tokens": 0}, "max_tokens", "integer_below_min_value"),
+        ({"max_tokens": 10**400}, "max_tokens", "integer_above_max_value"),
+        ({"max_tokens": 1, "max_completion_tokens": 1}, "max_tokens", "invalid_value"),
+        ({"seed": 2**64}, "seed", "invalid_value"),
+        ({"stop": ["a"] * 5}, "stop", "array_above_max_length"),
+        ({"stop": [""]}, "stop", "invalid_value"),
+        ({"stop": [5]}, "stop[0]", "invalid_type"),
+        ({"logit_bias": {"x": 1}}, "logit_bias", "invalid_type"),
+        ({"logit_bias": {"1": "x"}}, "logit_bias.1", "invalid_type"),
+        ({"logit_bias": {"1": 101}}, "logit_bias.1", "integer_above_max_value"),
+        ({"logprobs": 3}, "logprobs", "invalid_type"),
+        ({"top_logprobs": 3}, "top_logprobs", "invalid_value"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "integer_above_max_value"),
+        ({"stream": 1}, "stream", "invalid_type"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "invalid_value"),
+        ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x", "unknown_parameter"),
+        ({"user": 5}, "user", "invalid_type"),
+        ({"colour": "red"}, "colour", "unknown_parameter"),
+        ({"echo": True}, "echo", "unknown_parameter"),
+        ({"tools": [{"type": "function"}]}, "tools", "unsupported_parameter"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter"),
+        ({"store": True}, "store", "unsupported_parameter"),
+        ({"store": 0}, "store", "unsupported_parameter"),
+    ],
+)
+def test_each_wrong_field_of_a_chat_is_named(fields: dict[str, Any], param: str, code: str) -> None:
+    error = refused(chat, **fields)
+    assert (error.param, error.code) == (param, code)
+    assert param in str(error)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "code"),
+    [
+        ({"prompt": 5}, "prompt", "invalid_type"),
+        ({"prompt": []}, "prompt", "empty_array"),
+        ({"prompt": ["a", 5]}, "prompt[1]", "invalid_type"),
+        ({"prompt": [[1, "a"]]}, "prompt[0]", "invalid_type"),
+        ({"prompt": [[True]]}, "prompt[0]", "invalid_type"),
+        ({"prompt": ["a"] * 20, "n": 10}, "n", "invalid_value"),
+        ({"logprobs": 6}, "logprobs", "integer_above_max_value"),
+        ({"logprobs": True}, "logprobs", "invalid_type"),
+        ({"logprobs": 1, "echo": True}, "logprobs", "unsupported_parameter"),
+        ({"best_of": 2}, "best_of", "unsupported_parameter"),
+        ({"suffix": "end"}, "suffix", "unsupported_parameter"),
+        ({"max_tokens": -1}, "max_tokens", "integer_below_min_value"),
+        ({"messages": HELLO}, "messages", "unknown_parameter"),
+        ({"max_completion_tokens": 5}, "max_completion_tokens", "unknown_parameter"),
+    ],
+)
+def test_each_wrong_field_of_a_completion_is_named(fields: dict[str, Any], param: str, code: str) -> None:
+    error = refused(text, **fields)
+    assert (error.param, error.code) == (param, code)
+    assert param in str(error)
+
+
+@pytest.mark.parametrize(("parse", "names"), [(chat, ChatFields), (text, TextFields)])
+def test_every_field_of_the_client_is_known(parse: Any, names: Any) -> None:
+    """A value of no sensible type is refused, but never as an unknown field."""
+    for name in names.__annotations__.keys() | {"stream", "stream_options"}:
+        error = refused(parse, **{name: [{"a": [1.5]}]})
+        assert error.code != "unknown_parameter", name
+        assert (error.param or "").startswith(name)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"{",
+        b'{"a": NaN}',
+        b'{"a": -Infinity}',
+        b'{"a": "\xff"}',
+        b"[" * 100_000,
+        b'{"a": ' + b"9" * 5000 + b"}",
+        b"[1]",
+        b'"text"',
+        b"null",
+    ],
+)
+def test_what_is_no_json_object_is_refused(raw: bytes) -> None:
+    with pytest.raises(ApiError) as caught:
+        api.parse_json(raw)
+    assert caught.value.status == 400
+    assert api.parse_json(b'{"a": 1e3}') == {"a": 1000.0}
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+names = st.sampled_from(sorted({*ChatFields.__annotations__, *TextFields.__annotations__, "stream", "top_k"}))
+
+
+@settings(derandomize=True, deadline=None, max_examples=300)
+@given(st.dictionaries(names, anything, max_size=4), st.booleans())
+def test_no_body_breaks_the_reader(body: dict[str, Any], complete: bool) -> None:
+    for parse, whole in ((api.parse_chat, CHAT), (api.parse_completion, TEXT)):
+        found: list[ApiError] = []
+        try:
+            parse({**(whole if complete else {}), **body}, DEFAULTS)
+        except ApiError as error:
+            found.append(error)
+        assert {error.status for error in found} <= {400}
+        json.dumps([error.body for error in found], allow_nan=False)
+
+
+def describe(token_id: int) -> api.Token:
+    return {1: ("On", b"On"), 2: ("ce", b"ce"), 3: ("\ufffd", b"\xe2\x82"), 4: ("</s>", None)}[token_id]
+
+
+TOKENS = [
+    TokenLogprob(1, -0.5, ((1, -0.5), (4, -2.0))),
+    TokenLogprob(3, -1.5, ((2, -0.25), (3, -1.5))),
+]
+
+
+def test_whole_answers_are_what_the_client_reads() -> None:
+    choice = api.choice(CHAT_HEAD, 1, "Once", api.chat_logprobs(TOKENS, describe), "length")
+    answer = ChatCompletion.model_validate(api.response(CHAT_HEAD, [choice], 3, 4), strict=True)
+    assert answer.usage is not None
+    assert answer.usage.total_tokens == 7
+    assert (answer.choices[0].index, answer.choices[0].finish_reason) == (1, "length")
+    assert answer.choices[0].logprobs is not None
+    entries = answer.choices[0].logprobs.content or []
+    assert [(e.token, e.bytes, e.logprob) for e in entries] == [
+        ("On", [79, 110], -0.5),
+        ("\ufffd", [0xE2, 0x82], -1.5),
+    ]
+    assert [(t.token, t.bytes) for t in entries[0].top_logprobs] == [("On", [79, 110]), ("</s>", None)]
+
+    logprobs, following = api.text_logprobs(TOKENS, describe, 10)
+    choice = api.choice(TEXT_HEAD, 0, "Once", logprobs, "stop")
+    completion = Completion.model_validate(api.response(TEXT_HEAD, [choice], 3, 4), strict=True)
+    found = completion.choices[0].logprobs
+    assert found is not None
+    assert found.tokens == ["On", "bytes:\\xe2\\x82"]
+    assert found.text_offset == [10, 12]
+    assert following == 13
+    assert found.top_logprobs == [{"On": -0.5, "</s>": -2.0}, {"ce": -0.25, "bytes:\\xe2\\x82": -1.5}]
+
+
+def test_chunks_are_what_the_client_reads() -> None:
+    chunks = [
+        *api.opening(CHAT_HEAD, 2, include_usage=True),
+        api.chunk(CHAT_HEAD, 0, "Once", include_usage=True),
+        api.chunk(CHAT_HEAD, 0, "", finish_reason="stop", include_usage=True),
+        api.closing(CHAT_HEAD, 3, 4),
+    ]
+    assert all("usage" in chunk for chunk in chunks)
+    read = [ChatCompletionChunk.model_validate(chunk, strict=True) for chunk in chunks]
+    assert [c.choices[0].delta.role for c in read[:2]] == ["assistant"] * 2
+    assert [c.choices[0].index for c in read[:2]] == [0, 1]
+    assert read[2].choices[0].delta.content == "Once"
+    assert (read[3].choices[0].delta.content, read[3].choices[0].finish_reason) == (None, "stop")
+    assert read[4].choices == []
+    assert read[4].usage is not None
+    assert {c.usage for c in read[:4]} == {None}
+    assert "usage" not in api.chunk(CHAT_HEAD, 0, "x")
+    assert api.opening(TEXT_HEAD, 2, include_usage=False) == []
+    piece = Completion.model_validate(api.chunk(TEXT_HEAD, 1, "x", finish_reason="length"))
+    assert (piece.choices[0].index, piece.choices[0].text) == (1, "x")
+    assert Model.model_validate(api.models("m", 5)["data"][0], strict=True).id == "m"
+
+
+def test_errors_that_depend_on_the_model() -> None:
+    error = api.too_long(100, 30, 128, is_chat=True)
+    assert (error.status, error.code, error.param) == (400, "context_length_exceeded", "messages")
+    assert "128" in str(error)
+    assert "30 new" in str(error)
+    error = api.unknown_model("gpt-9", "m")
+    assert (error.status, error.code) == (404, "model_not_found")

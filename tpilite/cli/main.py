@@ -1,0 +1,338 @@
+"""The command line: what the user asks for, put together and run. The only file that knows all others."""
+
+import argparse
+import gc
+import io
+import json
+import logging
+import os
+import resource
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from tpilite.cli.hub import find_models, is_hub_name, model_name, resolve
+from tpilite.cli.local import LocalWorkers, end_with_stdin
+from tpilite.cli.options import (
+    PORT,
+    cache_folder,
+    cluster_config,
+    engine_config,
+    number_of,
+    own_save_dir,
+    parse,
+    sampling_params,
+    save_dir_of,
+    server_config,
+)
+from tpilite.cli.terminal import Interrupt, answer, converse, interruptible, progress_bar
+from tpilite.cluster.host import Host, own_address
+from tpilite.cluster.worker import Worker, WorkerOptions
+from tpilite.config import ClusterConfig
+from tpilite.engine.rank import physical_cores
+from tpilite.engine.sampling import SamplingParams
+from tpilite.errors import ConfigError, TpiliteError
+from tpilite.llm import LLM, Completion, Session
+from tpilite.machine import MemoryReport, auto_budget_bytes
+from tpilite.net.channel import format_address, parse_address
+from tpilite.serving.server import serve
+from tpilite.serving.service import Recovery
+from tpilite.shipped import find_model
+from tpilite.weights.checkpoint import Checkpoint
+from tpilite.weights.partition import Partition
+from tpilite.weights.slices import ensure_slices, node_folder
+
+INTERRUPTED = 130  # what shells report for a program ended by Ctrl-C
+BROKEN_PIPE = 141  # likewise, for one whose reader went away
+TERMINATED = 143  # and for one that was asked to end
+
+# Every block of a slice is an open file, and a map holds it once more; some systems begin with 256.
+_OPEN_FILES = 4096
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `tpilite-node` and gives its exit code: 0, 2 (what was asked for), 3 (the network), 130, 141."""
+    # What is imported stays: looking through it for garbage took a tenth of a short run, most at its end.
+    gc.freeze()
+    _replace_closed_streams()
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="replace")
+    signal.signal(signal.SIGTERM, _terminate)
+    _raise_file_limit()
+    try:
+        args = parse(sys.argv[1:] if argv is None else argv)
+        # Ranks that rank 0 started on its own terminal leave the telling to it, unless something is wrong.
+        usual = logging.WARNING if args.until_eof else logging.INFO
+        logging.basicConfig(
+            level=logging.DEBUG if args.verbose else usual,
+            format=f"tpilite{'' if args.rank is None else f', rank {args.rank}'}: %(message)s",
+            stream=sys.stderr,
+        )
+        return run(args)
+    except TpiliteError as error:
+        print(f"tpilite-node: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Flushing stdout at the interpreter's end would fail once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+
+
+def _replace_closed_streams() -> None:
+    """Stands in for those that the caller has closed, which Python gives as None."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            null = os.fdopen(os.open(os.devnull, os.O_RDWR), "r+b", buffering=0)
+            setattr(sys, name, io.TextIOWrapper(null, write_through=True))
+
+
+def _terminate(_number: int, _frame: FrameType | None) -> NoReturn:
+    """Ends the program as an error would, with everything closed that is open."""
+    sys.exit(TERMINATED)
+
+
+def _raise_file_limit() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(_OPEN_FILES, hard)
+    if soft < wanted:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Does what the options ask for: a worker's part, rank 0's, or all of it on this machine."""
+    if args.use_gpu:
+        raise ConfigError("--use_gpu: tpilite computes on the CPU only; run without it")
+    if args.model_type not in (None, "llama"):
+        raise ConfigError(f"--model_type {args.model_type} is not supported; expected llama")
+    rank = number_of(args.rank, "RANK")
+    world_size = number_of(args.world_size, "WORLD_SIZE")
+    if rank is not None and rank < 0:
+        raise ConfigError(f"a rank must be a whole number from 0, found {rank}")
+    if args.local is not None:
+        if args.world_size not in (None, args.local):
+            raise ConfigError(
+                f"--local {args.local} and --world_size {args.world_size} differ: give only one"
+            )
+        world_size = args.local
+    master = args.join or args.master_addr or os.environ.get("MASTER_ADDR")
+    if args.join or (rank or 0) > 0:
+        return work(args, master, rank)
+    if args.model_path is None:
+        raise ConfigError(_no_model())
+    params, folder = sampling_params(args), _folder_of(args.model_path)
+    if args.split_only:
+        return split(args, folder, world_size or 1)
+    if world_size in (None, 1):
+        with LLM(
+            folder,
+            threads=args.threads,
+            kv_dtype=args.kv_dtype,
+            memory_budget=args.memory_budget,
+            memory_window=args.memory_window,
+        ) as llm:
+            return answer_all(llm, args, params)
+    with ExitStack() as stack:
+        host = stack.enter_context(hosted(args, folder, world_size, stack))
+        recovery = Recovery(interruptible(host.recover))
+        session = Session(
+            folder, host.config, host.rank, max_rows=engine_config(args).max_rows, recover=recovery
+        )
+        return answer_all(session, args, params, host, recovery)
+
+
+def work(args: argparse.Namespace, master: str | None, rank: int | None) -> int:
+    """A rank above 0, until it is told to end."""
+    if master is None:
+        raise ConfigError("a rank above 0 needs --join HOST[:PORT] (or --master_addr HOST) of rank 0")
+    if args.until_eof:
+        end_with_stdin()
+    cluster = cluster_config(args, 1, make_token=False)
+    folder = None if args.model_path is None else find_model(args.model_path)
+    with progress_bar("fetching slices") as bar:
+        options = WorkerOptions(
+            save_dir=own_save_dir(args, folder),
+            cache=cache_folder() / "slices",
+            model=folder,
+            rank=rank,
+            force_download=args.force_download,
+            once=args.once,
+            progress=lambda progress: bar(progress.done_bytes, progress.total_bytes),
+        )
+        Worker(parse_address(master, args.broadcast_port), cluster, engine_config(args), options).run()
+    return 0
+
+
+def hosted(args: argparse.Namespace, folder: Path, world_size: int, stack: ExitStack) -> Host:
+    """Rank 0 of a cluster, complete; the other ranks started here with `--local`."""
+    cluster = cluster_config(args, world_size, make_token=True)
+    save_dir = save_dir_of(args, folder, world_size)
+    threads = args.threads
+    if args.local is not None:
+        cluster = replace(cluster, broadcast_port=0, file_port=0)
+        threads = threads or max(1, physical_cores() // world_size)
+        if args.memory_budget == "auto":  # what is free is for all of them
+            args.memory_budget = f"{auto_budget_bytes() // world_size}B"
+
+    def invite(host: Host) -> None:
+        if args.local is None:
+            print(_invitation(host, cluster), file=sys.stderr)
+            return
+        options = ["--join", f"127.0.0.1:{host.broadcast_port}", "--threads", str(threads), "--once"]
+        options += ["--kv_dtype", args.kv_dtype, "--memory_budget", args.memory_budget]
+        if args.memory_window is not None:
+            options += ["--memory_window", str(args.memory_window)]
+        options += ["--save_dir", str(save_dir)]
+        for name in ("tls_cert", "tls_key", "tls_ca"):
+            if getattr(args, name) is not None:
+                options += [f"--{name}", str(getattr(args, name))]
+        stack.enter_context(LocalWorkers(world_size - 1, options, cluster.token))
+
+    with progress_bar("slicing the model") as bar:
+        return Host(
+            folder,
+            save_dir,
+            cluster,
+            engine_config(args, threads),
+            force=args.split_bin,
+            listening=invite,
+            progress=bar,
+        )
+
+
+def split(args: argparse.Namespace, folder: Path, world_size: int) -> int:
+    """Makes the slices of all ranks, to be carried to their machines, and nothing else."""
+    save_dir = save_dir_of(args, folder, world_size)
+    with Checkpoint(folder) as checkpoint, progress_bar("slicing the model") as bar:
+        partition = Partition.of(checkpoint.config, world_size, args.ratio)
+        ensure_slices(checkpoint, partition, save_dir, force=args.split_bin, progress=bar)
+    print(
+        "tpilite: carry each node_I to the machine of rank I, into the folder named there with --save_dir",
+        file=sys.stderr,
+    )
+    for rank in range(world_size):
+        print(node_folder(save_dir, rank))
+    return 0
+
+
+def answer_all(
+    session: Session,
+    args: argparse.Namespace,
+    params: SamplingParams,
+    host: Host | None = None,
+    recovery: Recovery | None = None,
+) -> int:
+    """The service, a conversation with the person at the terminal, or the texts that follow the prompts."""
+    with ExitStack() as stack:
+        if args.memory_report is not None:
+            stack.enter_context(MemoryReport(args.memory_report, session.memory_sample))
+        if args.serve:
+            serve(
+                session,
+                server_config(args, model_name(session.folder), params),
+                ready=lambda url: print(f"tpilite: the page and the API are at {url}", file=sys.stderr),
+                usage=lambda: session.usage,
+                recovery=recovery,
+                cluster_state=lambda: _rank_states(session, host, recovery),
+            )
+            return 0
+        if args.prompt is None and sys.stdin.isatty():
+            converse(session, params, args.system, lambda completion: _report(args, completion))
+            return 0
+        return complete(session, args, params)
+
+
+def complete(llm: Session, args: argparse.Namespace, params: SamplingParams) -> int:
+    """One prompt, from the option or from stdin, and the text that follows it."""
+    for prompt in _prompts(args):
+        if args.chat:
+            system = [{"role": "system", "content": args.system}] if args.system else []
+            request = llm.start_chat([*system, {"role": "user", "content": prompt}], params)
+        else:
+            request = llm.start(prompt, params)
+        if args.echo:
+            sys.stdout.write(prompt)
+        with Interrupt().heard() as interrupt:
+            try:
+                completion = answer(llm, request, sys.stdout, interrupt)
+            finally:
+                print(flush=True)
+        _report(args, completion)
+        if interrupt.wished:
+            return INTERRUPTED
+    return 0
+
+
+def _rank_states(session: Session, host: Host | None, recovery: Recovery | None) -> list[dict[str, Any]]:
+    """What the page shows of each rank; those that are lost by what the lobby knows of them."""
+    waits = recovery is not None and recovery.waiting_for is not None
+    states = host.states if host is not None and waits else {}
+    ranks = []
+    for rank, found in enumerate(session.engine.ranks):
+        resident, streaming = found.get("resident_bytes", 0), found.get("streaming_bytes", 0)
+        ranks.append(
+            {
+                "rank": rank,
+                "name": found.get("name", ""),
+                "state": states.get(rank, "waiting" if waits else "ready"),
+                "memory_bytes": found.get("rss_bytes", 0),
+                "resident_share": resident / max(resident + streaming, 1),
+            }
+        )
+    return ranks
+
+
+def _invitation(host: Host, cluster: ClusterConfig) -> str:
+    """The line to run on the other machines."""
+    address = (
+        format_address((own_address(), host.broadcast_port)) if host.broadcast_port != PORT else own_address()
+    )
+    tls = " --tls_cert CERT --tls_key KEY --tls_ca CA" if cluster.tls_ca else ""
+    return (
+        f"tpilite: this is rank 0 of {cluster.world_size}; on each other machine run\n\n"
+        f"    tpilite-node --join {address} --token {cluster.token}{tls}\n"
+    )
+
+
+def _no_model() -> str:
+    """What to do without a model: which ones there are."""
+    text = "--model_path is missing: give a model's folder, or 'fable' for the one that ships"
+    found = find_models()
+    if not found:
+        return text
+    return f"{text}; found here: " + ", ".join(f"{model.name} ({model.folder})" for model in found)
+
+
+def _folder_of(name: str) -> Path:
+    """The folder of a model named by its path, as one that ships, or as on the Hub."""
+    folder = find_model(name)
+    return resolve(name) if not folder.exists() and is_hub_name(name) else folder
+
+
+def _prompts(args: argparse.Namespace) -> Iterator[str]:
+    """The prompts to answer, each after `--prefix`, read as they are needed."""
+    if args.prompt is not None:
+        yield args.prefix + args.prompt
+    elif args.lines:
+        for line in sys.stdin:
+            yield args.prefix + line.removesuffix("\n")
+    else:
+        yield args.prefix + sys.stdin.read().removesuffix("\n")
+
+
+def _report(args: argparse.Namespace, completion: Completion) -> None:
+    """The figures of a text: a line for people, and a file for programs."""
+    print(f"[{completion.stats}]", file=sys.stderr)
+    if args.stats is not None:
+        try:
+            args.stats.write_text(json.dumps(completion.stats.to_dict(), indent=2) + "\n")
+        except OSError as error:
+            raise ConfigError(f"--stats {args.stats} cannot be written: {error.strerror}") from error

@@ -1,0 +1,151 @@
+"""A person at the terminal, or a pipe: prompts in, text out as it is made, everything else to stderr."""
+
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import TextIO
+
+from tqdm import tqdm
+
+from tpilite.engine.engine import Recover
+from tpilite.engine.sampling import SamplingParams
+from tpilite.engine.sequence import Sequence
+from tpilite.errors import ConfigError, PeerLost
+from tpilite.llm import Completion, Session
+
+with suppress(ImportError):
+    import readline  # noqa: F401  # importing it gives `input` its line editing, where there is one
+
+# A bar for what is over at once would be noise.
+_PROGRESS_AFTER_S = 2.0
+
+_CHAT_HELP = "/reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer"
+_TEXT_HELP = "not made for chat: it continues each line as a text; /exit or Ctrl-D ends, Ctrl-C stops"
+
+
+class Interrupt:
+    """Ctrl-C as a wish to stop: `wished` is true after the first; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.wished = False
+
+    @contextmanager
+    def heard(self) -> Iterator["Interrupt"]:
+        """Listens until the end of the context."""
+        before = signal.getsignal(signal.SIGINT)
+
+        def hear(_number: int, _frame: FrameType | None) -> None:
+            self.wished = True
+            signal.signal(signal.SIGINT, before)
+
+        self.wished = False
+        signal.signal(signal.SIGINT, hear)
+        try:
+            yield self
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+def interruptible(recover: Recover) -> Recover:
+    """`recover`, which Ctrl-C ends at once: there is no next token at which an answer could stop."""
+
+    def waiting(lost: PeerLost) -> None:
+        if threading.current_thread() is not threading.main_thread():  # whose signals are not ours
+            recover(lost)
+            return
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            recover(lost)
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    return waiting
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar that appears after a while, to be told bytes done and bytes in all."""
+    with tqdm(
+        desc=what,
+        unit="B",
+        unit_scale=True,
+        unit_divisor=1000,
+        delay=_PROGRESS_AFTER_S,
+        leave=False,
+        disable=None,
+    ) as bar:
+
+        def show(n_done: int, n_total: int) -> None:
+            bar.total = n_total
+            bar.update(n_done - bar.n)
+
+        yield show
+
+
+def answer(llm: Session, request: Sequence, out: TextIO, interrupt: Interrupt) -> Completion:
+    """Serves `request`, its text written to `out` as it is made, until it ends or is interrupted."""
+    n_prompt = len(request.prompt_ids)
+    with tqdm(
+        total=n_prompt,
+        desc="reading the prompt",
+        unit="token",
+        delay=_PROGRESS_AFTER_S,
+        leave=False,
+        disable=None,
+    ) as bar:
+        while request.finish_reason is None:
+            for output in llm.engine.step():
+                out.write(output.text)
+                out.flush()
+            if bar.n < n_prompt:
+                bar.update(min(request.n_cached, n_prompt) - bar.n)
+                if request.n_cached >= n_prompt:
+                    bar.close()
+            if interrupt.wished:
+                llm.engine.cancel(request)
+    return llm.completion(request)
+
+
+def converse(
+    llm: Session, params: SamplingParams, system: str | None, show: Callable[[Completion], None]
+) -> None:
+    """A line in, a text out, until the end of the input: a conversation, where the model is made for it."""
+    chats = llm.chat_format is not None
+    help_text = _CHAT_HELP if chats else _TEXT_HELP
+    print(help_text, file=sys.stderr)
+    opening = [{"role": "system", "content": system}] if system else []
+    messages = list(opening)
+    while (line := _ask()) is not None:
+        if line == "/exit":
+            break
+        if line == "/reset":
+            messages = list(opening)
+        elif line.startswith("/"):
+            print(help_text, file=sys.stderr)
+        elif line:
+            asked = [*messages, {"role": "user", "content": line}]
+            try:
+                request = llm.start_chat(asked, params) if chats else llm.start(line, params)
+            except ConfigError as error:
+                print(f"{error}\n{help_text}", file=sys.stderr)
+                continue
+            with Interrupt().heard() as interrupt:
+                completion = answer(llm, request, sys.stdout, interrupt)
+            print()
+            show(completion)
+            messages = [*asked, {"role": "assistant", "content": completion.text}]
+
+
+def _ask() -> str | None:
+    """The next line typed; None at the end of the input. Ctrl-C at the prompt clears the line."""
+    while True:
+        try:
+            return input("> ").strip()
+        except EOFError:
+            print(file=sys.stderr)
+            return None
+        except KeyboardInterrupt:
+            print(file=sys.stderr)

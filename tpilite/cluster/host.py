@@ -1,0 +1,215 @@
+"""Rank 0 of a cluster: it slices the model, hands the slices out and waits for the other ranks.
+
+The ports open first, so that workers may come early. When a rank is lost the port stays open and the
+survivors join again for their places, so that a group forms as soon as the missing rank is back.
+"""
+
+import logging
+import socket
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+
+from tpilite.cluster.slice_server import SliceServer
+from tpilite.cluster.terms import mark_served, security_of, terms_of
+from tpilite.config import ClusterConfig, EngineConfig, LlamaConfig
+from tpilite.engine.rank import Rank
+from tpilite.errors import PeerLost, SliceError
+from tpilite.net.group import RankLost, RankZero
+from tpilite.net.lobby import Lobby
+from tpilite.weights.checkpoint import Checkpoint
+from tpilite.weights.partition import EMBEDDING, Partition
+from tpilite.weights.slices import MANIFEST_NAME, Manifest, Progress, SliceFolder, ensure_slices, node_folder
+from tpilite.weights.tensor_file import StoredTensor
+
+logger = logging.getLogger(__name__)
+
+# What a user of a worker changes where it has not what rank 0 has.
+_ADVICE = {
+    "model": "it is another model: take away --model_path, or replace its slices with --force_download",
+    "partition": "its slices are of another world size or ratio: replace them with --force_download",
+}
+
+# Ranks that come back within this time are not worth a line, and a user who waits wants one at times.
+_SETTLE_S, _REMIND_S = 1.0, 60.0
+
+
+class Host:
+    """Rank 0 of a cluster: its own `rank`, and everything that the other ranks need to come and stay.
+
+    `listening` is called once the ports are open and before anything takes long. `save_dir` holds the
+    slices, made from the model in `folder` where they are missing; where `folder` has no weights, slices
+    that were brought there by hand are used. Raises what those steps raise.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        save_dir: Path,
+        cluster: ClusterConfig,
+        engine: EngineConfig,
+        *,
+        force: bool = False,
+        listening: "Callable[[Host], None] | None" = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self._cluster = cluster
+        with ExitStack() as stack:
+            security = security_of(cluster)
+            source = _Source(stack, folder, save_dir, cluster)
+            self.config: LlamaConfig = source.config
+            self.partition = source.partition
+            terms = terms_of(source.fingerprint, source.partition)
+            others = [r for r in range(1, cluster.world_size) if source.makes or source.has(r)]
+            self._server = stack.enter_context(
+                SliceServer(dict.fromkeys(others), cluster.token, cluster.file_port, tls=security.server_tls)
+            )
+            self._lobby = stack.enter_context(
+                Lobby(
+                    ("", cluster.broadcast_port),
+                    security,
+                    world_size=cluster.world_size,
+                    terms=terms,
+                    info={
+                        "file_port": self._server.port,
+                        "served": others,
+                        "mark": mark_served(save_dir),
+                        **terms,
+                    },
+                    advice=_ADVICE,
+                    timeout_s=cluster.timeout_s,
+                    allreduce=cluster.allreduce,
+                    payload=cluster.payload,
+                )
+            )
+            if listening is not None:
+                listening(self)
+            source.slice(force, progress)
+            for rank in others:
+                self._server.publish(rank, node_folder(save_dir, rank))
+            slices = stack.enter_context(SliceFolder(node_folder(save_dir, 0)))
+            group = self._whole_group(None)
+            self.rank = stack.enter_context(
+                Rank(self.config, source.with_embedding(slices.tensors), 0, group, engine)
+            )
+            self._stack = stack.pop_all()
+
+    @property
+    def broadcast_port(self) -> int:
+        """Where workers join."""
+        return self._lobby.port
+
+    @property
+    def states(self) -> Mapping[int, str]:
+        """Of every rank above 0: "missing", "preparing" or "ready"."""
+        return self._lobby.states
+
+    def recover(self, lost: PeerLost) -> None:
+        """Waits until the group is whole again, to go on in it. Raises `PeerLost` if that takes too long."""
+        who = f"rank {lost.rank}" if isinstance(lost, RankLost) else "everyone"
+        logger.warning("the text goes on when %s is back; what has ended there must be started again", who)
+        self.rank.regroup(self._whole_group(self._cluster.rejoin_timeout_s))
+
+    def _whole_group(self, timeout_s: float | None) -> RankZero:
+        """The group of all ranks; says who is waited for."""
+        started_s = time.monotonic()
+        told, told_s = "", started_s
+        while True:
+            left_s = _SETTLE_S if timeout_s is None else started_s + timeout_s - time.monotonic()
+            try:
+                return self._lobby.wait_for_group(min(_SETTLE_S, left_s), on_change=lambda _: None)
+            except PeerLost:
+                now_s, waiting = time.monotonic(), _describe(self._lobby.states)
+                if timeout_s is not None and left_s <= _SETTLE_S:
+                    raise PeerLost(
+                        f"gave up after {timeout_s:g} s: {waiting}; --rejoin_timeout sets how long to wait"
+                    ) from None
+                if waiting != told or now_s - told_s > _REMIND_S:
+                    logger.info("waiting: %s", waiting)
+                    told, told_s = waiting, now_s
+
+    def close(self) -> None:
+        """Ends the session of every rank, closes the ports and frees what is held."""
+        self._stack.close()
+
+    def __enter__(self) -> "Host":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def own_address() -> str:
+    """The address of this machine in its network, for others to join; its name where it has none."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        try:
+            # Connecting a datagram socket sends nothing: it looks up the route, to an example address.
+            sock.connect(("192.0.2.1", 9))
+            return str(sock.getsockname()[0])
+        except OSError:
+            return socket.gethostname()
+
+
+def _describe(states: Mapping[int, str]) -> str:
+    """ "rank 1 is preparing; ranks 2, 4 are missing" """
+    parts = []
+    for state in ("preparing", "missing"):
+        ranks = [str(rank) for rank, found in states.items() if found == state]
+        if ranks:
+            parts.append(
+                f"rank{'s' * (len(ranks) > 1)} {', '.join(ranks)} {'are' if ranks[1:] else 'is'} {state}"
+            )
+    return "; ".join(parts)
+
+
+class _Source:
+    """Where rank 0 has the model from: a checkpoint to slice, or slices that were brought."""
+
+    def __init__(self, stack: ExitStack, folder: Path, save_dir: Path, cluster: ClusterConfig) -> None:
+        self._save_dir = save_dir
+        self._checkpoint: Checkpoint | None = None
+        if not any(folder.glob("*.safetensors")) and self.has(0):
+            manifest = Manifest.read(node_folder(save_dir, 0))
+            self.config, self.partition = manifest.config, manifest.partition
+            self.fingerprint = manifest.fingerprint
+            if self.partition.world_size != cluster.world_size:
+                raise SliceError(
+                    f"the slices in {save_dir} are for {self.partition.world_size} ranks and this start "
+                    f"is for {cluster.world_size}: start with --world_size {self.partition.world_size}"
+                )
+        else:
+            self._checkpoint = stack.enter_context(Checkpoint(folder))
+            self.config = self._checkpoint.config
+            self.partition = Partition.of(self.config, cluster.world_size, cluster.ratio)
+            self.fingerprint = self._checkpoint.fingerprint
+
+    @property
+    def makes(self) -> bool:
+        """Whether slices can be made here, for every rank."""
+        return self._checkpoint is not None
+
+    def has(self, rank: int) -> bool:
+        """Whether the slices of a rank are here."""
+        return (node_folder(self._save_dir, rank) / MANIFEST_NAME).exists()
+
+    def slice(self, force: bool, progress: Progress | None) -> None:
+        """Makes the slices that are missing, if there is a checkpoint to make them from."""
+        if self._checkpoint is not None:
+            ensure_slices(
+                self._checkpoint,
+                self.partition,
+                self._save_dir,
+                force=force,
+                embedding=False,
+                progress=progress,
+            )
+
+    def with_embedding(self, tensors: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:
+        """Rank 0's tensors: the embedding from the checkpoint, where the slice was made without one."""
+        if EMBEDDING in tensors or self._checkpoint is None:
+            return tensors
+        return {**tensors, EMBEDDING: self._checkpoint.tensors[EMBEDDING]}

@@ -1,0 +1,511 @@
+"""The slices of every rank over HTTP/1.1, for those alone who know the cluster's token.
+
+Paths are /node_{rank}/manifest.json and /node_{rank}/{file} for each file that the manifest names. GET and
+HEAD, one byte range (RFC 9110, section 14), the sha256 of the content as its ETag, If-Range.
+
+A connection begins with the proof of the token in both directions:
+
+    client  any request
+    server  401, WWW-Authenticate: TPILITE version=1, nonce=HEX
+    client  Authorization: TPILITE client_nonce=HEX, proof=HEX
+    server  the answer, with Authentication-Info: proof=HEX
+
+The proofs are those of `auth`. The client's role is "slice client"; the server's, sent with this and every
+later answer of the connection, is "slice server STATUS PATH ETAG", so that nobody in between can pass off
+one content as another. Before its proof a connection learns nothing, not even which paths exist. A wrong
+proof closes it. A rank whose slices are not there yet answers 503 with Retry-After.
+"""
+
+import contextlib
+import hashlib
+import io
+import logging
+import os
+import re
+import socket
+import socketserver
+import ssl
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any
+
+from tpilite.errors import ConfigError, SliceError
+from tpilite.net import auth
+from tpilite.weights.slices import MANIFEST_NAME, Manifest
+
+AUTH_VERSION = 1
+CLIENT_ROLE = "slice client"
+
+_log = logging.getLogger(__name__)
+
+# Our client's head is under 600 bytes; what http.client sends through a proxy stays under a few thousand.
+_MAX_HEAD_BYTES = 8192
+# One request without a proof is how every client begins; a second may be a HEAD before it.
+_MAX_CHALLENGES = 3
+# A home cluster has up to some tens of machines with one connection each, beside dead ones not yet noticed.
+_MAX_CONNECTIONS = 64
+# The proof is one round trip after connecting; TLS adds two and, on the slowest machine, half a second.
+_STRANGER_S = 10.0
+# A worker waits a few seconds between two requests; a peer that takes no byte for this long is gone.
+_MEMBER_S = 60.0
+_POLL_S = 0.1
+_RETRY_AFTER_S = 2
+# TLS has no sendfile; one copy of this size keeps the per-call cost below a percent.
+_CHUNK_BYTES = 256 * 1024
+# A port scan is one line in the log every few seconds, not one for each of its connections.
+_LOG_EVERY_S = 5.0
+
+_AUTHORIZATION = re.compile(r"TPILITE client_nonce=([0-9a-f]{64}), proof=([0-9a-f]{64})")
+_RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
+
+
+def server_role(status: int, path: str, etag: str) -> str:
+    """The role by which the server proves itself together with the answer that it gives."""
+    return f"slice server {status} {path} {etag}"
+
+
+class SliceServer:
+    """Serves slice folders by rank until it is closed; a context manager.
+
+    `folders` names the ranks that exist. A folder without a manifest is looked at again at each request;
+    None stands for a rank whose slices will come with `publish`. Port 0 takes a free one: see `.port`.
+    `host` "" listens on every address of the machine, IPv6 and IPv4.
+    """
+
+    def __init__(
+        self,
+        folders: Mapping[int, Path | None],
+        token: str,
+        port: int,
+        tls: ssl.SSLContext | None = None,
+        host: str = "",
+    ) -> None:
+        self._shelf = _Shelf(folders)
+        self._token, self._address, self._tls = token, (host, port), tls
+        self._listener: _Listener | None = None
+        self._thread: threading.Thread | None = None
+
+    @property
+    def port(self) -> int:
+        assert self._listener is not None, "start() comes first"
+        return int(self._listener.socket.getsockname()[1])
+
+    def publish(self, rank: int, folder: Path) -> None:
+        """Serves `folder` as that rank's from now on, in place of what was. Raises `SliceError`."""
+        self._shelf.publish(rank, folder)
+
+    def start(self) -> None:
+        """Listens. Raises `ConfigError` when the port cannot be had."""
+        self._listener = _Listener(self._shelf, self._token, self._address, self._tls)
+        self._thread = threading.Thread(
+            target=self._listener.serve_forever, args=(_POLL_S,), name="slice-server", daemon=True
+        )
+        self._thread.start()
+
+    def close(self) -> None:
+        """Closes the port and every connection, also in the middle of a file, and joins all threads."""
+        if self._listener is None or self._thread is None:
+            return
+        self._listener.shutdown()
+        self._thread.join()
+        self._listener.server_close()
+        self._listener.drop_all()
+        self._listener = self._thread = None
+
+    def __enter__(self) -> "SliceServer":
+        self.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+@dataclass(frozen=True)
+class _Content:
+    """What stands at one path: a file's range of bytes, or bytes."""
+
+    size: int
+    sha256: str
+    source: Path | bytes
+
+    @property
+    def etag(self) -> str:
+        return f'"{self.sha256}"'
+
+    def open(self) -> io.FileIO | io.BytesIO:
+        if isinstance(self.source, bytes):
+            return io.BytesIO(self.source)
+        file = self.source.open("rb", buffering=0)
+        size = os.fstat(file.fileno()).st_size
+        if size != self.size:
+            file.close()
+            raise SliceError(f"{self.source} has {size} bytes, its manifest says {self.size}; slice again")
+        return file
+
+
+class _Shelf:
+    """Content by path. A path from the network is a dictionary's key here and never names a file."""
+
+    def __init__(self, folders: Mapping[int, Path | None]) -> None:
+        self._lock = threading.Lock()
+        self._content: dict[str, _Content] = {}
+        self._awaited = {_prefix(rank): (rank, folder) for rank, folder in folders.items()}
+
+    def publish(self, rank: int, folder: Path) -> None:
+        manifest = Manifest.read(folder)
+        if manifest.rank != rank:
+            raise SliceError(f"{folder} holds the slices of rank {manifest.rank}; expected rank {rank}")
+        prefix, raw = _prefix(rank), manifest.to_json()
+        new = {prefix + MANIFEST_NAME: _Content(len(raw), hashlib.sha256(raw).hexdigest(), raw)}
+        for name, entry in manifest.files.items():
+            new[prefix + name] = _Content(entry.size, entry.sha256, folder / name)
+        with self._lock:
+            others = {path: content for path, content in self._content.items() if _folder(path) != prefix}
+            self._content = others | new
+            self._awaited.pop(prefix, None)
+
+    def find(self, path: str) -> _Content | HTTPStatus:
+        """The content at `path`, or the status that says why there is none."""
+        with self._lock:
+            if path in self._content:
+                return self._content[path]
+            rank, folder = self._awaited.get(_folder(path), (None, None))
+        if rank is None:
+            return HTTPStatus.NOT_FOUND
+        if folder is None or not (folder / MANIFEST_NAME).exists():
+            return HTTPStatus.SERVICE_UNAVAILABLE
+        try:
+            self.publish(rank, folder)
+        except SliceError as error:
+            _log.error("cannot serve the slices of rank %d: %s", rank, error)
+            return HTTPStatus.INTERNAL_SERVER_ERROR
+        with self._lock:
+            return self._content.get(path, HTTPStatus.NOT_FOUND)
+
+
+def _prefix(rank: int) -> str:
+    return f"/node_{rank}/"
+
+
+def _folder(path: str) -> str:
+    return path[: path.rfind("/") + 1]
+
+
+@dataclass
+class _Connection:
+    thread: threading.Thread
+    since: float = field(default_factory=time.monotonic)
+    member: bool = False
+
+
+class _Listener(socketserver.TCPServer):
+    """Accepts connections, a bounded number of them, each with its thread.
+
+    Who has not proved the token lives by a total deadline, whatever it sends or does not send, and the
+    oldest such stranger makes room for a newcomer when all places are taken.
+    """
+
+    request_queue_size = 128
+
+    def __init__(
+        self, shelf: _Shelf, token: str, address: tuple[str, int], tls: ssl.SSLContext | None
+    ) -> None:
+        super().__init__(address, _Handler, bind_and_activate=False)
+        self.socket.close()
+        self.socket = _listen(address, self.request_queue_size)
+        self.shelf, self.token, self._tls = shelf, token, tls
+        self._connections: dict[socket.socket, _Connection] = {}
+        self._changed = threading.Condition()
+        self._last_line, self._unlogged = -_LOG_EVERY_S, 0
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        connection, address = super().get_request()
+        connection.settimeout(_MEMBER_S)
+        if self._tls is None:
+            return connection, address
+        try:
+            # The handshake waits for the peer: it belongs to the connection's thread.
+            return self._tls.wrap_socket(connection, True, do_handshake_on_connect=False), address
+        except OSError:
+            connection.close()
+            raise
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        _log.exception("cannot serve %s on %s", _name(client_address), request)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self._changed:
+            if not self._make_room():
+                _log.warning(
+                    "%s is refused: %d connections are open", _name(client_address), _MAX_CONNECTIONS
+                )
+                self.shutdown_request(request)
+                return
+            thread = threading.Thread(
+                target=self._serve, args=(request, client_address), name="slice-connection", daemon=True
+            )
+            self._connections[request] = _Connection(thread)
+        thread.start()
+
+    def service_actions(self) -> None:
+        with self._changed:
+            now = time.monotonic()
+            for connection, state in self._connections.items():
+                if not state.member and now - state.since > _STRANGER_S:
+                    _cut(connection)
+
+    def welcome(self, connection: socket.socket) -> None:
+        """Lifts the stranger's deadline from a connection that has proved the token."""
+        with self._changed:
+            self._connections[connection].member = True
+
+    def drop_all(self) -> None:
+        with self._changed:
+            threads = [state.thread for state in self._connections.values()]
+            for connection in self._connections:
+                _cut(connection)
+        for thread in threads:
+            thread.join()
+
+    def log_stranger(self, address: Any, reason: str) -> None:
+        with self._changed:
+            now = time.monotonic()
+            if now - self._last_line < _LOG_EVERY_S:
+                self._unlogged += 1
+                return
+            more = f" (and {self._unlogged} more since the last such line)" if self._unlogged else ""
+            self._last_line, self._unlogged = now, 0
+        _log.warning("refused a stranger at %s: %s%s", _name(address), reason, more)
+
+    def _make_room(self) -> bool:
+        if len(self._connections) < _MAX_CONNECTIONS:
+            return True
+        strangers = [(state.since, c) for c, state in self._connections.items() if not state.member]
+        if strangers:
+            _cut(min(strangers, key=lambda stranger: stranger[0])[1])
+        return self._changed.wait_for(lambda: len(self._connections) < _MAX_CONNECTIONS, timeout=1.0)
+
+    def _serve(self, request: socket.socket, address: Any) -> None:
+        try:
+            _Handler(request, address, self)
+        finally:
+            self.shutdown_request(request)
+            with self._changed:
+                del self._connections[request]
+                self._changed.notify_all()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """One connection: the proof, then any number of requests."""
+
+    protocol_version = "HTTP/1.1"
+    server: _Listener
+
+    def setup(self) -> None:
+        self.connection = self.request
+        self.rfile = io.BytesIO()
+        self.wfile = self.connection.makefile("wb")
+        self._received = b""
+        self._server_nonce, self._client_nonce = auth.new_nonce(), b""
+        self._n_challenges = 0
+        self._member = False
+        self._refusal = "it closed the connection without a request"
+
+    def handle(self) -> None:
+        try:
+            if isinstance(self.connection, ssl.SSLSocket):
+                self._refusal = "no TLS handshake"
+                self.connection.do_handshake()
+            super().handle()
+        except OSError as error:
+            _log.debug("connection of %s ended: %s", _name(self.client_address), error)
+
+    def finish(self) -> None:
+        with contextlib.suppress(OSError):
+            self.wfile.close()
+        if not self._member:
+            self.server.log_stranger(self.client_address, self._refusal)
+
+    def handle_one_request(self) -> None:
+        self.close_connection = True
+        head = self._receive_head()
+        if head is None:
+            return
+        self._refusal = "no proof of the token"
+        self.rfile = io.BytesIO(head)
+        self.raw_requestline = self.rfile.readline()
+        if not self.parse_request():
+            return
+        has_body = "Transfer-Encoding" in self.headers or self.headers.get("Content-Length", "0") != "0"
+        if self.request_version != "HTTP/1.1" or has_body:
+            self.send_error(HTTPStatus.BAD_REQUEST)
+        elif self.command not in ("GET", "HEAD"):
+            self.send_error(HTTPStatus.NOT_IMPLEMENTED)
+        elif self._member or self._authenticate():
+            self._answer()
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """A refused request: its status, not a word of what it said, and the end of the connection."""
+        self._refusal = f"not a request of ours: {self.raw_requestline[:40]!r}"
+        self.close_connection = True
+        _log.debug("%s: %d %s %s", _name(self.client_address), code, message, explain)
+        self._send_empty(HTTPStatus(code))
+
+    def version_string(self) -> str:
+        return "tpilite"
+
+    def log_message(self, format: str, *args: Any) -> None:
+        _log.debug("%s: %s", _name(self.client_address), format % args)
+
+    def _receive_head(self) -> bytes | None:
+        """The bytes up to and with the first empty line; None where there is no request."""
+        while (end := self._received.find(b"\r\n\r\n")) < 0:
+            if len(self._received) > _MAX_HEAD_BYTES:
+                self._refusal = f"more than {_MAX_HEAD_BYTES} bytes of request head"
+                return None
+            packet = self.connection.recv(_MAX_HEAD_BYTES)
+            if not packet:
+                return None
+            self._refusal = f"no whole request, but {(self._received + packet)[:16]!r}"
+            self._received += packet
+            if not self._received[:1].isalpha():  # a TLS client, for one, would wait for an answer
+                return None
+        head, self._received = self._received[: end + 4], self._received[end + 4 :]
+        return head
+
+    def _authenticate(self) -> bool:
+        claim = self.headers.get("Authorization")
+        if claim is None:
+            self._n_challenges += 1
+            self.close_connection = self._n_challenges >= _MAX_CHALLENGES
+            challenge = f"TPILITE version={AUTH_VERSION}, nonce={self._server_nonce.hex()}"
+            self._send_empty(HTTPStatus.UNAUTHORIZED, {"WWW-Authenticate": challenge})
+            return False
+        match = _AUTHORIZATION.fullmatch(claim)
+        if match:
+            self._client_nonce, proof = bytes.fromhex(match[1]), bytes.fromhex(match[2])
+            self._member = auth.verify(
+                self.server.token, CLIENT_ROLE, self._server_nonce, self._client_nonce, proof
+            )
+        if not self._member:
+            self._refusal = "its proof is wrong: it has another token" if match else "its proof is malformed"
+            self.close_connection = True
+            self._send_empty(HTTPStatus.UNAUTHORIZED)
+            return False
+        self.server.welcome(self.connection)
+        return True
+
+    def _answer(self) -> None:
+        found = self.server.shelf.find(self.path)
+        if isinstance(found, HTTPStatus):
+            waiting = found == HTTPStatus.SERVICE_UNAVAILABLE
+            self._send_empty(found, {"Retry-After": str(_RETRY_AFTER_S)} if waiting else {})
+            return
+        status, start, stop = HTTPStatus.OK, 0, found.size
+        headers = {"Accept-Ranges": "bytes", "ETag": found.etag}
+        if self.command == "GET" and self.headers.get("If-Range", found.etag) == found.etag:
+            asked = _byte_range(self.headers.get("Range", ""), found.size)
+            if asked is not None:
+                status, (start, stop) = HTTPStatus.PARTIAL_CONTENT, asked
+                headers["Content-Range"] = f"bytes {start}-{stop - 1}/{found.size}"
+                if start == stop:
+                    none = {"Content-Range": f"bytes */{found.size}"}
+                    self._send_empty(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE, none)
+                    return
+        try:
+            file = found.open()
+        except (OSError, SliceError) as error:
+            _log.error("cannot serve %s: %s", self.path, error)
+            self._send_empty(HTTPStatus.INTERNAL_SERVER_ERROR)
+            return
+        with file:
+            self._send_head(status, headers | {"Content-Length": str(stop - start)})
+            if self.command == "GET" and not self._send_bytes(file, start, stop):
+                _log.error("%s became shorter while it was sent", self.path)
+                self.close_connection = True
+
+    def _send_bytes(self, file: io.FileIO | io.BytesIO, start: int, stop: int) -> bool:
+        """Whether the file still held all of the bytes from `start` to `stop`, which are sent."""
+        if start == stop:
+            return True
+        if not isinstance(self.connection, ssl.SSLSocket):
+            return bool(self.connection.sendfile(file, start, stop - start) == stop - start)
+        view = memoryview(bytearray(min(_CHUNK_BYTES, stop - start)))
+        file.seek(start)
+        while start < stop:
+            n = file.readinto(view[: stop - start])
+            if not n:
+                return False
+            self.connection.sendall(view[:n])
+            start += n
+        return True
+
+    def _send_empty(self, status: HTTPStatus, headers: Mapping[str, str] | None = None) -> None:
+        self._send_head(status, {"Content-Length": "0", **(headers or {})})
+
+    def _send_head(self, status: HTTPStatus, headers: Mapping[str, str]) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        if self._member:
+            role = server_role(status, self.path, headers.get("ETag", ""))
+            proof = auth.prove(self.server.token, role, self._server_nonce, self._client_nonce)
+            self.send_header("Authentication-Info", f"proof={proof.hex()}")
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        self.end_headers()
+        self.wfile.flush()
+
+
+def _byte_range(header: str, size: int) -> tuple[int, int] | None:
+    """The bytes [start, stop) that a Range header asks for; (size, size) where there are none of them.
+
+    None stands for no range: other units, several ranges and what is malformed are answered in full, as
+    RFC 9110 allows.
+    """
+    match = _RANGE.fullmatch(header)
+    if not match or header == "bytes=-":
+        return None
+    first, last = match.groups()
+    if not first:
+        return max(size - int(last), 0), size
+    if last and int(last) < int(first):
+        return None
+    return min(int(first), size), min(int(last) + 1, size) if last else size
+
+
+def _listen(address: tuple[str, int], backlog: int) -> socket.socket:
+    host, port = address
+    try:
+        if not host and socket.has_dualstack_ipv6():
+            listener = socket.create_server(
+                address, family=socket.AF_INET6, backlog=backlog, dualstack_ipv6=True
+            )
+        else:
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            listener = socket.create_server(address, family=family, backlog=backlog)
+    except (OSError, OverflowError) as error:
+        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
+        raise ConfigError(
+            f"cannot serve slices on port {port}: {reason}; "
+            "is another node running here? --file_port chooses another port"
+        ) from error
+    # A peer that is gone between select and accept would otherwise block the accepting thread.
+    listener.setblocking(False)
+    return listener
+
+
+def _cut(connection: socket.socket) -> None:
+    """Ends a connection that another thread is using: its reads and writes there fail at once."""
+    with contextlib.suppress(OSError):
+        # Not SSLSocket's own shutdown, which would send the rest of a record in the clear.
+        socket.socket.shutdown(connection, socket.SHUT_RDWR)
+
+
+def _name(address: Any) -> str:
+    return f"{address[0].removeprefix('::ffff:')}:{address[1]}"

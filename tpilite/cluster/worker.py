@@ -1,0 +1,183 @@
+"""A rank above 0: it joins, fetches its slices, works, and joins again when the group is gone."""
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tpilite.cluster.slice_client import Progress, fetch_slices
+from tpilite.cluster.terms import is_served, security_of, terms_of
+from tpilite.collective import Solo
+from tpilite.config import ClusterConfig, EngineConfig
+from tpilite.engine.rank import Rank
+from tpilite.errors import ConfigError, PeerLost, SliceError
+from tpilite.net.channel import Address
+from tpilite.net.group import GroupEnded
+from tpilite.net.seat import Seat, join
+from tpilite.weights.checkpoint import Checkpoint
+from tpilite.weights.slices import MANIFEST_NAME, Manifest, SliceFolder, node_folder
+
+logger = logging.getLogger(__name__)
+
+# How long a worker that holds another rank's slices waits for that rank's place before it takes any.
+_PREFER_S = 3.0
+
+# Without a sign of the server for this long it asks for its place again, which says who is not there.
+_PATIENCE_S = 10.0
+
+_NODE = re.compile(r"node_([1-9][0-9]{0,5})")
+
+
+@dataclass(frozen=True)
+class WorkerOptions:
+    """What the user of a worker may ask for."""
+
+    save_dir: Path | None = None  # None: a folder of its own for every model and partition, below `cache`
+    cache: Path = Path("slices")
+    model: Path | None = None  # a folder that may have the model, which is then to be that of rank 0
+    rank: int | None = None
+    force_download: bool = False
+    once: bool = False
+    progress: Callable[[Progress], None] | None = None
+
+
+class Worker:
+    """One such rank, for as long as it is wanted."""
+
+    def __init__(
+        self, address: Address, cluster: ClusterConfig, engine: EngineConfig, options: WorkerOptions
+    ) -> None:
+        self._address, self._cluster, self._engine, self._options = address, cluster, engine, options
+        self._security = security_of(cluster)
+        self._terms = _known_terms(options.model)
+        self._force = options.force_download
+        self._manifest: Manifest | None = None
+        self._rank: Rank | None = None
+        self._held = ExitStack()  # the slices and the rank on them, kept from group to group
+
+    def run(self) -> None:
+        """Works until a session ends cleanly and `once` was asked for; otherwise until an error ends it."""
+        wish = self._options.rank
+        with self._held:
+            while True:
+                try:
+                    with self._join(wish) as seat:
+                        wish = seat.rank
+                        self._work(seat)
+                except GroupEnded as ended:
+                    logger.info("%s", ended)
+                    if self._options.once:
+                        return
+                    wish = self._options.rank
+                except PeerLost as lost:
+                    logger.warning("%s; joining again", lost)
+
+    def _work(self, seat: Seat) -> None:
+        folder = self._save_dir(seat.info)
+        try:
+            manifest = self._fetch(seat, folder)
+        except PeerLost:
+            seat.check()  # knows better why, if rank 0 has ended the session
+            raise
+        if self._rank is None or manifest != self._manifest:
+            self._held.close()
+            slices = self._held.enter_context(SliceFolder(node_folder(folder, seat.rank)))
+            first_id = slices.partition.vocab_range(seat.rank).start
+            self._rank = self._held.enter_context(
+                Rank(slices.config, slices.tensors, first_id, Solo(), self._engine)
+            )
+            self._manifest = manifest
+        group = seat.wait_for_group(terms_of(manifest.fingerprint, manifest.partition))
+        with group:
+            logger.info("rank %d of %d is at work", group.rank, group.world_size)
+            self._rank.regroup(group)
+            self._rank.runner.serve()
+
+    def _join(self, wish: int | None) -> Seat:
+        """A seat, for the rank whose slices are here already where that can be had."""
+        if wish != self._options.rank:
+            try:
+                return self._ask(wish)
+            except ConfigError as refused:  # rank 0 may have been started for fewer ranks meanwhile
+                logger.debug("%s", refused)
+        seat = self._ask(self._options.rank)
+        held = self._held_ranks(self._save_dir(seat.info))
+        if self._options.rank is not None or seat.rank in held:
+            return seat
+        for rank in held:
+            seat.close()
+            try:
+                return self._ask(rank, timeout_s=_PREFER_S)
+            except (PeerLost, ConfigError):
+                seat = self._ask(None)
+        return seat
+
+    def _ask(self, rank: int | None, timeout_s: float | None = None) -> Seat:
+        return join(self._address, self._security, terms=self._terms, rank=rank, timeout_s=timeout_s)
+
+    def _fetch(self, seat: Seat, folder: Path) -> Manifest:
+        """The manifest of this rank's slices, which are on this disk now."""
+        node = node_folder(folder, seat.rank)
+        terms = {name: seat.info.get(name) for name in ("model", "partition")}
+        found = Manifest.read(node) if (node / MANIFEST_NAME).exists() and not self._force else None
+        fits = found is None or terms_of(found.fingerprint, found.partition) == terms
+        shared = is_served(folder, seat.info.get("mark"))  # by rank 0, which is to make slices that fit
+        # In the cache, a folder's name says what belongs into it: what does not is simply replaced.
+        if not fits and self._options.save_dir is not None and not shared:
+            raise SliceError(
+                f"{node} holds slices of another model, world size or ratio than rank 0's: "
+                "replace them with --force_download, or give another --save_dir"
+            )
+        if seat.rank not in seat.info.get("served", ()):
+            if found is None or not fits:
+                raise SliceError(f"rank 0 has no slices for rank {seat.rank}: bring them to {node}")
+            return found
+        fetch_slices(
+            self._address[0],
+            _port(seat.info),
+            seat.rank,
+            self._cluster.token,
+            folder,
+            force=self._force,
+            served=shared,
+            tls=self._security.client_tls,
+            progress=self._options.progress,
+            patience_s=_PATIENCE_S,
+        )
+        self._force = False
+        return Manifest.read(node)
+
+    def _save_dir(self, info: Mapping[str, Any]) -> Path:
+        if self._options.save_dir is not None:
+            return self._options.save_dir
+        identity = json.dumps([info.get("model"), info.get("partition")], sort_keys=True)
+        return self._options.cache / hashlib.sha256(identity.encode()).hexdigest()[:16]
+
+    @staticmethod
+    def _held_ranks(folder: Path) -> list[int]:
+        """The ranks whose slices are here, the whole ones before those that were only begun."""
+        found = [(_NODE.fullmatch(path.name), path) for path in folder.glob("node_*")]
+        ranks = [(not (path / MANIFEST_NAME).exists(), int(name[1])) for name, path in found if name]
+        return [rank for _, rank in sorted(ranks)]
+
+
+def _known_terms(folder: Path | None) -> dict[str, Any]:
+    """What this node knows of rank 0's terms before it joins: which model it is, where it has one itself."""
+    if folder is None or not any(folder.glob("*.safetensors")):
+        return {}
+    with Checkpoint(folder) as checkpoint:
+        return {"model": checkpoint.fingerprint}
+
+
+def _port(info: Mapping[str, Any]) -> int:
+    port = info.get("file_port")
+    if not isinstance(port, int) or not 0 < port < 65536:
+        raise ConfigError(
+            f"rank 0 names no port for the slices (found {port!r:.40}); use the same version everywhere"
+        )
+    return port

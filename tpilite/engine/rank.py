@@ -1,0 +1,138 @@
+"""One rank made ready: its weights in memory as they should be, its threads, its model and its runner."""
+
+import os
+import platform
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from tpilite.blas import limit_blas_threads
+from tpilite.collective import Collective, Timed
+from tpilite.config import EngineConfig, LlamaConfig
+from tpilite.engine.runner import Runner
+from tpilite.engine.stats import Usage, disk_read_bytes
+from tpilite.linear.linear import Linear
+from tpilite.machine import auto_budget_bytes, keep_freed_memory, return_freed_memory, rss_bytes
+from tpilite.model.llama import Llama
+from tpilite.weights.assemble import Embedding
+from tpilite.weights.pager import Pager
+from tpilite.weights.partition import EMBEDDING
+from tpilite.weights.tensor_file import StoredTensor
+
+_MEASURED_FROM_BYTES = 32 << 20
+
+
+class Rank:
+    """A rank's `runner`, on the stored tensors of the whole model or of its slice; closed by `with`."""
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        tensors: Mapping[str, StoredTensor],
+        first_vocab_id: int,
+        collective: Collective,
+        engine: EngineConfig,
+    ) -> None:
+        self._stack = ExitStack()
+        limit_blas_threads()
+        keep_freed_memory()
+        linear = self._stack.enter_context(Linear(engine.threads or physical_cores()))
+        n_bytes = sum(tensor.nbytes for tensor in tensors.values())
+        if n_bytes >= _MEASURED_FROM_BYTES:  # before the pager finds out what memory there is
+            linear.prepare({tensor.stored_dtype for tensor in tensors.values() if len(tensor.shape) == 2})
+        self._pager = self._stack.enter_context(
+            Pager(
+                tensors,
+                config,
+                budget_bytes=budget_bytes_of(engine),
+                window=engine.memory_window,
+                max_rows=engine.max_rows,
+            )
+        )
+        self._n_rows = 0  # of the pass before
+        self._network = Timed(collective)
+        kv_dtype = np.float16 if engine.kv_dtype == "f16" else np.float32
+        model = Llama(config, self._pager.weights, self._network, linear, kv_dtype)
+        self._position_bytes = model.new_cache().position_bytes
+        self.runner = Runner(model, first_vocab_id, self._network, self)
+        self.embed = Embedding(tensors[EMBEDDING]) if EMBEDDING in tensors else None
+
+    def begin_pass(self, n_rows: int, cache_bytes: int, scores: bool) -> None:
+        """Makes room in memory for a pass."""
+        if n_rows < self._n_rows:  # the prompt is read
+            return_freed_memory()
+        self._n_rows = n_rows
+        self._pager.begin_pass(n_rows, cache_bytes, scores)
+
+    def status(self) -> dict[str, Any]:
+        """What rank 0 asks of every rank: how long a text can get here, its memory, where its time goes."""
+        usage, paging = self.usage, self._pager.usage()
+        return {
+            "name": platform.node(),
+            "max_positions": self._max_positions(),
+            "rss_bytes": rss_bytes(),
+            "budget_bytes": paging.budget_bytes,
+            "resident_bytes": paging.resident_bytes,
+            "streaming_bytes": paging.streaming_bytes,
+            "compute_s": usage.compute_s,
+            "load_wait_s": usage.load_wait_s,
+            "network_wait_s": usage.network_wait_s,
+            "read_bytes": usage.read_bytes,
+        }
+
+    def _max_positions(self) -> int | None:
+        """The longest text whose keys and values fit into the budget; None where nothing bounds it."""
+        room = self._pager.cache_room_bytes
+        return None if room is None or not self._position_bytes else max(0, room // self._position_bytes)
+
+    def regroup(self, collective: Collective) -> None:
+        """Goes on in a new group, with empty caches."""
+        self._network.inner = collective
+        self.runner.reset()
+
+    @property
+    def usage(self) -> Usage:
+        paging = self._pager.usage()
+        compute_s = self.runner.forward_s - self._network.reduced_s - paging.load_wait_s
+        return Usage(compute_s, paging.load_wait_s, self._network.waited_s, disk_read_bytes(), paging)
+
+    @property
+    def memory_sample(self) -> Callable[[], Mapping[str, float]]:
+        """What `memory.MemoryReport` writes down."""
+        return self._pager.sample
+
+    def close(self) -> None:
+        self._stack.close()
+
+    def __enter__(self) -> "Rank":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def budget_bytes_of(engine: EngineConfig) -> int | None:
+    """The bytes that this process may use; None is unlimited."""
+    if engine.memory_budget == "auto":
+        return auto_budget_bytes()
+    return None if isinstance(engine.memory_budget, str) else engine.memory_budget
+
+
+def physical_cores() -> int:
+    """The cores that this process may run on, hyper-threads of one core counted once."""
+    if not hasattr(os, "sched_getaffinity"):
+        return max(1, os.cpu_count() or 1)
+    cores = set()
+    for cpu in os.sched_getaffinity(0):
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        try:
+            cores.add(siblings.read_text().strip())
+        except OSError:
+            cores.add(str(cpu))
+    return max(1, len(cores))

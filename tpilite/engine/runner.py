@@ -1,0 +1,213 @@
+"""Every rank's step: the same typed `Step` broadcast by rank 0, executed by all, its results gathered.
+
+Rank 0 alone knows tokens: a step carries the embedded rows (no other rank stores the table), which rows
+belong to which sequence at which position, and which rows' scores are wanted in what form.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tpilite.collective import Collective, Message
+from tpilite.engine.sampling import Candidates, Edits, best, merge
+from tpilite.errors import ProtocolError
+from tpilite.model.kv_cache import KVCache
+from tpilite.model.llama import Llama, Segment
+
+Array = NDArray[np.float32]
+Embedding = Callable[[Sequence[int]], Array]  # ids -> [T, D]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A run of rows of one sequence, at the positions from `start` on."""
+
+    sequence_id: int
+    start: int
+    n_rows: int
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be reported of one row's scores: the best `n` of them, edited."""
+
+    row: int
+    n: int
+    temperature: float
+    edits: Edits | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One pass: its rows, the scores wanted from it, and the sequences to forget before it.
+
+    `full` asks for the whole rows of scores instead, unedited: `wanted` then names only rows. A step with
+    no rows of its own speaks of the scores of the step before.
+    """
+
+    rows: tuple[Rows, ...] = ()
+    wanted: tuple[Wanted, ...] = ()
+    free: tuple[int, ...] = ()
+    full: bool = False
+
+    def to_header(self) -> dict[str, Any]:
+        return {
+            "rows": [[r.sequence_id, r.start, r.n_rows] for r in self.rows],
+            "wanted": [[w.row, w.n, w.temperature, _pack(w.edits)] for w in self.wanted],
+            "free": list(self.free),
+            "full": self.full,
+        }
+
+    @classmethod
+    def from_header(cls, header: Mapping[str, Any]) -> "Step":
+        """The step that a header holds. Raises `ProtocolError` where it is not one."""
+        try:
+            return cls(
+                tuple(Rows(*(int(n) for n in row)) for row in header["rows"]),
+                tuple(Wanted(int(w[0]), int(w[1]), float(w[2]), _unpack(w[3])) for w in header["wanted"]),
+                tuple(int(i) for i in header["free"]),
+                bool(header["full"]),
+            )
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise ProtocolError(f"rank 0 sent a step that is not one ({error!r})") from error
+
+
+_STOP = {"stop": True}
+_SURVEY = {"survey": True}
+_NONE: Array = np.zeros((0, 0), np.float32)
+
+
+class Memory(Protocol):
+    """Who makes room for a pass and tells how this rank is: `pager.Pager` in front of its files."""
+
+    def begin_pass(self, n_rows: int, cache_bytes: int, scores: bool) -> None:
+        """Makes room for `n_rows` rows beside caches of `cache_bytes`, for a pass with scores or without."""
+        ...
+
+    def status(self) -> dict[str, Any]:
+        """Plain values for rank 0's survey."""
+        ...
+
+
+class Runner:
+    """One rank's model, the caches of its sequences, and its place among the ranks."""
+
+    def __init__(
+        self, model: Llama, first_vocab_id: int, collective: Collective, memory: Memory | None = None
+    ) -> None:
+        self.model = model
+        self.collective = collective
+        self.forward_s = 0.0  # in the model so far, its waits for the disk and for other ranks included
+        self._first_vocab_id = first_vocab_id
+        self._memory = memory
+        self._caches: dict[int, KVCache] = {}
+        self._logits = _NONE
+
+    def run(self, step: Step, x: Array | None = None) -> list[Candidates] | Array:
+        """On rank 0: the step made by all ranks. Candidates per wanted row; the scores [R, V] if `full`."""
+        self.collective.broadcast(Message(step.to_header(), x))
+        parts = self.collective.gather(self._execute(step, x))
+        assert parts is not None, "run is rank 0's"
+        if step.full:
+            return np.concatenate([_array(part) for part in parts], axis=1)
+        reports = [[_candidates(c) for c in part.header["candidates"]] for part in parts]
+        return [merge(of_row) for of_row in zip(*reports, strict=True)]
+
+    def serve(self) -> None:
+        """On the other ranks: executes what rank 0 broadcasts until it says stop."""
+        while True:
+            message = self.collective.broadcast(None)
+            if message.header == _STOP:
+                return
+            if message.header == _SURVEY:
+                self.collective.gather(Message(self._status()))
+                continue
+            array = None if message.array is None else np.array(message.array, np.float32)
+            self.collective.gather(self._execute(Step.from_header(message.header), array))
+
+    def survey(self) -> list[dict[str, Any]]:
+        """On rank 0: what every rank tells of itself, in rank order."""
+        self.collective.broadcast(Message(_SURVEY))
+        parts = self.collective.gather(Message(self._status()))
+        assert parts is not None, "survey is rank 0's"
+        return [dict(part.header) for part in parts]
+
+    def _status(self) -> dict[str, Any]:
+        return {} if self._memory is None else self._memory.status()
+
+    def stop(self) -> None:
+        """On rank 0: ends every other rank's `serve`."""
+        self.collective.broadcast(Message(_STOP))
+
+    def reset(self) -> None:
+        """Forgets every cache."""
+        self._caches.clear()
+
+    def _execute(self, step: Step, x: Array | None) -> Message:
+        for sequence_id in step.free:
+            self._caches.pop(sequence_id, None)
+        if step.rows:
+            if x is None or x.shape != (sum(r.n_rows for r in step.rows), self.model.config.hidden_size):
+                raise ProtocolError("rank 0 sent rows whose hidden states are missing or of another shape")
+            segments = [self._segment(rows) for rows in step.rows]
+            if self._memory is not None:
+                self._memory.begin_pass(len(x), self._cache_bytes(segments), bool(step.wanted))
+            start_s = time.perf_counter()
+            # Where none is wanted one goes on, so that every pass uses all layers in their order.
+            wanted = [w.row for w in step.wanted] or [len(x) - 1]
+            hidden = self.model.forward(x, segments, wanted)
+            self._logits = self.model.logits(hidden) if step.wanted else _NONE
+            self.forward_s += time.perf_counter() - start_s
+        if step.full:
+            return Message(array=self._logits)
+        reports = zip(step.wanted, self._logits, strict=True)
+        return Message({"candidates": [self._report(wanted, logits) for wanted, logits in reports]})
+
+    def _segment(self, rows: Rows) -> Segment:
+        cache = self._caches.get(rows.sequence_id)
+        if cache is None:
+            cache = self._caches[rows.sequence_id] = self.model.new_cache()
+        if rows.start > cache.length:
+            raise ProtocolError(f"rank 0 sent position {rows.start}; this rank has seen {cache.length}")
+        cache.truncate(rows.start)
+        return Segment(cache, rows.n_rows)
+
+    def _cache_bytes(self, segments: Sequence[Segment]) -> int:
+        """What all caches take once these rows are in them."""
+        growing = {id(s.cache): s.cache.bytes_for(s.cache.length + s.n_rows) for s in segments}
+        return sum(growing.get(id(cache), cache.nbytes) for cache in self._caches.values())
+
+    def _report(self, wanted: Wanted, logits: Array) -> list[Any]:
+        if wanted.edits is not None:
+            logits = wanted.edits.apply(logits, self._first_vocab_id)
+        found = best(logits, self._first_vocab_id, wanted.n, wanted.temperature)
+        return [found.ids.tobytes(), found.logits.tobytes(), found.log_sum_exp, found.complete]
+
+
+def _candidates(report: Sequence[Any]) -> Candidates:
+    try:
+        ids, logits = np.frombuffer(report[0], np.int32), np.frombuffer(report[1], np.float32)
+        return Candidates(ids, logits, float(report[2]), bool(report[3]))
+    except (TypeError, ValueError, IndexError) as error:
+        raise ProtocolError(f"a rank sent candidates that are not such ({error!r})") from error
+
+
+def _array(part: Message) -> Array:
+    if part.array is None:
+        raise ProtocolError("a rank sent no scores where they were asked for")
+    return np.array(part.array, np.float32)
+
+
+def _pack(edits: Edits | None) -> list[bytes] | None:
+    return None if edits is None else [a.tobytes() for a in (edits.ids, edits.scale, edits.shift)]
+
+
+def _unpack(packed: Any) -> Edits | None:
+    if packed is None:
+        return None
+    ids, scale, shift = packed
+    return Edits(np.frombuffer(ids, "<i4"), np.frombuffer(scale, "<f4"), np.frombuffer(shift, "<f4"))

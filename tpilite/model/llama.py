@@ -1,0 +1,229 @@
+"""The Llama forward pass on one rank (arXiv 2302.13971, 2307.09288, 2407.21783).
+
+Rows of several sequences ride in one pass; there is no batch axis. What a rank owns (its heads, FFN
+columns, vocabulary rows) is read from the shapes of its weights; the sums that put the ranks' parts
+together are the two `all_reduce` of each layer.
+
+    T  rows of this pass           D  hidden size           H  query heads here
+    S  cached positions            F  FFN columns here      K  KV heads here
+    V  vocabulary rows here        d  head size             G  query heads per KV head
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tpilite.collective import Collective
+from tpilite.config import LlamaConfig
+from tpilite.linear.linear import FLOAT16_LIFT, Matrix, float16_bits
+from tpilite.model.kv_cache import Kept, KVCache
+from tpilite.model.ops import rms_norm, rope_frequencies, rope_table, rotate, softmax, swiglu
+
+Array = NDArray[np.float32]
+
+# Scores are [H, T, S] floats; a tile of query rows keeps them within this, so that a long prompt costs
+# no more memory than a short one.
+_SCORE_BYTES = 8 << 20
+
+# float16 keys and values are widened in pieces that stay in any second-level cache.
+_WIDENED_BYTES = 256 << 10
+
+# Fewer products or elements than this are done before other threads have woken up for them.
+_SHARED_FROM = 1 << 19
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """This rank's part of one layer. A rank without heads has matrices of no rows."""
+
+    input_layernorm: Array  # [D]
+    q_proj: Matrix  # [H * d, D]
+    k_proj: Matrix  # [K * d, D]
+    v_proj: Matrix  # [K * d, D]
+    o_proj: Matrix  # [D, H * d]
+    post_attention_layernorm: Array  # [D]
+    gate_proj: Matrix  # [F, D]
+    up_proj: Matrix  # [F, D]
+    down_proj: Matrix  # [D, F]
+
+
+@dataclass(frozen=True)
+class LlamaWeights:
+    """This rank's part of the model, in the order in which a pass uses it."""
+
+    layers: Sequence[LayerWeights]
+    norm: Array  # [D]
+    lm_head: Matrix  # [V, D]
+
+
+class Linear(Protocol):
+    """What computes: `linear.Linear`, or a plain reference in the tests."""
+
+    def __call__(self, x: Array, *matrices: Matrix) -> list[Array]:
+        """y = x W^T + b for each of the matrices."""
+        ...
+
+    def share(self, n: int, work: Callable[[int, int], None]) -> None:
+        """Calls `work(start, stop)` on ranges that make up 0 to n, maybe at once."""
+        ...
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The rows of one sequence in a pass: `n_rows` positions that follow those in its cache."""
+
+    cache: KVCache
+    n_rows: int
+
+
+class Llama:
+    """One rank's share of a Llama model."""
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        weights: LlamaWeights,
+        collective: Collective,
+        linear: Linear,
+        kv_dtype: type = np.float32,
+    ) -> None:
+        self.config = config
+        self.weights = weights
+        self.collective = collective
+        self.linear = linear
+        self.kv_dtype = kv_dtype
+        self._frequencies = rope_frequencies(config)
+
+    def new_cache(self) -> KVCache:
+        """An empty cache for one sequence, for the KV heads of this rank."""
+        head_dim = self.config.head_dim
+        n_kv_heads = self.weights.layers[0].k_proj.n_rows // head_dim
+        max_length = self.config.max_position_embeddings
+        return KVCache(len(self.weights.layers), n_kv_heads, head_dim, max_length, self.kv_dtype)
+
+    def forward(
+        self, x: Array, segments: Sequence[Segment], wanted: Sequence[int] | None = None
+    ) -> Array:  # [T, D] -> [len(wanted), D]
+        """The last layer's hidden states for the embedded rows `x`, which is overwritten.
+
+        The segments' rows follow each other in `x`; their caches hold the new positions afterwards. Rows
+        that are not `wanted` (default: all are) leave the last layer when their keys and values are made.
+        """
+        eps = self.config.rms_norm_eps
+        positions = np.concatenate([s.cache.length + np.arange(s.n_rows) for s in segments])
+        table = rope_table(self._frequencies, positions)
+        for segment in segments:
+            segment.cache.reserve(segment.cache.length + segment.n_rows)
+        for layer, w in enumerate(self.weights.layers):
+            heads = self._attention(rms_norm(x, w.input_layernorm, eps), w, layer, segments, table)
+            if wanted is not None and layer == len(self.weights.layers) - 1:
+                x, heads = x[wanted], heads[wanted]
+            (part,) = self.linear(heads, w.o_proj)
+            x += self.collective.all_reduce(part)
+            part = self._feed_forward(rms_norm(x, w.post_attention_layernorm, eps), w)
+            x += self.collective.all_reduce(part)
+        for segment in segments:
+            segment.cache.advance(segment.n_rows)
+        return x
+
+    def logits(self, x: Array) -> Array:  # [T, D] -> [T, V]
+        """The scores of this rank's vocabulary rows for the hidden states `x`."""
+        (logits,) = self.linear(
+            rms_norm(x, self.weights.norm, self.config.rms_norm_eps), self.weights.lm_head
+        )
+        return logits
+
+    def _attention(
+        self,
+        x: Array,
+        w: LayerWeights,
+        layer: int,
+        segments: Sequence[Segment],
+        table: tuple[Array, Array],
+    ) -> Array:  # [T, D] -> [T, H * d]
+        n_rows, d = x.shape[0], self.config.head_dim
+        q, k, v = (y.reshape(n_rows, -1, d) for y in self.linear(x, w.q_proj, w.k_proj, w.v_proj))
+        q, k = rotate(q, table), rotate(k, table)
+        heads = np.empty_like(q)
+        start = 0
+        for segment in segments:
+            rows = slice(start, start + segment.n_rows)
+            keys, values = segment.cache.append(layer, k[rows], v[rows])
+            self._attend(q[rows], keys, values, heads[rows])
+            start += segment.n_rows
+        return heads.reshape(n_rows, -1)
+
+    def _attend(self, q: Array, keys: Kept, values: Kept, out: Array) -> None:
+        """`attend`, its KV heads shared out to the threads where that pays."""
+        n_kv_heads = keys.shape[0]
+        if n_kv_heads < 2 or q.size * keys.shape[1] < _SHARED_FROM:
+            attend(q, keys, values, out)
+            return
+        n_groups = q.shape[1] // n_kv_heads
+
+        def some(start: int, stop: int) -> None:
+            heads = slice(start * n_groups, stop * n_groups)
+            attend(q[:, heads], keys[start:stop], values[start:stop], out[:, heads])
+
+        self.linear.share(n_kv_heads, some)
+
+    def _feed_forward(self, x: Array, w: LayerWeights) -> Array:  # [T, D] -> [T, D]
+        gate, up = self.linear(x, w.gate_proj, w.up_proj)
+        if gate.size < _SHARED_FROM:
+            swiglu(gate, up)
+        else:
+
+            def some(start: int, stop: int) -> None:
+                swiglu(gate[start:stop], up[start:stop])
+
+            self.linear.share(len(gate), some)
+        (y,) = self.linear(gate, w.down_proj)
+        return y
+
+
+def attend(q: Array, keys: Kept, values: Kept, out: Array) -> None:  # [T, H, d], [K, S, d] x 2 -> [T, H, d]
+    """Causal attention of the last T of S positions, written to `out`; G query heads share a KV head."""
+    n_rows, n_heads, d = q.shape
+    n_kv_heads, n_cached, _ = keys.shape
+    if n_heads == 0:
+        return
+    n_groups = n_heads // n_kv_heads
+    scale = np.float32(1 / math.sqrt(d))
+    tile = max(1, _SCORE_BYTES // (4 * n_heads * n_cached))
+    for start in range(0, n_rows, tile):
+        stop = min(start + tile, n_rows)
+        t = stop - start
+        seen = n_cached - n_rows + stop  # the last row of the tile sees this many positions
+        grouped = (q[start:stop] * scale).reshape(t, n_kv_heads, n_groups, d)
+        grouped = grouped.transpose(1, 2, 0, 3).reshape(n_kv_heads, n_groups * t, d)
+        scores = np.empty((n_kv_heads, n_groups * t, seen), np.float32)
+        for part, lift, k in _widened(keys[:, :seen]):
+            np.matmul(grouped * lift, k.transpose(0, 2, 1), out=scores[:, :, part])
+        if t > 1:
+            hidden = np.arange(seen) > np.arange(seen - t, seen)[:, None]  # [t, S]
+            each = scores.reshape(n_kv_heads, n_groups, t, seen)
+            np.copyto(each, np.float32(-np.inf), where=hidden)
+        softmax(scores)
+        mixed = np.zeros((n_kv_heads, n_groups * t, d), np.float32)
+        for part, lift, v in _widened(values[:, :seen]):
+            mixed += (scores[:, :, part] * lift) @ v
+        out[start:stop] = (
+            mixed.reshape(n_kv_heads, n_groups, t, d).transpose(2, 0, 1, 3).reshape(t, n_heads, d)
+        )
+
+
+def _widened(kept: Kept) -> Iterator[tuple[slice, np.float32, Array]]:  # [K, S, d] -> slice, [K, s, d]
+    """What was kept, as float32, in parts by position that fit the cache; each times `lift` is the value."""
+    n_heads, n_cached, d = kept.shape
+    if kept.dtype == np.float32:
+        yield slice(0, n_cached), np.float32(1), kept
+        return
+    size = max(16, _WIDENED_BYTES // (4 * n_heads * d))
+    scratch = np.empty((n_heads, min(size, n_cached), d), np.float32)
+    for start in range(0, n_cached, size):
+        part = slice(start, min(start + size, n_cached))
+        yield part, FLOAT16_LIFT, float16_bits(kept[:, part], scratch[:, : part.stop - start])

@@ -1,0 +1,117 @@
+"""The products of `products.c`, where pip found a compiler when it installed the package.
+
+For one row of x they read the weights at the memory's own rate, twice as fast as NumPy does; many rows take a
+fifth less: benchmarks/RESULTS.md has the figures. `linear` asks for them and can do without.
+"""
+
+import ctypes
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tpilite.linear.packing import Packed
+from tpilite.native.library import address, load_library
+
+logger = logging.getLogger(__name__)
+
+Array = NDArray[np.float32]
+
+_DTYPES = {np.dtype(np.uint16): 0, np.dtype(np.float16): 1, np.dtype(np.float32): 2}
+_PACKED = 3
+
+# The rows of x are laid out in groups of this many, or of less.
+_GROUP = 8
+
+_Team = ctypes.c_void_p
+_Pieces = ctypes.c_void_p
+_Address = ctypes.c_void_p
+_Int = ctypes.c_int64
+
+
+class Product(NamedTuple):
+    """Some rows of a matrix [n, D], stored, and where their products with x [T, D] go."""
+
+    rows: NDArray[Any] | Packed
+    out: Array  # [T, n], each row's numbers side by side
+
+
+class _Piece(ctypes.Structure):
+    _fields_ = (
+        ("rows", _Address),
+        ("out", _Address),
+        ("n_rows", _Int),
+        ("out_stride", _Int),
+        ("dtype", _Int),
+        ("scale", ctypes.c_float),
+        ("places", _Address),
+        ("firsts", _Address),
+        ("values", _Address),
+    )
+
+
+_FUNCTIONS = {
+    "products_run_here": (ctypes.c_int,),
+    "products_team": (_Team, _Int),
+    "products_end": (None, _Team),
+    "products_recall": (None, _Team),
+    "products_serve": (_Int, _Team, _Int),
+    "products_multiply": (None, _Team, _Pieces, _Int, _Address, _Int, _Int, _Address),
+}
+
+
+def load(folder: Path = Path(__file__).parent) -> ctypes.CDLL | None:
+    """The compiled library in `folder`; None where there is none, or not for this processor."""
+    library = load_library(folder, "_products", _FUNCTIONS)
+    if library is not None and not library.products_run_here():
+        logger.debug("no compiled products: they need a processor with AVX2")
+        return None
+    return library
+
+
+class Products:
+    """Products by `n_threads` threads: the caller of `multiply` and those that are in `serve`."""
+
+    def __init__(self, library: ctypes.CDLL, n_threads: int) -> None:
+        self._library = library
+        self._team = library.products_team(n_threads)
+        if not self._team:
+            raise MemoryError
+        self._panels = np.empty(0, np.float32)
+
+    def serve(self, n_recalls: int) -> int:
+        """Helps until there have been other than `n_recalls` recalls, and says how many there have been."""
+        return int(self._library.products_serve(self._team, n_recalls))
+
+    def recall(self) -> None:
+        """Brings every thread back from `serve`."""
+        self._library.products_recall(self._team)
+
+    def close(self) -> None:
+        """Gives the memory back. No thread may be in `serve`, nor call anything here again."""
+        self._library.products_end(self._team)
+
+    def multiply(self, x: Array, products: Sequence[Product]) -> None:  # [T, D]
+        """Each product's `out` = x rows^T."""
+        n_x, n_cols = x.shape
+        n_panels = -(-n_x // _GROUP) * _GROUP * n_cols if n_x > 1 else 0
+        if self._panels.size < n_panels:
+            self._panels = np.empty(n_panels, np.float32)
+        pieces = (_Piece * len(products))(*(_piece(product) for product in products))
+        self._library.products_multiply(
+            self._team, pieces, len(pieces), address(x), n_x, n_cols, address(self._panels)
+        )
+
+
+def _piece(product: Product) -> _Piece:
+    rows, out = product
+    where, stride = address(out), out.strides[0] // 4
+    if isinstance(rows, Packed):
+        stored_apart = address(rows.places), address(rows.firsts), address(rows.values)
+        return _Piece(
+            address(rows.words), where, rows.shape[0], stride, _PACKED, 2.0**rows.gap, *stored_apart
+        )
+    return _Piece(address(rows), where, rows.shape[0], stride, _DTYPES[rows.dtype], 1.0)

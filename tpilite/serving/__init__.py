@@ -1,0 +1,6 @@
+"""What people and programs talk to: OpenAI's API and the page, over HTTP.
+
+Begin with `server.py`, then `service.py` (the queue before the engine).
+May import: `engine` and what it stands on.
+Must never know: sockets between ranks, slices, how ranks were found.
+"""

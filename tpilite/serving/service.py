@@ -1,0 +1,552 @@
+"""The engine's thread: requests from many threads in, each one's text out by a queue of its own.
+
+One thread alone touches the engine. Others hand it what they want and wait for `Delta`s; a request that
+nobody waits for any more leaves its place before the next pass.
+"""
+
+import logging
+import queue
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+from typing import Any
+
+from tpilite.engine.engine import Output, Recover
+from tpilite.engine.sampling import SamplingParams
+from tpilite.engine.sequence import Decoder, Sequence, TokenLogprob
+from tpilite.engine.stats import Usage
+from tpilite.errors import ConfigError, PeerLost, TpiliteError
+from tpilite.llm import Session
+from tpilite.machine import rss_bytes
+from tpilite.text.tokenizer import StreamDecoder, Tokenizer
+
+logger = logging.getLogger(__name__)
+
+Prompt = str | list[int]
+Messages = tuple[Mapping[str, Any], ...]
+
+# Tokens per second are those of so many tokens: a second on a fast machine, minutes on one that pages.
+_RATE_TOKENS = 32
+# ... and 0 when none came for so many times their distance.
+_RATE_PATIENCE = 5
+
+_MAX_RETRY_S = 60
+
+
+class Busy(TpiliteError):
+    """The waiting line is full; a place may be free after `retry_after_s`."""
+
+    def __init__(self, message: str, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class Stopping(TpiliteError):
+    """The service is ending and takes or finishes no more requests."""
+
+
+class Broken(TpiliteError):
+    """A mistake of our own ended the engine's thread; the log has its traceback."""
+
+
+class TooLong(ConfigError):
+    """A prompt, with the new tokens asked for, does not fit the model's context."""
+
+    def __init__(self, n_prompt: int, n_new: int | None, limit: int) -> None:
+        super().__init__(
+            f"{n_prompt} prompt tokens and {n_new or 1} new ones do not fit a context of {limit}"
+        )
+        self.n_prompt, self.n_new, self.limit = n_prompt, n_new, limit
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What one more token of a choice brought; `finish_reason` with the last."""
+
+    index: int
+    text: str
+    logprobs: tuple[TokenLogprob, ...]
+    finish_reason: str | None
+    n_new: int = 1
+
+
+class Recovery:
+    """The engine's `recover`, which tells while it is at work what it is waiting for."""
+
+    def __init__(self, recover: Recover) -> None:
+        self._recover = recover
+        self.waiting_for: str | None = None
+
+    def __call__(self, lost: PeerLost) -> None:
+        self.waiting_for = str(lost)
+        try:
+            self._recover(lost)
+        finally:
+            self.waiting_for = None
+
+
+class Job:
+    """A request being served: its choices' deltas, in the order in which they are made."""
+
+    def __init__(self, service: "Service", asked: list["_Asked"], n_prompt: int) -> None:
+        self.n_prompt = n_prompt
+        self.n_new = 0  # tokens that `next` has given
+        self.n_unfinished = len(asked)  # choices whose end it has not
+        self.asked = asked
+        self.n_running = 0  # choices in the engine; its thread's
+        self.started_s = time.monotonic()
+        self._service = service
+        self._deltas: queue.SimpleQueue[Delta | TpiliteError] = queue.SimpleQueue()
+
+    def next(self, timeout_s: float) -> Delta | None:
+        """The next delta, or None when none came in this time. Raises the error that ended the job."""
+        try:
+            item = self._deltas.get(timeout=timeout_s)
+        except queue.Empty:
+            return None
+        if isinstance(item, TpiliteError):
+            raise item
+        self.n_new += item.n_new
+        self.n_unfinished -= item.finish_reason is not None
+        return item
+
+    def cancel(self) -> None:
+        """Gives the place up. Does nothing when the job is finished."""
+        self._service.cancel(self)
+
+    def put(self, item: Delta | TpiliteError) -> None:
+        self._deltas.put(item)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """One choice of a request, checked and ready for the engine."""
+
+    index: int
+    ids: list[int]
+    params: SamplingParams
+    eos_ids: frozenset[int]
+    decoder: "_Counted | None"
+
+
+class Service:
+    """Serves a session's engine to many threads; closed by `with`.
+
+    `max_waiting` requests may wait beside the one that is served. `usage` gives the process's counters and
+    `cluster_state` what is known of the ranks; `recovery` is the one that the session's engine was given.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        *,
+        max_waiting: int = 64,
+        usage: Callable[[], Usage] = Usage,
+        recovery: Recovery | None = None,
+        cluster_state: Callable[[], list[dict[str, Any]]] | None = None,
+    ) -> None:
+        self._session = session
+        self._max_waiting = max_waiting
+        self._usage = usage
+        self._recovery = recovery
+        self._cluster_state = cluster_state
+        self._tokenizer: Tokenizer | None
+        try:
+            self._tokenizer = session.tokenizer
+        except ConfigError:
+            self._tokenizer = None
+        self._names = (
+            {} if self._tokenizer is None else {i: name for name, i in self._tokenizer.specials.items()}
+        )
+        self._eos_ids = frozenset(session.config.eos_token_ids)
+        if self._tokenizer is not None:
+            self._eos_ids |= self._tokenizer.eos_ids
+        self._changed = threading.Condition()
+        # All below is guarded by it; the engine and what belongs to its passes by its thread alone.
+        self._inbox: list[Job] = []
+        self._unwanted: list[Job] = []
+        self._open: dict[Job, None] = {}  # as an ordered set
+        self._stopping = self._closing = False
+        self._failure: TpiliteError | None = None
+        self._figures = _Figures()
+        self._thread = threading.Thread(target=self._run, name="tpilite-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def context(self) -> int:
+        """The longest text that the model and every rank's memory allow."""
+        return self._session.engine.context
+
+    @property
+    def can_chat(self) -> bool:
+        return self._session.chat_format is not None
+
+    def token(self, token_id: int) -> tuple[str, bytes | None]:
+        """What a token reads as, and its bytes where it stands for any."""
+        raw = b"" if self._tokenizer is None else self._tokenizer.token_bytes(token_id)
+        if raw:
+            return raw.decode("utf-8", "replace"), raw
+        return self._names.get(token_id, ""), None
+
+    def decode(self, prompt: Prompt) -> str:
+        """The text of a prompt."""
+        if isinstance(prompt, str):
+            return prompt
+        return "" if self._tokenizer is None else self._tokenizer.decode(prompt)
+
+    def chat(self, messages: Messages, params: SamplingParams, n: int = 1) -> Job:
+        """The job of answering a conversation `n` times. Raises as `complete` does."""
+        chat = self._session.chat_format
+        if chat is None:
+            raise ConfigError("this model was not made for chat; use /v1/completions, which continues a text")
+        return self._submit([chat.encode(messages)], params, n, is_chat=True)
+
+    def complete(self, prompts: tuple[Prompt, ...], params: SamplingParams, n: int = 1) -> Job:
+        """The job of continuing each prompt `n` times, with one seed more each time.
+
+        Raises `TooLong` and `ConfigError` for what the model cannot do, `Busy`, `Stopping` and `Broken`.
+        """
+        return self._submit([self._encode(prompt) for prompt in prompts], params, n, is_chat=False)
+
+    def cancel(self, job: Job) -> None:
+        """Ends a job that nobody waits for; its place is free at once and its sequences end before a pass."""
+        with self._changed:
+            if job in self._open:
+                self._figures.n_cancelled += 1
+                self._unwanted.append(job)
+                self._forget(job)
+
+    def drain(self, timeout_s: float) -> bool:
+        """Takes no more requests and waits for the open ones; whether all were finished in this time."""
+        with self._changed:
+            self._stopping = True
+            return self._changed.wait_for(lambda: not self._open, timeout_s)
+
+    def close(self) -> None:
+        """Ends open jobs with `Stopping` and the thread after its pass.
+
+        A thread that waits for a lost rank is left to end when the ranks' network is closed.
+        """
+        with self._changed:
+            self._stopping = self._closing = True
+            self._changed.notify_all()
+        while self._thread.is_alive() and self.waiting_for is None:
+            self._thread.join(0.1)
+        with self._changed:
+            self._end_all(Stopping("the server was stopped before this answer was complete"))
+
+    def __enter__(self) -> "Service":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def waiting_for(self) -> str | None:
+        """Why work has paused; None while it goes on."""
+        return None if self._recovery is None else self._recovery.waiting_for
+
+    def health(self) -> dict[str, Any]:
+        """The `status`, "ok", "waiting", "failed" or "stopping", and a `reason` where it is not ok."""
+        with self._changed:
+            failure, stopping = self._failure, self._stopping
+        if stopping:
+            return {"status": "stopping", "reason": "the server is shutting down"}
+        if (waiting_for := self.waiting_for) is not None:
+            return {"status": "waiting", "reason": waiting_for}
+        if failure is not None:
+            return {"status": "failed", "reason": str(failure)}
+        return {"status": "ok", "reason": None}
+
+    def figures(self) -> dict[str, float]:
+        """Counters since the start and what is so now."""
+        with self._changed:
+            counted, n_open, rate = replace(self._figures), len(self._open), self._figures.rate()
+        usage = self._usage()
+        return {
+            "requests_running": min(n_open, 1),
+            "requests_waiting": max(n_open - 1, 0),
+            "requests_finished": counted.n_finished,
+            "requests_cancelled": counted.n_cancelled,
+            "requests_failed": counted.n_failed,
+            "requests_refused": counted.n_refused,
+            "prompt_tokens": counted.n_prompt,
+            "new_tokens": counted.n_new,
+            "tokens_per_second": rate,
+            "compute_seconds": counted.compute_s,
+            "load_wait_seconds": counted.load_wait_s,
+            "network_wait_seconds": counted.network_wait_s,
+            "rest_seconds": counted.rest_s,
+            "read_bytes": usage.read_bytes,
+            "resident_memory_bytes": rss_bytes(),
+            "uptime_seconds": time.monotonic() - counted.started_s,
+        }
+
+    def ranks(self) -> list[dict[str, Any]]:
+        """What is known of each rank: `rank`, `name`, `state`, `memory_bytes`, `resident_share`."""
+        if self._cluster_state is not None:
+            return self._cluster_state()
+        state = "ready" if self.waiting_for is None else "waiting"
+        name = socket.gethostname()
+        return [{"rank": 0, "name": name, "state": state, "memory_bytes": rss_bytes(), "resident_share": 1.0}]
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        if not isinstance(prompt, str):
+            return prompt
+        return self._session.tokenizer.encode(prompt)
+
+    def _decoder(self, after: list[int]) -> "_Counted | None":
+        return None if self._tokenizer is None else _Counted(StreamDecoder(self._tokenizer, after=after))
+
+    def _submit(self, prompts: list[list[int]], params: SamplingParams, n: int, *, is_chat: bool) -> Job:
+        vocab_size = self._session.config.vocab_size
+        for ids in [*prompts, list(params.logit_bias)]:
+            wrong = next((i for i in ids if not 0 <= i < vocab_size), None)
+            if wrong is not None:
+                raise ConfigError(f"token id {wrong} is not in the model's vocabulary of {vocab_size}")
+        if params.stop and self._tokenizer is None:
+            raise ConfigError("stop texts need a tokenizer, which this model's folder does not have")
+        for ids in prompts:
+            if not ids:
+                raise ConfigError("the prompt is empty and this model has no BOS token to begin with")
+            if len(ids) + max(params.length or 0, 1) > self.context:
+                raise TooLong(len(ids), params.length, self.context)
+        chat = self._session.chat_format
+        eos_ids = self._eos_ids | chat.stop_ids if is_chat and chat is not None else self._eos_ids
+        # An answer is a text of its own, a completion goes on from its prompt.
+        asked = [
+            _Asked(k * n + i, ids, _seeded(params, i), eos_ids, self._decoder([] if is_chat else ids))
+            for k, ids in enumerate(prompts)
+            for i in range(n)
+        ]
+        job = Job(self, asked, sum(map(len, prompts)))
+        with self._changed:
+            if self._stopping:
+                raise Stopping("the server is shutting down; ask again when it is back")
+            if isinstance(self._failure, Broken):
+                raise self._failure
+            if len(self._open) > self._max_waiting:
+                self._figures.n_refused += 1
+                raise Busy(
+                    f"{self._max_waiting} requests are waiting, which is the most; ask again later",
+                    min(max(1, round(self._figures.job_s)), _MAX_RETRY_S),
+                )
+            self._open[job] = None
+            self._inbox.append(job)
+            self._changed.notify_all()
+        return job
+
+    # ---- the engine's thread
+
+    def _run(self) -> None:
+        try:
+            self._loop()
+        # Nothing above this thread would hear of a mistake of ours: the waiting requests must.
+        except Exception:
+            logger.exception("the engine's thread ended by a mistake of tpilite's own")
+            with self._changed:
+                self._failure = Broken("the engine failed by a mistake of its own; see the server's log")
+                self._end_all(self._failure)
+
+    def _loop(self) -> None:
+        engine = self._session.engine
+        choices: dict[int, _Choice] = {}  # by the identity of the sequence
+        usage = self._usage()
+        while True:
+            with self._changed:
+                while not (self._inbox or self._unwanted or choices or self._closing):
+                    self._changed.wait()
+                    usage = self._usage()
+                if self._closing:
+                    break
+                inbox, self._inbox = self._inbox, []
+                unwanted, self._unwanted = self._unwanted, []
+            began_s = time.perf_counter()
+            for job in inbox:
+                for choice in self._started(job):
+                    choices[id(choice.sequence)] = choice
+            for key, choice in list(choices.items()):
+                if choice.job in unwanted:
+                    engine.cancel(choice.sequence)
+                    del choices[key]
+            try:
+                before_s = time.perf_counter()
+                outputs = engine.step() if choices else []
+                after_s = time.perf_counter()
+            except TpiliteError as error:
+                logger.error("%s", error)
+                for choice in choices.values():
+                    engine.cancel(choice.sequence)
+                choices.clear()
+                with self._changed:
+                    self._failure = error
+                    self._end_all(error)
+                continue
+            for output in outputs:
+                self._deliver(output, choices)
+            previous, usage = usage, self._usage()
+            with self._changed:
+                self._failure = None
+                pass_s = after_s - before_s
+                rest_s = time.perf_counter() - began_s - pass_s
+                self._figures.count(len(outputs), pass_s, rest_s, previous, usage)
+        for choice in choices.values():
+            engine.cancel(choice.sequence)
+
+    def _started(self, job: Job) -> list["_Choice"]:
+        """The sequences of a job in the engine's queue; none where the engine refuses it."""
+        choices = []
+        try:
+            for one in job.asked:
+                sequence = self._session.engine.submit(
+                    one.ids, one.params, eos_ids=one.eos_ids, decoder=one.decoder
+                )
+                if sequence.finish_reason is not None:
+                    job.put(Delta(one.index, "", (), sequence.finish_reason, n_new=0))
+                else:
+                    choices.append(_Choice(job, one.index, sequence, one.decoder))
+        except ConfigError as error:
+            for choice in choices:
+                self._session.engine.cancel(choice.sequence)
+            self._close_job(job, error)
+            return []
+        job.n_running = len(choices)
+        with self._changed:
+            self._figures.n_prompt += job.n_prompt
+        if not choices:
+            self._close_job(job)
+        return choices
+
+    def _deliver(self, output: Output, choices: dict[int, "_Choice"]) -> None:
+        choice = choices.get(id(output.sequence))
+        if choice is None:
+            return
+        choice.job.put(choice.delta(output))
+        if output.finished:
+            del choices[id(output.sequence)]
+            choice.job.n_running -= 1
+            if not choice.job.n_running:
+                self._close_job(choice.job)
+
+    def _close_job(self, job: Job, error: TpiliteError | None = None) -> None:
+        with self._changed:
+            if job in self._open:
+                self._figures.finish(job)
+                self._forget(job)
+        if error is not None:
+            job.put(error)
+
+    # ---- with the lock held
+
+    def _forget(self, job: Job) -> None:
+        del self._open[job]
+        self._changed.notify_all()
+
+    def _end_all(self, error: TpiliteError) -> None:
+        self._inbox.clear()
+        for job in list(self._open):
+            self._figures.n_failed += 1
+            self._forget(job)
+            job.put(error)
+
+
+class _Counted:
+    """A decoder that knows how many characters it has given."""
+
+    def __init__(self, inner: Decoder) -> None:
+        self._inner = inner
+        self.n_chars = 0
+
+    def add(self, token_id: int) -> str:
+        return self._count(self._inner.add(token_id))
+
+    def finish(self) -> str:
+        return self._count(self._inner.finish())
+
+    def _count(self, piece: str) -> str:
+        self.n_chars += len(piece)
+        return piece
+
+
+class _Choice:
+    """A sequence in the engine and the job it belongs to.
+
+    The log-probability of a token is told with the text in which it begins, so that those of a stop text,
+    which is not shown, are not told either.
+    """
+
+    def __init__(self, job: Job, index: int, sequence: Sequence, decoder: _Counted | None) -> None:
+        self.job, self.index, self.sequence = job, index, sequence
+        self._decoder = decoder
+        self._n_shown = 0
+        self._begins = 0  # where the next token's text does
+        self._held: deque[tuple[int, TokenLogprob]] = deque()
+
+    def delta(self, output: Output) -> Delta:
+        sequence = self.sequence
+        reason = sequence.finish_reason if output.finished else None
+        if sequence.params.logprobs is None:
+            return Delta(self.index, output.text, (), reason)
+        by_eos = output.finished and output.token_id in sequence.eos_ids
+        if not by_eos:
+            self._held.append((self._begins, sequence.logprobs[-1]))
+        if self._decoder is not None:
+            self._begins = self._decoder.n_chars
+        self._n_shown += len(output.text)
+        everything = self._decoder is None or by_eos or reason == "length"
+        ready = []
+        while self._held and (everything or self._held[0][0] < self._n_shown):
+            ready.append(self._held.popleft()[1])
+        return Delta(self.index, output.text, tuple(ready), reason)
+
+
+@dataclass
+class _Figures:
+    """What was served so far. Guarded by the service's lock."""
+
+    started_s: float = field(default_factory=time.monotonic)
+    n_finished: int = 0
+    n_cancelled: int = 0
+    n_failed: int = 0
+    n_refused: int = 0
+    n_prompt: int = 0
+    n_new: int = 0
+    compute_s: float = 0.0
+    load_wait_s: float = 0.0
+    network_wait_s: float = 0.0
+    rest_s: float = 0.0
+    job_s: float = 1.0  # how long a job takes, a moving average
+    token_times_s: deque[float] = field(default_factory=lambda: deque(maxlen=_RATE_TOKENS))
+
+    def count(self, n_new: int, pass_s: float, rest_s: float, before: Usage, after: Usage) -> None:
+        """A pass of so many new tokens, and the time spent on it outside of the engine."""
+        load_s = after.load_wait_s - before.load_wait_s
+        network_s = after.network_wait_s - before.network_wait_s
+        self.n_new += n_new
+        self.load_wait_s += load_s
+        self.network_wait_s += network_s
+        self.compute_s += max(0.0, pass_s - load_s - network_s)
+        self.rest_s += rest_s
+        self.token_times_s.extend([time.monotonic()] * n_new)
+
+    def finish(self, job: Job) -> None:
+        self.n_finished += 1
+        self.job_s += 0.2 * (time.monotonic() - job.started_s - self.job_s)
+
+    def rate(self) -> float:
+        """Tokens per second now."""
+        times, now_s = self.token_times_s, time.monotonic()
+        if len(times) < 2 or times[-1] == times[0]:
+            return 0.0
+        distance_s = (times[-1] - times[0]) / (len(times) - 1)
+        return 0.0 if now_s - times[-1] > 1 + _RATE_PATIENCE * distance_s else 1 / distance_s
+
+
+def _seeded(params: SamplingParams, i: int) -> SamplingParams:
+    return params if params.seed is None or i == 0 else replace(params, seed=(params.seed + i) % (1 << 64))

@@ -1,0 +1,259 @@
+"""A conversation to the ids of its prompt: the chat formats of Llama 2 and 3, or the model's own template.
+
+A message is a mapping with a `role` ("system", "user" or "assistant") and a `content`. Only the format
+itself gives special tokens: a content that spells one stays the characters that it is.
+"""
+
+import datetime
+import logging
+import re
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+from tpilite.config import read_json
+from tpilite.errors import CheckpointError, ConfigError
+from tpilite.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+Messages = Sequence[Mapping[str, Any]]
+
+_LLAMA3_MARKS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+_LLAMA2_MARKS = ("[INST]", "<<SYS>>")
+_CUTOFF = "Cutting Knowledge Date: December 2023"
+# What Llama 3.1's template says where nobody tells it the date; 3.2's asks the clock.
+_LLAMA31_DATE = datetime.date(2024, 7, 26)
+
+# transformers marks the assistant's words in a template by these tags, for training.
+_GENERATION = re.compile(r"\{%(-?)\s*(?:end)?generation\s*(-?)%\}")
+
+
+class ChatFormat(Protocol):
+    """How a model wants conversations to be written."""
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """The tokens that end an answer."""
+        ...
+
+    def encode(self, messages: Messages) -> list[int]:
+        """The prompt, BOS included, for the assistant's next message.
+
+        Raises `ConfigError` for a conversation that the format cannot write.
+        """
+        ...
+
+
+def chat_format(tokenizer: Tokenizer, folder: Path, today: datetime.date | None = None) -> ChatFormat | None:
+    """The chat format of the model in `folder`; None for one that was not made for chat.
+
+    The folder's own chat template counts where jinja2 is there to run it (the `chat` extra). Without it, a
+    template with the marks of Llama 2 or 3 is served by the format built in here. A folder that has no
+    tokenizer_config.json to hold a template is known by Llama 3's special tokens. `today` is the date that
+    templates which tell it give; None leaves it to them.
+    """
+    template = _template(folder)
+    has_llama3_tokens = all(tokenizer.special(mark) is not None for mark in _LLAMA3_MARKS)
+    if template is None:
+        is_bare = not (folder / "tokenizer_config.json").is_file()
+        return Llama3Chat(tokenizer) if is_bare and has_llama3_tokens else None
+    try:
+        return JinjaChat(tokenizer, template, today)
+    except ImportError:
+        pass
+    if has_llama3_tokens and all(mark in template for mark in _LLAMA3_MARKS):
+        if "Cutting Knowledge Date" not in template:
+            return Llama3Chat(tokenizer)
+        default = datetime.date.today() if "strftime_now" in template else _LLAMA31_DATE
+        return Llama3Chat(tokenizer, today or default)
+    if all(mark in template for mark in _LLAMA2_MARKS):
+        return Llama2Chat(tokenizer)
+    logger.warning("%s has a chat template that needs jinja2: pip install 'tpilite[chat]'", folder)
+    return None
+
+
+class Llama2Chat:
+    """Llama 2's format: [INST] and <<SYS>> as plain text, each exchange between BOS and EOS.
+
+    These marks are no tokens, so a content can spell them, here as everywhere.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.stop_ids = tokenizer.eos_ids
+
+    def encode(self, messages: Messages) -> list[int]:
+        turns = _checked(messages)
+        system = turns.pop(0)[1] if turns[0][0] == "system" else None
+        for i, (role, _) in enumerate(turns):
+            expected = "assistant" if i % 2 else "user"
+            if role != expected:
+                raise ConfigError(
+                    "this model takes user and assistant messages in turn, after at most one system message; "
+                    f"expected the {expected}'s, found the {role}'s"
+                )
+        if len(turns) % 2 == 0:
+            raise ConfigError("the last message must be the user's, for the assistant to answer")
+        if system is not None:
+            turns[0] = ("user", f"<<SYS>>\n{system}\n<</SYS>>\n\n{turns[0][1]}")
+        ids: list[int] = []
+        text = ""
+        for role, content in turns:
+            if role == "user":
+                text = f"[INST] {content.strip()} [/INST]"
+                ids += _existing(self._tokenizer.bos_id)
+            else:
+                ids += self._tokenizer.encode(f"{text} {content.strip()} ", bos=False)
+                ids += _existing(self._tokenizer.eos_id)
+        return ids + self._tokenizer.encode(text, bos=False)
+
+
+class Llama3Chat:
+    """Llama 3's format: each message behind a header of its role, ended by <|eot_id|>.
+
+    With `today`, the system message begins with the dates of knowledge and of today, as in 3.1 and 3.2,
+    and is there even where the conversation has none.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, today: datetime.date | None = None) -> None:
+        self._tokenizer = tokenizer
+        self._today = today
+        self._start, self._end, self._eot = (tokenizer.specials[mark] for mark in _LLAMA3_MARKS)
+        self.stop_ids = tokenizer.eos_ids
+
+    def encode(self, messages: Messages) -> list[int]:
+        turns = [(role, content.strip()) for role, content in _checked(messages)]
+        if self._today is not None:
+            system = turns.pop(0)[1] if turns[0][0] == "system" else ""
+            dates = f"{_CUTOFF}\nToday Date: {self._today.strftime('%d %b %Y')}\n\n"
+            turns.insert(0, ("system", dates + system))
+        ids = _existing(self._tokenizer.bos_id)
+        for role, content in turns:
+            ids += [*self._header(role, content), self._eot]
+        return ids + self._header("assistant", "")
+
+    def _header(self, role: str, content: str) -> list[int]:
+        encode = self._tokenizer.encode
+        # The blank line and the content are one text for the tokenizer, as in the rendered template.
+        return [self._start, *encode(role, bos=False), self._end, *encode(f"\n\n{content}", bos=False)]
+
+
+class JinjaChat:
+    """The model's own `chat_template`, run in jinja2's sandbox with the names that transformers gives it.
+
+    Contents reach the template with an unguessable word put inside everything that could be read as a
+    special token afterwards, and lose it when the rendered text is encoded; so a template may trim and
+    compare contents as it likes. Raises `ImportError` without jinja2.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, template: str, today: datetime.date | None = None) -> None:
+        import jinja2
+        from jinja2.ext import loopcontrols
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        def refuse(reason: str) -> NoReturn:
+            raise ConfigError(f"the model's chat template refuses this conversation: {reason}")
+
+        def strftime_now(style: str) -> str:
+            return (today or datetime.datetime.now()).strftime(style)
+
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+        )
+        environment.globals.update(raise_exception=refuse, strftime_now=strftime_now)
+        self._template_error = jinja2.TemplateError
+        try:
+            self._template = environment.from_string(_GENERATION.sub(r"{#\1 \2#}", template))
+        except jinja2.TemplateError as error:
+            raise CheckpointError(f"the model's chat template is damaged: {_one_line(error)}") from error
+        names = {token_id: name for name, token_id in tokenizer.specials.items()}
+        self._variables: dict[str, Any] = {"add_generation_prompt": True, "tools": None, "documents": None}
+        for variable, token_id in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id)):
+            self._variables[variable] = "" if token_id is None else names.get(token_id, "")
+        if today is not None:
+            self._variables["date_string"] = today.strftime("%d %b %Y")
+        self._tokenizer = tokenizer
+        self._guard = _Guard(tokenizer.specials)
+        self.stop_ids = tokenizer.eos_ids
+
+    def encode(self, messages: Messages) -> list[int]:
+        word = secrets.token_hex(16)
+        turns = [{"role": role, "content": self._guard(text, word)} for role, text in _checked(messages)]
+        try:
+            rendered = self._template.render(messages=turns, **self._variables)
+        except (self._template_error, TypeError, ValueError, LookupError, ArithmeticError) as error:
+            raise ConfigError(
+                f"the model's chat template fails on this conversation: {_one_line(error)}"
+            ) from error
+        ids: list[int] = []
+        for part in self._tokenizer.split_specials(rendered):
+            if isinstance(part, int):
+                ids.append(part)
+            else:
+                ids += self._tokenizer.encode(part.replace(word, ""), bos=False)
+        return ids
+
+
+class _Guard:
+    """Puts a word behind each character where a special token's name begins.
+
+    Also where one may begin at the end of the content, once that is trimmed, for what follows to complete.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        whole = "|".join(map(re.escape, names))
+        self._name = re.compile(rf"(?={whole}).", re.DOTALL) if whole else re.compile(r"(?!)")
+        self._cut = {name[:length] for name in names for length in range(1, len(name))}
+        self._longest = max(map(len, self._cut), default=0)
+
+    def __call__(self, content: str, word: str) -> str:
+        end = len(content.rstrip())
+        starts = [i for i in range(max(0, end - self._longest), end) if content[i:end] in self._cut]
+        for start in reversed(starts):
+            content = content[: start + 1] + word + content[start + 1 :]
+        return self._name.sub(lambda first: first[0] + word, content)
+
+
+def _checked(messages: Messages) -> list[tuple[str, str]]:
+    """Each message's role and content. Raises `ConfigError` for what no format can write."""
+    if not messages:
+        raise ConfigError("a conversation needs at least one message, found none")
+    turns = []
+    for number, message in enumerate(messages, start=1):
+        role, content = message.get("role"), message.get("content")
+        if role not in ("system", "user", "assistant"):
+            raise ConfigError(
+                f"message {number} has the role {role!r}; expected 'system', 'user' or 'assistant'"
+            )
+        if not isinstance(content, str):
+            raise ConfigError(f"message {number} has a content of {type(content).__name__}; expected text")
+        turns.append((role, content))
+    return turns
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _existing(token_id: int | None) -> list[int]:
+    return [] if token_id is None else [token_id]
+
+
+def _template(folder: Path) -> str | None:
+    """The folder's chat template: a file of its own, or a key of tokenizer_config.json."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+    path = folder / "tokenizer_config.json"
+    template = read_json(path).get("chat_template") if path.is_file() else None
+    if isinstance(template, list):  # several, each an object with its name
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    if not isinstance(template, str | None):
+        raise CheckpointError(f"{path} has a chat_template that is no text; download it again")
+    return template

@@ -1,0 +1,63 @@
+"""Stored tensors put together as the model's weights, whole or one rank's slice: by name, as they lie.
+
+How a matrix comes into memory is not decided here: `matrix_of` turns a stored tensor and its bias into a
+`Matrix`, mapped (`mapped`) or paged (the pager's).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tpilite.linear.linear import Matrix, as_float32
+from tpilite.model.llama import LayerWeights, LlamaWeights
+from tpilite.weights.tensor_file import StoredTensor
+
+Array = NDArray[np.float32]
+MatrixOf = Callable[[StoredTensor, Array | None], Matrix]
+
+
+def mapped(tensor: StoredTensor, bias: Array | None) -> Matrix:
+    """The tensor as a memory map that the kernel keeps or drops as it sees fit."""
+    return Matrix.of(tensor.array(), bias)
+
+
+def assemble(tensors: Mapping[str, StoredTensor], n_layers: int, matrix_of: MatrixOf) -> LlamaWeights:
+    """The weights of `n_layers` layers. Norms and biases are read at once: together they are small."""
+
+    def vector(name: str) -> Array:
+        return as_float32(tensors[name].array())
+
+    def matrix(name: str) -> Matrix:
+        bias = f"{name}.bias"
+        return matrix_of(tensors[f"{name}.weight"], vector(bias) if bias in tensors else None)
+
+    def layer(i: int) -> LayerWeights:
+        prefix = f"model.layers.{i}"
+        return LayerWeights(
+            input_layernorm=vector(f"{prefix}.input_layernorm.weight"),
+            q_proj=matrix(f"{prefix}.self_attn.q_proj"),
+            k_proj=matrix(f"{prefix}.self_attn.k_proj"),
+            v_proj=matrix(f"{prefix}.self_attn.v_proj"),
+            o_proj=matrix(f"{prefix}.self_attn.o_proj"),
+            post_attention_layernorm=vector(f"{prefix}.post_attention_layernorm.weight"),
+            gate_proj=matrix(f"{prefix}.mlp.gate_proj"),
+            up_proj=matrix(f"{prefix}.mlp.up_proj"),
+            down_proj=matrix(f"{prefix}.mlp.down_proj"),
+        )
+
+    layers = [layer(i) for i in range(n_layers)]
+    return LlamaWeights(layers, vector("model.norm.weight"), matrix("lm_head"))
+
+
+class Embedding:
+    """Rows of the embedding table by token id, read from the file one row each: the table is no block."""
+
+    def __init__(self, table: StoredTensor) -> None:
+        self._table = table
+
+    def __call__(self, ids: Sequence[int]) -> Array:  # ids -> [T, D]
+        rows = np.empty((len(ids), self._table.shape[1]), self._table.stored_dtype)
+        for row, token_id in zip(rows, ids, strict=True):
+            self._table.rows(token_id, token_id + 1).read_into(row)
+        return as_float32(rows)
