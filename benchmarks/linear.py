@@ -30,10 +30,10 @@ import numpy as np
 from models import PRESETS
 from numpy.typing import NDArray
 
-from tpilite.blas import limit_blas_threads
 from tpilite.config import LlamaConfig
 from tpilite.linear.linear import Linear, Matrix
 from tpilite.linear.plans import WAYS
+from tpilite.machine import limit_blas_threads
 
 N_LAYERS = 4
 MAX_WAIT = 0.03

@@ -24,10 +24,10 @@ from models import add_model_options, model_of
 from start import ROOT, environment, with_tokenizer
 
 from tpilite import SamplingParams
-from tpilite.blas import limit_blas_threads
 from tpilite.cli.main import hosted
 from tpilite.cli.options import engine_config, parse
 from tpilite.llm import Session
+from tpilite.machine import limit_blas_threads
 
 # What TPI-LLM took: 480 to 640 ms per token, 640 MiB in rank 0 and 370 MiB in rank 1. An eighth and a third.
 GOALS = {"token_ms": (480 / 8, 640 / 8), "rank0_mib": (640 / 3,), "rank1_mib": (370 / 3,)}

@@ -25,12 +25,11 @@ import numpy as np
 from engines import ONE_THREAD
 from models import PRESETS, add_model_options, model_of, write_model
 
-from tpilite.blas import limit_blas_threads
 from tpilite.collective import Solo
 from tpilite.config import LlamaConfig
 from tpilite.engine.stats import disk_read_bytes
 from tpilite.linear.linear import Linear
-from tpilite.machine import peak_rss_bytes, rss_bytes
+from tpilite.machine import limit_blas_threads, peak_rss_bytes, rss_bytes
 from tpilite.model.llama import Llama, Segment
 from tpilite.weights.assemble import Embedding, assemble, mapped
 from tpilite.weights.checkpoint import Checkpoint

@@ -29,7 +29,8 @@ from typing import Any
 
 from tpilite.engine.sampling import SamplingParams
 from tpilite.llm import LLM
-from tpilite.serving.server import Server, ServerConfig, serve
+from tpilite.serving.config import ServerConfig
+from tpilite.serving.server import Server, serve
 from tpilite.serving.service import Service
 
 # Each begins in its own way, so that no cache of the prompt before makes its first token come sooner.

@@ -13,7 +13,8 @@ import sentencepiece
 from checkpoints import tiny_config, write_checkpoint
 
 from tpilite.llm import LLM, Session
-from tpilite.serving.server import Server, ServerConfig
+from tpilite.serving.config import ServerConfig
+from tpilite.serving.server import Server
 from tpilite.serving.service import Service
 from tpilite.weights.partition import LM_HEAD
 from tpilite.weights.tensor_file import TensorFile

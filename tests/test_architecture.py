@@ -14,15 +14,16 @@ _PACKAGE = _ROOT / "tpilite"
 # Every module, in an order such that each imports only from those before it. This is the one place that
 # says so: a new module needs a row here.
 _ROWS = [
-    "errors version config model model.ops blas linear linear.packing native native.library",
-    "native.products linear.team linear.plans linear.linear model.kv_cache collective model.llama weights",
-    "weights.partition machine weights.tensor_file weights.uncached weights.assemble weights.checkpoint",
-    "weights.slices weights.loader weights.pager net cluster cluster.token net.auth net.wire net.channel",
-    "net.exchange native.exchange net.sums net.group net.listener net.lobby net.seat cluster.slice_server",
-    "cluster.slice_client text text.tokenizer text.chat engine engine.sampling engine.sequence",
-    "engine.scheduler engine.stats engine.runner engine.engine engine.rank cluster.terms cluster.host",
-    "cluster.worker cli cli.local shipped llm __init__ serving serving.openai serving.service",
-    "serving.server cli.terminal cli.hub cli.options cli.main __main__",
+    "errors version arrays closing checks config model model.ops linear linear.packing native",
+    "native.library native.products linear.team linear.plans linear.linear model.kv_cache collective",
+    "model.llama weights weights.partition machine weights.tensor_file weights.uncached weights.assemble",
+    "weights.checkpoint weights.slices weights.loader weights.pager net cluster cluster.config",
+    "cluster.token net.auth net.wire net.channel net.exchange native.exchange net.sums net.group",
+    "net.listener net.lobby net.seat cluster.slice_server cluster.slice_client text text.tokenizer",
+    "text.chat engine engine.config engine.sampling engine.sequence engine.scheduler engine.stats",
+    "engine.runner engine.engine engine.rank cluster.terms cluster.host cluster.worker cli",
+    "cli.memory_report cli.local shipped llm __init__ serving serving.config serving.openai",
+    "serving.service serving.server cli.terminal cli.hub cli.options cli.main __main__",
 ]
 _ORDER = " ".join(_ROWS).split()
 # `local` hands its own environment on to the ranks that it starts.

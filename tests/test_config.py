@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tpilite.config import EngineConfig, LlamaConfig, RopeScaling, read_json
+from tpilite.config import LlamaConfig, RopeScaling, read_json
+from tpilite.engine.config import EngineConfig
 from tpilite.errors import CheckpointError, ConfigError, TpiliteError
 
 _GOLDEN = Path(__file__).parent / "fixtures" / "golden"

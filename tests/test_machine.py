@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tpilite.cli.memory_report import MemoryReport
 from tpilite.errors import ConfigError
 from tpilite.machine import (
-    MemoryReport,
     auto_budget_bytes,
     format_size,
     parse_size,

@@ -18,9 +18,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from tpilite.arrays import Array
 from tpilite.errors import PeerLost
-
-Array = NDArray[np.float32]
 
 
 @dataclass(frozen=True)

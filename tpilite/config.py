@@ -1,16 +1,16 @@
-"""What a model, an engine and a cluster are: frozen dataclasses, checked when they are made.
+"""What a model is: a frozen dataclass, checked when it is made.
 
 `LlamaConfig` keeps the names of Hugging Face's config.json. Keys there that would change the maths and
 are not supported are errors; keys that do not touch the maths are ignored.
 """
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tpilite.checks import check_number, check_whole, short
 from tpilite.errors import CheckpointError, ConfigError
 
 # Keys of config.json that change the forward pass in ways that model.py does not compute, with the
@@ -28,8 +28,6 @@ _ONLY_SUPPORTED: dict[str, tuple[Any, ...]] = {
 _FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
 _WITH_DEFAULT = ("max_position_embeddings", "rms_norm_eps", *_FLAGS)
 
-_MAX_WHOLE = 2**31 - 1  # token ids and positions are int32
-_MAX_FLOAT = 3.4e38  # the maths is float32
 _MAX_LAYERS = 10_000  # Llama 3.1 405B has 126; every layer named costs memory before a file is looked at
 
 
@@ -53,8 +51,8 @@ class RopeScaling:
                 f"rope type {self.rope_type!r} is not supported; expected 'default', 'linear' or 'llama3'"
             )
         for name in ("factor", "low_freq_factor", "high_freq_factor"):
-            _check_number(f"rope scaling {name}", getattr(self, name))
-        _check_whole("original_max_position_embeddings", self.original_max_position_embeddings, least=1)
+            check_number(f"rope scaling {name}", getattr(self, name))
+        check_whole("original_max_position_embeddings", self.original_max_position_embeddings, least=1)
         if self.factor < 1:
             raise ConfigError(f"rope scaling factor must be a number >= 1, found {self.factor!r}")
         if self.low_freq_factor >= self.high_freq_factor:
@@ -96,7 +94,7 @@ class LlamaConfig:
             "vocab_size",
             "max_position_embeddings",
         ):
-            _check_whole(name, getattr(self, name), least=1)
+            check_whole(name, getattr(self, name), least=1)
         if self.num_hidden_layers > _MAX_LAYERS:
             raise ConfigError(
                 f"num_hidden_layers must be at most {_MAX_LAYERS}, found {self.num_hidden_layers}; "
@@ -110,14 +108,14 @@ class LlamaConfig:
         if self.head_dim % 2:
             raise ConfigError(f"head_dim must be even for rotary embedding, found {self.head_dim}")
         for name in ("rms_norm_eps", "rope_theta"):
-            _check_number(name, getattr(self, name))
+            check_number(name, getattr(self, name))
         for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} must be true or false, found {_short(getattr(self, name))}")
+                raise ConfigError(f"{name} must be true or false, found {short(getattr(self, name))}")
         if self.bos_token_id is not None:
-            _check_whole("bos_token_id", self.bos_token_id, least=0)
+            check_whole("bos_token_id", self.bos_token_id, least=0)
         for token_id in self.eos_token_ids:
-            _check_whole("eos_token_id", token_id, least=0)
+            check_whole("eos_token_id", token_id, least=0)
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> "LlamaConfig":
@@ -131,7 +129,7 @@ class LlamaConfig:
                 value = "llama"
             if value not in supported:
                 raise ConfigError(
-                    f"config.json has {key} = {_short(value)}, which is not supported; "
+                    f"config.json has {key} = {short(value)}, which is not supported; "
                     f"expected {' or '.join(repr(v) for v in supported if v is not None) or 'none'}"
                 )
         try:
@@ -142,8 +140,8 @@ class LlamaConfig:
             raise ConfigError(f"config.json has no {missing.args[0]}, which a Llama model needs") from None
         head_dim = config.get("head_dim")
         if head_dim is None:
-            _check_whole("hidden_size", hidden_size, least=1)
-            _check_whole("num_attention_heads", num_heads, least=1)
+            check_whole("hidden_size", hidden_size, least=1)
+            check_whole("num_attention_heads", num_heads, least=1)
             if hidden_size % num_heads:
                 raise ConfigError(
                     f"hidden_size ({hidden_size}) is not a multiple of num_attention_heads ({num_heads}) "
@@ -178,70 +176,6 @@ class LlamaConfig:
         return cls.from_hf(read_json(folder / "config.json"), generation)
 
 
-KV_DTYPES = ("f32", "f16")
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """How a rank works: what it may use, and how much of a prompt goes into one pass."""
-
-    threads: int | None = None  # None: one per physical core
-    max_rows: int = 256  # more gain little speed and cost activations of [T, F] floats
-    kv_dtype: str = "f32"  # or "f16": half the memory of keys and values, rounded to 11 bits
-    memory_budget: int | str = "auto"  # bytes for the process; "auto": what is free now; "unlimited"
-    memory_window: int | None = None  # at most so many blocks in memory, none of them for longer than its use
-
-    def __post_init__(self) -> None:
-        for name in ("threads", "max_rows"):
-            value = getattr(self, name)
-            if value is not None:
-                _check_whole(name, value, least=1)
-        if self.kv_dtype not in KV_DTYPES:
-            raise ConfigError(f"kv_dtype must be {' or '.join(KV_DTYPES)}, found {self.kv_dtype!r}")
-        if isinstance(self.memory_budget, str):
-            if self.memory_budget not in ("auto", "unlimited"):
-                raise ConfigError(
-                    f"memory_budget must be a size, 'auto' or 'unlimited', found {self.memory_budget!r}"
-                )
-        elif type(self.memory_budget) is not int or self.memory_budget < 1:
-            raise ConfigError(f"memory_budget must be a number of bytes, found {self.memory_budget!r}")
-
-
-@dataclass(frozen=True)
-class ClusterConfig:
-    """How ranks find, trust and wait for each other. Times are in seconds; None waits for ever."""
-
-    token: str
-    world_size: int = 1
-    ratio: tuple[float, ...] | None = None  # shares of the ranks, any scale; None: even ones
-    broadcast_port: int = 29700  # join, control and all-reduce
-    file_port: int = 29600  # slices
-    timeout_s: float = 10.0  # the longest silence of a rank that lives
-    rejoin_timeout_s: float | None = None  # how long a lost rank is waited for
-    allreduce: str = "auto"
-    payload: str = "f32"
-    tls_cert: Path | None = None
-    tls_key: Path | None = None
-    tls_ca: Path | None = None
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.world_size, int) or isinstance(self.world_size, bool) or self.world_size < 1:
-            raise ConfigError(f"world_size must be a whole number above 0, found {self.world_size!r}")
-        if self.ratio is not None and len(self.ratio) != self.world_size:
-            raise ConfigError(
-                f"ratio must name a share for each of the {self.world_size} ranks, found {len(self.ratio)}"
-            )
-        for name in ("broadcast_port", "file_port"):
-            if not 0 <= getattr(self, name) <= 65535:
-                raise ConfigError(f"{name} must be from 0 to 65535, found {getattr(self, name)}")
-        for name in ("timeout_s", "rejoin_timeout_s"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ConfigError(f"{name} must be a number of seconds above 0, found {value!r}")
-        if (self.tls_cert is None) != (self.tls_key is None):
-            raise ConfigError("--tls_cert and --tls_key go together; one of them is missing")
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file of the model's folder. Raises `CheckpointError`."""
     try:
@@ -270,10 +204,10 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     if rope is None:
         return theta, None
     if not isinstance(rope, Mapping):
-        raise ConfigError(f"config.json has {key} = {_short(rope)}; expected an object")
+        raise ConfigError(f"config.json has {key} = {short(rope)}; expected an object")
     if rope.get("partial_rotary_factor") not in (1, None):
         raise ConfigError(
-            f"config.json has {key}.partial_rotary_factor = {_short(rope['partial_rotary_factor'])}, "
+            f"config.json has {key}.partial_rotary_factor = {short(rope['partial_rotary_factor'])}, "
             "which is not supported; expected 1"
         )
     theta = rope.get("rope_theta", theta)
@@ -282,7 +216,7 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
         return theta, None
     if rope_type not in ("linear", "llama3"):
         raise ConfigError(
-            f"config.json has {key}.rope_type = {_short(rope_type)}, which is not supported; "
+            f"config.json has {key}.rope_type = {short(rope_type)}, which is not supported; "
             "expected 'default', 'linear' or 'llama3'"
         )
     fields = ["factor"]
@@ -292,20 +226,3 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
         if field not in rope:
             raise ConfigError(f"config.json has no {key}.{field}, which rope type {rope_type!r} needs")
     return theta, RopeScaling(rope_type, **{field: rope[field] for field in fields})
-
-
-def _check_whole(name: str, value: Any, least: int) -> None:
-    if type(value) is not int or not least <= value <= _MAX_WHOLE:
-        raise ConfigError(
-            f"{name} must be a whole number from {least} to {_MAX_WHOLE}, found {_short(value)}"
-        )
-
-
-def _check_number(name: str, value: Any) -> None:
-    if type(value) not in (int, float) or not 0 < value <= _MAX_FLOAT:
-        raise ConfigError(f"{name} must be a number above 0, found {_short(value)}")
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."

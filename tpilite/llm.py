@@ -1,5 +1,6 @@
 """The Python interface: a model folder in, text out.
 
+from tpilite.closing import Closing
 from tpilite import LLM, SamplingParams
 
 with LLM("path/to/Llama-3.2-1B-Instruct") as llm:
@@ -13,13 +14,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tpilite.closing import Closing
 from tpilite.collective import Solo
-from tpilite.config import EngineConfig, LlamaConfig
+from tpilite.config import LlamaConfig
+from tpilite.engine.config import EngineConfig
 from tpilite.engine.engine import Engine, Recover
 from tpilite.engine.rank import Rank
 from tpilite.engine.sampling import SamplingParams
@@ -150,7 +152,7 @@ def size_of(budget: int | str) -> int | str:
     return parse_size(budget) if isinstance(budget, str) and budget[:1].isdigit() else budget
 
 
-class LLM(Session):
+class LLM(Session, Closing):
     """A Llama model that answers on this machine; a context manager.
 
     `memory_budget` bounds the memory of this process: bytes, a text like "2GiB", "auto" for what is free
@@ -185,11 +187,3 @@ class LLM(Session):
     def close(self) -> None:
         """Ends the threads and closes the files."""
         self._stack.close()
-
-    def __enter__(self) -> "LLM":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -1,21 +1,24 @@
-"""What memory this machine can spare, what this process uses, and a time line of both.
+"""What this machine has: memory, cores, and the BLAS under NumPy; and what this process uses of it.
 
 A process is bounded by the machine's free memory and by the limits of the control groups that it is in,
 of version 1 or 2, at any level of their tree: the tightest one counts.
+
+The BLAS is held to one thread: the threads that share the work are `linear`'s own. A BLAS reads its thread
+count from the environment when it is loaded, which bin/tpilite-node sees to. In a program that has imported
+NumPy already, the loaded OpenBLAS is asked by its own function instead. Other libraries (Accelerate on
+macOS) decide for themselves there.
 """
 
-import csv
 import ctypes
 import logging
 import os
 import re
 import resource
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from types import TracebackType
+
+import numpy as np
 
 from tpilite.errors import ConfigError
 
@@ -28,6 +31,14 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(|[kmgt]i?)b", re.IGNORECASE | re.ASCII)
 # malloc.h's names. Arrays above the largest that glibc allows here are the kernel's at once.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGEST_KEPT_BYTES, _KEPT_BYTES = 32 << 20, 64 << 20
+
+# With the name changes of NumPy's own wheels, and as distributions build it.
+_SETTERS = (
+    "scipy_openblas_set_num_threads64_",
+    "scipy_openblas_set_num_threads",
+    "openblas_set_num_threads64_",
+    "openblas_set_num_threads",
+)
 
 _ROOT = Path("/")
 
@@ -167,46 +178,38 @@ def _fields(path: Path) -> dict[str, int]:
     return {row[0]: int(row[1]) for row in rows if len(row) > 1 and row[1].isdecimal()}
 
 
-class MemoryReport:
-    """A CSV file that gets a line each `interval_s` until `close`: the time, this process's memory, and
-    the figures that `sample` gives.
-    """
-
-    def __init__(self, path: Path, sample: Callable[[], Mapping[str, float]], interval_s: float = 0.05):
-        self._sample = sample
-        self._interval_s = interval_s
-        self._start_s = time.perf_counter()
+def physical_cores() -> int:
+    """The cores that this process may run on, hyper-threads of one core counted once."""
+    if not hasattr(os, "sched_getaffinity"):
+        return max(1, os.cpu_count() or 1)
+    cores = set()
+    for cpu in os.sched_getaffinity(0):
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
         try:
-            # By lines, so that a process that is killed leaves all but the last one.
-            self._file = path.open("w", buffering=1, newline="", encoding="utf-8")
-            self._writer = csv.writer(self._file)
-            self._writer.writerow(["time_s", "rss_bytes", *sample()])
-        except OSError as error:
-            raise ConfigError(f"the memory report {path} cannot be written: {error.strerror}") from error
-        self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="memory-report", daemon=True)
-        self._thread.start()
+            cores.add(siblings.read_text().strip())
+        except OSError:
+            cores.add(str(cpu))
+    return max(1, len(cores))
 
-    def close(self) -> None:
-        """Writes the last line and closes the file."""
-        self._closing.set()
-        self._thread.join()
 
-    def __enter__(self) -> "MemoryReport":
-        return self
+def limit_blas_threads() -> None:
+    """Holds every OpenBLAS that this process has loaded to one thread, from now on and for everybody."""
+    found = False
+    for path in sorted(_loaded_libraries()):
+        library = ctypes.CDLL(path)
+        for name in _SETTERS:
+            if hasattr(library, name):
+                getattr(library, name)(ctypes.c_int(1))
+                found = True
+    if not found:
+        logger.debug("no OpenBLAS found to hold to one thread; its environment variables still count")
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
-    def _run(self) -> None:
-        closing = False
-        try:
-            with self._file:
-                while not closing:
-                    closing = self._closing.wait(self._interval_s)
-                    elapsed_s = round(time.perf_counter() - self._start_s, 3)
-                    self._writer.writerow([elapsed_s, rss_bytes(), *self._sample().values()])
-        except OSError as error:  # a full disk must not end the text that is being made
-            logger.warning("the memory report ends here: %s", error.strerror)
+def _loaded_libraries() -> set[str]:
+    """The files of the OpenBLAS libraries that are loaded, or that NumPy's wheel brings along."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        return {line.split(maxsplit=5)[5] for line in lines if "openblas" in line and "/" in line}
+    except OSError:
+        folder = Path(np.__file__).parent
+        return {str(p) for p in (folder / ".dylibs").glob("*openblas*")}

@@ -10,7 +10,7 @@ from checkpoints import tiny_config, write_checkpoint
 from ranks import run_ranks
 
 from tpilite.collective import Collective, Solo
-from tpilite.config import EngineConfig
+from tpilite.engine.config import EngineConfig
 from tpilite.engine.engine import Engine
 from tpilite.engine.rank import Rank
 from tpilite.engine.runner import Rows, Step, Wanted

@@ -21,7 +21,8 @@ from servers import exchange, served, write_model
 from tpilite import LLM, SamplingParams
 from tpilite.errors import CheckpointError, ConfigError, PeerLost
 from tpilite.serving import server as module
-from tpilite.serving.server import Server, ServerConfig
+from tpilite.serving.config import ServerConfig, read_api_key
+from tpilite.serving.server import Server
 from tpilite.serving.service import Recovery
 
 openai = pytest.importorskip("openai", reason="needs OpenAI's client: pip install openai")
@@ -768,7 +769,8 @@ def test_past_the_grace_open_streams_are_told(session: LLM) -> None:
 _SERVE = """
 import sys, logging, time
 from tpilite.llm import LLM
-from tpilite.serving.server import ServerConfig, serve
+from tpilite.serving.config import ServerConfig
+from tpilite.serving.server import serve
 logging.basicConfig(level=logging.INFO)
 with LLM(sys.argv[1], threads=1) as llm:
     step = llm.engine.step
@@ -834,12 +836,12 @@ def test_settings_are_checked(fields: dict[str, Any]) -> None:
 def test_a_key_is_read_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "key"
     with pytest.raises(ConfigError, match="cannot be read"):
-        module.read_api_key(path)
+        read_api_key(path)
     path.write_text("\n")
     with pytest.raises(ConfigError, match="is empty"):
-        module.read_api_key(path)
+        read_api_key(path)
     path.write_text("s3cret\n")
-    assert module.read_api_key(path) == "s3cret"
+    assert read_api_key(path) == "s3cret"
 
 
 @pytest.fixture(autouse=True)

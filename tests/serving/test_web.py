@@ -13,7 +13,8 @@ from servers import served, write_model
 from tpilite import LLM, SamplingParams
 from tpilite.errors import PeerLost
 from tpilite.serving import server as module
-from tpilite.serving.server import Server, ServerConfig
+from tpilite.serving.config import ServerConfig
+from tpilite.serving.server import Server
 from tpilite.serving.service import Recovery
 
 CONFIG = ServerConfig(port=0, model_name="tiny", defaults=SamplingParams(seed=1, temperature=0, length=24))

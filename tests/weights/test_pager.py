@@ -21,11 +21,11 @@ import pytest
 from checkpoints import tiny_config, write_checkpoint
 from packed_rows import widened
 
+from tpilite.cli.memory_report import MemoryReport
 from tpilite.collective import Solo
 from tpilite.errors import CheckpointError, ConfigError
 from tpilite.linear.linear import Linear, as_float32
 from tpilite.linear.packing import Packed
-from tpilite.machine import MemoryReport
 from tpilite.model.llama import Llama, Segment
 from tpilite.weights import loader as loader_module
 from tpilite.weights import pager as pager_module
@@ -648,7 +648,7 @@ from tpilite.weights.checkpoint import Checkpoint
 from tpilite.collective import Solo
 from tpilite.linear.linear import Linear
 from tpilite.machine import peak_rss_bytes, rss_bytes
-from tpilite.machine import MemoryReport
+from tpilite.cli.memory_report import MemoryReport
 from tpilite.model.llama import Llama, Segment
 from tpilite.weights.pager import Pager
 import numpy as np

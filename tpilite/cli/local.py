@@ -8,7 +8,8 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from types import TracebackType
+
+from tpilite.closing import Closing
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +21,7 @@ _HEALTHY_S = 10.0
 _LEAVE_S = 5.0
 
 
-class LocalWorkers:
+class LocalWorkers(Closing):
     """`n` worker processes, each kept alive until the end of the context.
 
     `arguments` are those of `tpilite-node` without its rank. The token travels in the environment, where
@@ -97,14 +98,6 @@ class LocalWorkers:
                 process.wait()
         for watcher in self._watchers:
             watcher.join()
-
-    def __enter__(self) -> "LocalWorkers":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _program() -> list[str]:

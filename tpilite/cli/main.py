@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from tpilite.cli.hub import find_models, is_hub_name, model_name, resolve
 from tpilite.cli.local import LocalWorkers, end_with_stdin
+from tpilite.cli.memory_report import MemoryReport
 from tpilite.cli.options import (
     PORT,
     cache_folder,
@@ -31,14 +32,13 @@ from tpilite.cli.options import (
     server_config,
 )
 from tpilite.cli.terminal import Interrupt, answer, converse, interruptible, progress_bar
+from tpilite.cluster.config import ClusterConfig
 from tpilite.cluster.host import Host, own_address
 from tpilite.cluster.worker import Worker, WorkerOptions
-from tpilite.config import ClusterConfig
-from tpilite.engine.rank import physical_cores
 from tpilite.engine.sampling import SamplingParams
 from tpilite.errors import ConfigError, TpiliteError
 from tpilite.llm import LLM, Completion, Session
-from tpilite.machine import MemoryReport, auto_budget_bytes
+from tpilite.machine import auto_budget_bytes, physical_cores
 from tpilite.net.channel import format_address, parse_address
 from tpilite.serving.server import serve
 from tpilite.serving.service import Recovery

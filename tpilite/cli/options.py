@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from tpilite.cluster.config import ClusterConfig
 from tpilite.cluster.token import checked_token, kept_token
-from tpilite.config import KV_DTYPES, ClusterConfig, EngineConfig
+from tpilite.engine.config import KV_DTYPES, EngineConfig
 from tpilite.engine.sampling import SamplingParams
 from tpilite.errors import ConfigError
 from tpilite.llm import size_of
 from tpilite.native import products as compiled
 from tpilite.net.sums import CODECS, WAYS
-from tpilite.serving.server import ServerConfig, read_api_key
+from tpilite.serving.config import ServerConfig, read_api_key
 from tpilite.shipped import SHIPPED
 from tpilite.version import __version__
 

@@ -10,11 +10,13 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 
+from tpilite.closing import Closing
+from tpilite.cluster.config import ClusterConfig
 from tpilite.cluster.slice_server import SliceServer
 from tpilite.cluster.terms import mark_served, security_of, terms_of
-from tpilite.config import ClusterConfig, EngineConfig, LlamaConfig
+from tpilite.config import LlamaConfig
+from tpilite.engine.config import EngineConfig
 from tpilite.engine.rank import Rank
 from tpilite.errors import PeerLost, SliceError
 from tpilite.net.group import RankLost, RankZero
@@ -36,7 +38,7 @@ _ADVICE = {
 _SETTLE_S, _REMIND_S = 1.0, 60.0
 
 
-class Host:
+class Host(Closing):
     """Rank 0 of a cluster: its own `rank`, and everything that the other ranks need to come and stay.
 
     `listening` is called once the ports are open and before anything takes long. `save_dir` holds the
@@ -133,14 +135,6 @@ class Host:
     def close(self) -> None:
         """Ends the session of every rank, closes the ports and frees what is held."""
         self._stack.close()
-
-    def __enter__(self) -> "Host":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def own_address() -> str:

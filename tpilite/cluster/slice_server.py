@@ -34,6 +34,7 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
+from tpilite.closing import Closing
 from tpilite.errors import ConfigError, SliceError
 from tpilite.net import auth
 from tpilite.weights.slices import MANIFEST_NAME, Manifest
@@ -69,7 +70,7 @@ def server_role(status: int, path: str, etag: str) -> str:
     return f"slice server {status} {path} {etag}"
 
 
-class SliceServer:
+class SliceServer(Closing):
     """Serves slice folders by rank until it is closed; a context manager.
 
     `folders` names the ranks that exist. A folder without a manifest is looked at again at each request;
@@ -120,9 +121,6 @@ class SliceServer:
     def __enter__(self) -> "SliceServer":
         self.start()
         return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tpilite.config import ClusterConfig
+from tpilite.cluster.config import ClusterConfig
 from tpilite.errors import ConfigError
 from tpilite.net.auth import Security, client_tls, server_tls
 from tpilite.weights.partition import Partition

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tpilite.cluster.config import ClusterConfig
 from tpilite.cluster.slice_client import Progress, fetch_slices
 from tpilite.cluster.terms import is_served, security_of, terms_of
 from tpilite.collective import Solo
-from tpilite.config import ClusterConfig, EngineConfig
+from tpilite.engine.config import EngineConfig
 from tpilite.engine.rank import Rank
 from tpilite.errors import ConfigError, PeerLost, SliceError
 from tpilite.net.channel import Address

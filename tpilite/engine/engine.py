@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from tpilite.arrays import Array
 from tpilite.config import LlamaConfig
 from tpilite.engine.runner import Embedding, Rows, Runner, Step, Wanted
 from tpilite.engine.sampling import N_CANDIDATES, Candidates, SamplingParams, best, choose, edits_for
@@ -17,7 +17,6 @@ from tpilite.engine.scheduler import Scheduler
 from tpilite.engine.sequence import Decoder, Sequence, TokenLogprob
 from tpilite.errors import ConfigError, PeerLost
 
-Array = NDArray[np.float32]
 Recover = Callable[[PeerLost], None]
 
 logger = logging.getLogger(__name__)

@@ -1,22 +1,27 @@
 """One rank made ready: its weights in memory as they should be, its threads, its model and its runner."""
 
-import os
 import platform
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 
-from tpilite.blas import limit_blas_threads
+from tpilite.closing import Closing
 from tpilite.collective import Collective, Timed
-from tpilite.config import EngineConfig, LlamaConfig
+from tpilite.config import LlamaConfig
+from tpilite.engine.config import EngineConfig
 from tpilite.engine.runner import Runner
 from tpilite.engine.stats import Usage, disk_read_bytes
 from tpilite.linear.linear import Linear
-from tpilite.machine import auto_budget_bytes, keep_freed_memory, return_freed_memory, rss_bytes
+from tpilite.machine import (
+    auto_budget_bytes,
+    keep_freed_memory,
+    limit_blas_threads,
+    physical_cores,
+    return_freed_memory,
+    rss_bytes,
+)
 from tpilite.model.llama import Llama
 from tpilite.weights.assemble import Embedding
 from tpilite.weights.pager import Pager
@@ -26,7 +31,7 @@ from tpilite.weights.tensor_file import StoredTensor
 _MEASURED_FROM_BYTES = 32 << 20
 
 
-class Rank:
+class Rank(Closing):
     """A rank's `runner`, on the stored tensors of the whole model or of its slice; closed by `with`."""
 
     def __init__(
@@ -108,31 +113,9 @@ class Rank:
     def close(self) -> None:
         self._stack.close()
 
-    def __enter__(self) -> "Rank":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
 
 def budget_bytes_of(engine: EngineConfig) -> int | None:
     """The bytes that this process may use; None is unlimited."""
     if engine.memory_budget == "auto":
         return auto_budget_bytes()
     return None if isinstance(engine.memory_budget, str) else engine.memory_budget
-
-
-def physical_cores() -> int:
-    """The cores that this process may run on, hyper-threads of one core counted once."""
-    if not hasattr(os, "sched_getaffinity"):
-        return max(1, os.cpu_count() or 1)
-    cores = set()
-    for cpu in os.sched_getaffinity(0):
-        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        try:
-            cores.add(siblings.read_text().strip())
-        except OSError:
-            cores.add(str(cpu))
-    return max(1, len(cores))

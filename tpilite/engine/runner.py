@@ -10,15 +10,14 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
+from tpilite.arrays import Array
 from tpilite.collective import Collective, Message
 from tpilite.engine.sampling import Candidates, Edits, best, merge
 from tpilite.errors import ProtocolError
 from tpilite.model.kv_cache import KVCache
 from tpilite.model.llama import Llama, Segment
 
-Array = NDArray[np.float32]
 Embedding = Callable[[Sequence[int]], Array]  # ids -> [T, D]
 
 

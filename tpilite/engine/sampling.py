@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tpilite.arrays import Array
 from tpilite.errors import ConfigError
-
-Array = NDArray[np.float32]
 
 # Top-p of 0.9 over a trained model's scores is covered by far fewer; 256 cost 2 KiB per rank and token.
 N_CANDIDATES = 256

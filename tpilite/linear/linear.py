@@ -22,13 +22,14 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tpilite.arrays import Array
+from tpilite.closing import Closing
 from tpilite.linear.packing import Packed
 from tpilite.linear.plans import BLOCK_BYTES, FEW_ROWS_BLOCK_BYTES, NUMPY_WAYS, WAYS, Notes, Plan
 from tpilite.linear.team import Team
@@ -36,7 +37,6 @@ from tpilite.native import products as compiled
 
 logger = logging.getLogger(__name__)
 
-Array = NDArray[np.float32]
 Stored = NDArray[Any]  # bfloat16 as uint16, float16, float32
 Weights = Stored | Packed
 
@@ -143,7 +143,7 @@ def block_rows(n_cols: int, n_bytes: int = BLOCK_BYTES) -> int:
     return max(8, n_bytes // (4 * n_cols) // 8 * 8)
 
 
-class Linear:
+class Linear(Closing):
     """y = x W^T + b for each of the matrices, float32, by `n_threads` threads of which the caller is one.
 
     The threads live until `close`. One call at a time: the scratch memory belongs to the object. `way`
@@ -166,14 +166,6 @@ class Linear:
         self._scratch = [_Scratch() for _ in range(n_threads)]
         self._input = _Input()
         self._finite: WeakValueDictionary[int, Part] = WeakValueDictionary()
-
-    def __enter__(self) -> "Linear":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def prepare(self, dtypes: Iterable[np.dtype[Any]]) -> None:
         """Measures now what large matrices of these dtypes would else have measured, and its memory."""

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float32]
+from tpilite.arrays import Array
+
 Kept = NDArray[Any]  # float32 or float16
 
 # Each step costs a copy of what is there; a quarter more at a time keeps that near 4 copies per position

@@ -15,15 +15,13 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
+from tpilite.arrays import Array
 from tpilite.collective import Collective
 from tpilite.config import LlamaConfig
 from tpilite.linear.linear import FLOAT16_LIFT, Matrix, float16_bits
 from tpilite.model.kv_cache import Kept, KVCache
 from tpilite.model.ops import rms_norm, rope_frequencies, rope_table, rotate, softmax, swiglu
-
-Array = NDArray[np.float32]
 
 # Scores are [H, T, S] floats; a tile of query rows keeps them within this, so that a long prompt costs
 # no more memory than a short one.

@@ -6,9 +6,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tpilite.arrays import Array
 from tpilite.config import LlamaConfig, RopeScaling
-
-Array = NDArray[np.float32]
 
 _TILE_BYTES = 128 << 10
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from tpilite.collective import Array
+from tpilite.arrays import Array
 from tpilite.native.library import address, load_library
 from tpilite.net.channel import TlsChannel
 from tpilite.net.exchange import Exchange, Transfer

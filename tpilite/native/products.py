@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from tpilite.arrays import Array
 from tpilite.linear.packing import Packed
 from tpilite.native.library import address, load_library
 
 logger = logging.getLogger(__name__)
 
-Array = NDArray[np.float32]
 
 _DTYPES = {np.dtype(np.uint16): 0, np.dtype(np.float16): 1, np.dtype(np.float32): 2}
 _PACKED = 3

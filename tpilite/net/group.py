@@ -21,7 +21,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tpilite.collective import Array, Message
+from tpilite.arrays import Array
+from tpilite.closing import Closing
+from tpilite.collective import Message
 from tpilite.errors import ConfigError, PeerLost, ProtocolError, TpiliteError
 from tpilite.net import wire
 from tpilite.net.channel import Channel
@@ -127,7 +129,7 @@ class Control:
                 self._on_end(error)
 
 
-class Group:
+class Group(Closing):
     """What the groups of rank 0 and of the workers have in common. Made by `lobby` or `local_groups`.
 
     `channels[r]` is the data connection to rank r, None for the own rank and for those not connected.
@@ -236,12 +238,6 @@ class Group:
         for channel in self._channels:
             if channel is not None:
                 channel.close()
-
-    def __enter__(self) -> "Group":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _time_one(self, x: Array) -> float:
         """Seconds for one sum, the median of as many pairs as rank 0 finds right.

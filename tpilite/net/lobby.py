@@ -24,6 +24,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tpilite.closing import Closing
 from tpilite.errors import PeerLost, ProtocolError, TpiliteError
 from tpilite.net import wire
 from tpilite.net.auth import Security
@@ -49,7 +50,7 @@ class _Member:
         return self.control is None or self.control.alive
 
 
-class Lobby:
+class Lobby(Closing):
     """Rank 0's door, where workers wait until the group is complete; it stays open while a group runs.
 
     `info` is given to every worker that joins. `timeout_s` is how long a rank may be silent. `advice` says
@@ -81,12 +82,6 @@ class Lobby:
         self._epoch = 0
         self._door = Door(address, security, self._receive_guest)
         self.port = self._door.port
-
-    def __enter__(self) -> "Lobby":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     @property
     def states(self) -> dict[int, str]:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tpilite.collective import Array
+from tpilite.arrays import Array
 from tpilite.native.exchange import new_exchange, new_scattered_sum
 from tpilite.net import wire
 from tpilite.net.channel import Channel

@@ -25,19 +25,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from tpilite.engine.sampling import SamplingParams
+from tpilite.closing import Closing
 from tpilite.engine.stats import Usage
 from tpilite.errors import ConfigError, TpiliteError
 from tpilite.llm import Session
 from tpilite.serving import openai
+from tpilite.serving.config import ServerConfig
 from tpilite.serving.openai import ApiError, Head
 from tpilite.serving.service import Broken, Busy, Delta, Job, Recovery, Service, Stopping, TooLong
 from tpilite.version import __version__
@@ -108,49 +108,6 @@ _COUNTERS = (
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\[\]:/@\s]+)(?::\d{1,5})?")
 
 
-@dataclass(frozen=True)
-class ServerConfig:
-    """Where the service listens and whom it serves.
-
-    `host_names` are names by which browsers reach it, beside this machine's own. `cors_origins` are those of
-    pages that may use it, "*" for all. `defaults` hold for what a request does not say.
-    """
-
-    host: str = "127.0.0.1"
-    port: int = 8080
-    model_name: str | None = None  # None: the name of the model's folder
-    api_key: str | None = None
-    host_names: tuple[str, ...] = ()
-    cors_origins: tuple[str, ...] = ()
-    max_waiting: int = 64
-    grace_s: float = 30.0
-    defaults: SamplingParams = field(default_factory=SamplingParams)
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.port <= 65535:
-            raise ConfigError(f"--api_port must be from 0 to 65535, found {self.port}")
-        if self.api_key is not None and not re.fullmatch(r"[!-~]+", self.api_key):
-            raise ConfigError("the API key must be printable ASCII without spaces, and not empty")
-        if self.max_waiting < 0:
-            raise ConfigError(f"--max_waiting must be 0 or more, found {self.max_waiting}")
-        if not 0 <= self.grace_s < 1e9:
-            raise ConfigError(f"--grace must be a number of seconds from 0, found {self.grace_s}")
-        for origin in self.cors_origins:
-            if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
-                raise ConfigError(f"--cors_origin must be * or like https://example.org, found {origin!r}")
-
-
-def read_api_key(path: Path) -> str:
-    """The key that a file holds, for `ServerConfig`. Raises `ConfigError`."""
-    try:
-        key = path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--api_key_file {path} cannot be read: {error}") from error
-    if not key:
-        raise ConfigError(f"--api_key_file {path} is empty; write the key into it")
-    return key
-
-
 def serve(
     session: Session,
     config: ServerConfig,
@@ -184,7 +141,7 @@ def serve(
         server.finish_answers()
 
 
-class Server:
+class Server(Closing):
     """The HTTP server of a service, listening from its making on; closed by `with`."""
 
     def __init__(self, service: Service, config: ServerConfig, model_name: str = "") -> None:
@@ -218,14 +175,6 @@ class Server:
         self._thread.join()
         self._http.hang_up()
         self._http.server_close()
-
-    def __enter__(self) -> "Server":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class _Signals:

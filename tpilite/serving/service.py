@@ -12,9 +12,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from types import TracebackType
 from typing import Any
 
+from tpilite.closing import Closing
 from tpilite.engine.engine import Output, Recover
 from tpilite.engine.sampling import SamplingParams
 from tpilite.engine.sequence import Decoder, Sequence, TokenLogprob
@@ -133,7 +133,7 @@ class _Asked:
     decoder: "_Counted | None"
 
 
-class Service:
+class Service(Closing):
     """Serves a session's engine to many threads; closed by `with`.
 
     `max_waiting` requests may wait beside the one that is served. `usage` gives the process's counters and
@@ -238,14 +238,6 @@ class Service:
             self._thread.join(0.1)
         with self._changed:
             self._end_all(Stopping("the server was stopped before this answer was complete"))
-
-    def __enter__(self) -> "Service":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     @property
     def waiting_for(self) -> str | None:

@@ -7,13 +7,12 @@ How a matrix comes into memory is not decided here: `matrix_of` turns a stored t
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
+from tpilite.arrays import Array
 from tpilite.linear.linear import Matrix, as_float32
 from tpilite.model.llama import LayerWeights, LlamaWeights
 from tpilite.weights.tensor_file import StoredTensor
 
-Array = NDArray[np.float32]
 MatrixOf = Callable[[StoredTensor, Array | None], Matrix]
 
 

@@ -10,9 +10,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
+from tpilite.closing import Closing
 from tpilite.config import LlamaConfig, read_json
 from tpilite.errors import CheckpointError
 from tpilite.weights.partition import EMBEDDING, LM_HEAD, tensor_shapes
@@ -26,7 +26,7 @@ _INDEX = "model.safetensors.index.json"
 _SAMPLE_BYTES = 2048
 
 
-class Checkpoint:
+class Checkpoint(Closing):
     """The model in a folder. Raises `CheckpointError` or `ConfigError` when it cannot be used.
 
     `tensors` has every tensor of the architecture by Hugging Face's name, its shape checked against
@@ -54,14 +54,6 @@ class Checkpoint:
         """Closes the files. Arrays that were handed out stay valid."""
         for file in self._files.values():
             file.close()
-
-    def __enter__(self) -> "Checkpoint":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     @property
     def nbytes(self) -> int:

@@ -22,11 +22,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from types import TracebackType
 
+from tpilite.arrays import Array
+from tpilite.closing import Closing
 from tpilite.config import LlamaConfig
 from tpilite.errors import ConfigError
-from tpilite.linear.linear import Array, Matrix, Weights, block_rows
+from tpilite.linear.linear import Matrix, Weights, block_rows
 from tpilite.linear.packing import ROWS
 from tpilite.machine import format_size, rss_bytes, spare_bytes
 from tpilite.weights.assemble import assemble, mapped
@@ -97,7 +98,7 @@ class PagerUsage:
         )
 
 
-class Pager:
+class Pager(Closing):
     """The `weights` that `tensors` make, within a budget or a window; closed by `with`.
 
     `budget_bytes` bounds the memory of the process. `window` keeps at most so many blocks (which are parts)
@@ -180,14 +181,6 @@ class Pager:
         """Ends the loading and gives the memory back."""
         if self._loader is not None:
             self._loader.close()
-
-    def __enter__(self) -> "Pager":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     @property
     def cache_room_bytes(self) -> int | None:

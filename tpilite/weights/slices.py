@@ -39,11 +39,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 
+from tpilite.closing import Closing
 from tpilite.config import LlamaConfig, RopeScaling
 from tpilite.errors import CheckpointError, ConfigError, SliceError
 from tpilite.weights.checkpoint import Checkpoint
@@ -206,7 +206,7 @@ def node_folder(save_dir: Path, rank: int) -> Path:
     return save_dir / f"node_{rank}"
 
 
-class SliceFolder:
+class SliceFolder(Closing):
     """One rank's slice, opened: what `Checkpoint` is for a whole model. Raises `SliceError`.
 
     `tensors` has Hugging Face's names; the shapes are those of the rank's part. The sizes of all files are
@@ -229,14 +229,6 @@ class SliceFolder:
         """Closes the files. Arrays that were handed out stay valid."""
         for file in self._files:
             file.close()
-
-    def __enter__(self) -> "SliceFolder":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def verify(self, progress: Progress | None = None) -> None:
         """Reads every file and raises `SliceError` for the first whose sha256 is not the manifest's."""

@@ -19,12 +19,12 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tpilite.closing import Closing
 from tpilite.errors import CheckpointError
 
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -48,7 +48,7 @@ _MAX_DIMENSIONS = 8
 _DAMAGED = "the file is damaged: download or copy it again"
 
 
-class TensorFile:
+class TensorFile(Closing):
     """An open safetensors file. Raises `CheckpointError` when its header is not sound."""
 
     def __init__(self, path: Path) -> None:
@@ -76,14 +76,6 @@ class TensorFile:
         if self._fd >= 0:
             os.close(self._fd)
         self._fd, self._map = -1, None
-
-    def __enter__(self) -> "TensorFile":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def fileno(self) -> int:
         """The descriptor, for advice to the kernel about the file's pages."""

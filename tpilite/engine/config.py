@@ -1,0 +1,34 @@
+"""How a rank works: what it may use of its machine."""
+
+from dataclasses import dataclass
+
+from tpilite.checks import check_whole
+from tpilite.errors import ConfigError
+
+KV_DTYPES = ("f32", "f16")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How a rank works: what it may use, and how much of a prompt goes into one pass."""
+
+    threads: int | None = None  # None: one per physical core
+    max_rows: int = 256  # more gain little speed and cost activations of [T, F] floats
+    kv_dtype: str = "f32"  # or "f16": half the memory of keys and values, rounded to 11 bits
+    memory_budget: int | str = "auto"  # bytes for the process; "auto": what is free now; "unlimited"
+    memory_window: int | None = None  # at most so many blocks in memory, none of them for longer than its use
+
+    def __post_init__(self) -> None:
+        for name in ("threads", "max_rows"):
+            value = getattr(self, name)
+            if value is not None:
+                check_whole(name, value, least=1)
+        if self.kv_dtype not in KV_DTYPES:
+            raise ConfigError(f"kv_dtype must be {' or '.join(KV_DTYPES)}, found {self.kv_dtype!r}")
+        if isinstance(self.memory_budget, str):
+            if self.memory_budget not in ("auto", "unlimited"):
+                raise ConfigError(
+                    f"memory_budget must be a size, 'auto' or 'unlimited', found {self.memory_budget!r}"
+                )
+        elif type(self.memory_budget) is not int or self.memory_budget < 1:
+            raise ConfigError(f"memory_budget must be a number of bytes, found {self.memory_budget!r}")
