@@ -26,7 +26,7 @@ from start import ROOT, environment, with_tokenizer
 from tpilite import SamplingParams
 from tpilite.cli.main import hosted
 from tpilite.cli.options import engine_config, parse
-from tpilite.llm import Session
+from tpilite.engine.session import Session
 from tpilite.machine import limit_blas_threads
 
 # What TPI-LLM took: 480 to 640 ms per token, 640 MiB in rank 0 and 370 MiB in rank 1. An eighth and a third.

@@ -12,7 +12,7 @@ from typing import Any
 import sentencepiece
 from checkpoints import tiny_config, write_checkpoint
 
-from tpilite.llm import LLM, Session
+from tpilite.engine.session import LLM, Session
 from tpilite.serving.config import ServerConfig
 from tpilite.serving.server import Server
 from tpilite.serving.service import Service

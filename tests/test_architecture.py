@@ -21,8 +21,8 @@ _ROWS = [
     "cluster.token net.auth net.wire net.channel net.exchange native.exchange net.sums net.group",
     "net.listener net.lobby net.seat cluster.slice_server cluster.slice_client text text.tokenizer",
     "text.chat engine engine.config engine.sampling engine.sequence engine.scheduler engine.stats",
-    "engine.runner engine.engine engine.rank cluster.terms cluster.host cluster.worker cli",
-    "cli.memory_report cli.local shipped llm __init__ serving serving.config serving.openai",
+    "engine.runner engine.engine engine.rank shipped engine.session cluster.terms cluster.host",
+    "cluster.worker cli cli.memory_report cli.local __init__ serving serving.config serving.openai",
     "serving.service serving.server cli.terminal cli.hub cli.options cli.main __main__",
 ]
 _ORDER = " ".join(_ROWS).split()

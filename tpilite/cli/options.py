@@ -11,8 +11,8 @@ from tpilite.cluster.config import ClusterConfig
 from tpilite.cluster.token import checked_token, kept_token
 from tpilite.engine.config import KV_DTYPES, EngineConfig
 from tpilite.engine.sampling import SamplingParams
+from tpilite.engine.session import size_of
 from tpilite.errors import ConfigError
-from tpilite.llm import size_of
 from tpilite.native import products as compiled
 from tpilite.net.sums import CODECS, WAYS
 from tpilite.serving.config import ServerConfig, read_api_key

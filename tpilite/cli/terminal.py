@@ -13,8 +13,8 @@ from tqdm import tqdm
 from tpilite.engine.engine import Recover
 from tpilite.engine.sampling import SamplingParams
 from tpilite.engine.sequence import Sequence
+from tpilite.engine.session import Completion, Session
 from tpilite.errors import ConfigError, PeerLost
-from tpilite.llm import Completion, Session
 
 with suppress(ImportError):
     import readline  # noqa: F401  # importing it gives `input` its line editing, where there is one

@@ -33,9 +33,9 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from tpilite.closing import Closing
+from tpilite.engine.session import Session
 from tpilite.engine.stats import Usage
 from tpilite.errors import ConfigError, TpiliteError
-from tpilite.llm import Session
 from tpilite.serving import openai
 from tpilite.serving.config import ServerConfig
 from tpilite.serving.openai import ApiError, Head

@@ -18,9 +18,9 @@ from tpilite.closing import Closing
 from tpilite.engine.engine import Output, Recover
 from tpilite.engine.sampling import SamplingParams
 from tpilite.engine.sequence import Decoder, Sequence, TokenLogprob
+from tpilite.engine.session import Session
 from tpilite.engine.stats import Usage
 from tpilite.errors import ConfigError, PeerLost, TpiliteError
-from tpilite.llm import Session
 from tpilite.machine import rss_bytes
 from tpilite.text.tokenizer import StreamDecoder, Tokenizer
 
