@@ -36,9 +36,9 @@ from tpilite.closing import Closing
 from tpilite.engine.session import Session
 from tpilite.engine.stats import Usage
 from tpilite.errors import ConfigError, TpiliteError
-from tpilite.serving import openai
+from tpilite.serving import openai_requests as openai
 from tpilite.serving.config import ServerConfig
-from tpilite.serving.openai import ApiError, Head
+from tpilite.serving.openai_requests import ApiError, Head
 from tpilite.serving.service import Broken, Busy, Delta, Job, Recovery, Service, Stopping, TooLong
 from tpilite.version import __version__
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from tpilite.engine.sampling import SamplingParams
 from tpilite.engine.sequence import TokenLogprob
-from tpilite.serving import openai as api
-from tpilite.serving.openai import ApiError, Head
+from tpilite.serving import openai_requests as api
+from tpilite.serving.openai_requests import ApiError, Head
 
 client = pytest.importorskip("openai", reason="needs OpenAI's client: pip install openai")
 
