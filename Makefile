@@ -1,12 +1,16 @@
 # What a developer types. The package is installed anew when setup.cfg or what is compiled changes.
 PYTHON ?= python3
 BIN = .venv/bin
+MINUTES ?= 20
 
 demo: .venv/installed
 	$(BIN)/tpilite-node --local 2 --model_path fable --prompt "Once upon a time" --temperature 0 --echo
 
 test: .venv/tested
 	$(BIN)/python -m pytest
+
+chaos: .venv/tested
+	$(BIN)/python tests/chaos.py --minutes $(MINUTES)
 
 lint: .venv/linted
 	$(BIN)/ruff check .
@@ -31,4 +35,4 @@ lint: .venv/linted
 clean:
 	rm -rf .venv build *.egg-info
 
-.PHONY: demo test lint clean
+.PHONY: demo test chaos lint clean

@@ -234,8 +234,9 @@ class Cluster:
         self.host = self._start("host", *self.options, *ports, *where, *(ask or self.story.ask))
         return self.host
 
-    def start_worker(self, home: str, *options: object) -> Node:
-        return self._start(home, "--join", f"{self.address}:{self.broadcast_port}", *options)
+    def start_worker(self, home: str, *options: object, port: int | None = None) -> Node:
+        """A worker that joins at the port of rank 0, or at another one that leads there."""
+        return self._start(home, "--join", f"{self.address}:{port or self.broadcast_port}", *options)
 
     def _start(self, home: str, *args: object) -> Node:
         return self.nodes.start(

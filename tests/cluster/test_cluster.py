@@ -11,12 +11,12 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from certificates import certificates
 from checkpoints import tiny_config, write_checkpoint
 from nodes import TOKEN, TOKENIZER, Cluster, Node, Nodes, Story, free_ports, make_story
 
@@ -358,20 +358,6 @@ def test_strangers_at_both_ports_do_not_disturb(nodes: Nodes, story: Story) -> N
     assert 1 <= cluster.host.err.count("stranger") <= 20
     for sock in held:
         sock.close()
-
-
-def certificates(folder: Path, *names: str) -> None:
-    """An authority of one's own and what it signs, by the commands that one would type."""
-
-    def openssl(*args: str) -> None:
-        subprocess.run(["openssl", *args], cwd=folder, check=True, capture_output=True, timeout=30)
-
-    key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
-    openssl("req", "-x509", *key, "-days", "30", "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=home")
-    for name in names:
-        openssl("req", *key, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}")
-        sign = ("-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "30", "-out", f"{name}.pem")
-        openssl("x509", "-req", "-in", f"{name}.csr", *sign)
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl command for certificates")
