@@ -2,11 +2,11 @@
 
     python tests/chaos.py [--minutes 20] [--rounds N] [--seed S] [--allreduce star] [--tls]
 
-A round is a cluster of two to four ranks on loopback that makes a text while one to four things happen to
-it: a rank is killed, or stopped for a while; the connections of a worker are cut; a worker ends and another
-one comes with other options; rank 0 is killed and started again; somebody who does not know the token connects
-and sends noise. Each round has a seed of its own; `--seed S --rounds 1` repeats it. pytest does not collect
-this: it runs as long as it is told to.
+A round is a cluster of two to four ranks on loopback that makes a text while one to four things happen to it:
+a rank is killed, or stopped for a while; the connections of a worker are cut; a worker ends and another one
+comes with other options; rank 0 is killed and started again; somebody without the token sends noise. Each
+round has a seed of its own; `--seed S --rounds 1` repeats it. pytest does not collect this: it runs as long as
+it is told to.
 """
 
 import argparse
