@@ -5,8 +5,8 @@
 A round is a cluster of two to four ranks on loopback that makes a text while one to four things happen to it:
 a rank is killed, or stopped for a while; the connections of a worker are cut; a worker ends and another one
 comes with other options; rank 0 is killed and started again; somebody without the token sends noise. Each
-round has a seed of its own; `--seed S --rounds 1` repeats it. pytest does not collect this: it runs as long as
-it is told to.
+round has a seed of its own; `--seed S --rounds 1` repeats it. pytest does not collect this:
+it runs as long as it is told to.
 """
 
 import argparse
