@@ -24,8 +24,9 @@ from models import add_model_options, model_of
 from start import ROOT, environment, with_tokenizer
 
 from tpilite import SamplingParams
+from tpilite.cli.configs import engine_config
 from tpilite.cli.main import hosted
-from tpilite.cli.options import engine_config, parse
+from tpilite.cli.options import parse
 from tpilite.engine.session import Session
 from tpilite.machine import limit_blas_threads
 

@@ -24,11 +24,11 @@ _ROWS = [
     "engine.runner engine.engine engine.rank shipped engine.session cluster.terms cluster.host",
     "cluster.worker cli cli.memory_report cli.local __init__ serving serving.config",
     "serving.openai_requests",
-    "serving.service serving.server cli.terminal cli.hub cli.options cli.main __main__",
+    "serving.service serving.server cli.terminal cli.hub cli.configs cli.options cli.main __main__",
 ]
 _ORDER = " ".join(_ROWS).split()
 # `local` hands its own environment on to the ranks that it starts.
-_MAY_READ_ENVIRONMENT = {"cli.main", "cli.options", "cli.local"}
+_MAY_READ_ENVIRONMENT = {"cli.main", "cli.configs", "cli.local"}
 _FILES_AND_SOCKETS = {"mmap", "socket", "ssl", "http", "socketserver", "urllib", "msgpack", "safetensors"}
 
 

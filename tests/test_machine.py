@@ -1,7 +1,6 @@
-"""What the machine can spare, against trees of /proc and /sys as kernels write them; sizes; the time line."""
+"""What the machine can spare, against trees of /proc and /sys as kernels write them; sizes."""
 
 import contextlib
-import csv
 import ctypes
 import mmap
 import os
@@ -14,7 +13,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tpilite.cli.memory_report import MemoryReport
 from tpilite.errors import ConfigError
 from tpilite.machine import (
     auto_budget_bytes,
@@ -182,36 +180,6 @@ def test_the_automatic_budget_leaves_a_margin(tmp_path):
 def test_this_machine_can_spare_something():
     spare = spare_bytes()
     assert spare is None or 0 < spare < 1 << 50
-
-
-def test_the_time_line(tmp_path):
-    values = iter(range(1000))
-    path = tmp_path / "memory.csv"
-    with MemoryReport(path, lambda: {"window_bytes": next(values), "loads": 7}, interval_s=0.001) as report:
-        while len(path.read_text().splitlines()) < 4:
-            pass
-    assert report is not None
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [int(row["window_bytes"]) for row in rows] == list(range(1, len(rows) + 1))
-    assert {row["loads"] for row in rows} == {"7"}
-    assert all(int(row["rss_bytes"]) > _MIB for row in rows)
-    times = [float(row["time_s"]) for row in rows]
-    assert times == sorted(times)
-
-
-def test_a_report_that_cannot_be_written(tmp_path):
-    with pytest.raises(ConfigError, match="cannot be written: No such file"):
-        MemoryReport(tmp_path / "no" / "memory.csv", dict)
-
-
-def test_a_disk_that_is_full_ends_the_report_and_nothing_else(tmp_path, monkeypatch, caplog):
-    def fail(row):
-        raise OSError(28, "No space left on device")
-
-    with MemoryReport(tmp_path / "memory.csv", dict, interval_s=0.001) as report:
-        monkeypatch.setattr(report, "_writer", type("Full", (), {"writerow": staticmethod(fail)}))
-    assert "the memory report ends here: No space left on device" in caplog.text
 
 
 _KEEPS = """

@@ -16,21 +16,20 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from tpilite.cli.hub import find_models, is_hub_name, model_name, resolve
-from tpilite.cli.local import LocalWorkers, end_with_stdin
-from tpilite.cli.memory_report import MemoryReport
-from tpilite.cli.options import (
-    PORT,
+from tpilite.cli.configs import (
     cache_folder,
     cluster_config,
     engine_config,
     number_of,
     own_save_dir,
-    parse,
     sampling_params,
     save_dir_of,
     server_config,
 )
+from tpilite.cli.hub import find_models, is_hub_name, model_name, resolve
+from tpilite.cli.local import LocalWorkers, end_with_stdin
+from tpilite.cli.memory_report import MemoryReport
+from tpilite.cli.options import PORT, parse
 from tpilite.cli.terminal import Interrupt, answer, converse, interruptible, progress_bar
 from tpilite.cluster.config import ClusterConfig
 from tpilite.cluster.host import Host, own_address
