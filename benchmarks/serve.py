@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from tpilite.engine.sampling import SamplingParams
-from tpilite.engine.session import LLM
+from tpilite.llm import LLM
 from tpilite.serving.config import ServerConfig
 from tpilite.serving.server import Server, serve
 from tpilite.serving.service import Service

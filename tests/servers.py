@@ -12,7 +12,8 @@ from typing import Any
 import sentencepiece
 from checkpoints import tiny_config, write_checkpoint
 
-from tpilite.engine.session import LLM, Session
+from tpilite.engine.session import Session
+from tpilite.llm import LLM
 from tpilite.serving.config import ServerConfig
 from tpilite.serving.server import Server
 from tpilite.serving.service import Service

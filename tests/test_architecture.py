@@ -22,7 +22,7 @@ _ROWS = [
     "net.listener net.lobby net.seat cluster.slice_server cluster.slice_client text text.tokenizer",
     "text.chat engine engine.config engine.sampling engine.sequence engine.scheduler engine.stats",
     "engine.runner engine.engine engine.rank shipped engine.session cluster.terms cluster.host",
-    "cluster.worker cli cli.memory_report cli.local __init__ serving serving.config",
+    "cluster.worker cli cli.memory_report cli.local llm __init__ serving serving.config",
     "serving.openai_requests",
     "serving.service serving.server cli.terminal cli.hub cli.configs cli.options cli.main __main__",
 ]

@@ -768,7 +768,7 @@ def test_past_the_grace_open_streams_are_told(session: LLM) -> None:
 
 _SERVE = """
 import sys, logging, time
-from tpilite.engine.session import LLM
+from tpilite.llm import LLM
 from tpilite.serving.config import ServerConfig
 from tpilite.serving.server import serve
 logging.basicConfig(level=logging.INFO)

@@ -7,9 +7,8 @@ from pathlib import Path
 
 from tpilite.cluster.config import ClusterConfig
 from tpilite.cluster.token import checked_token, kept_token
-from tpilite.engine.config import EngineConfig
+from tpilite.engine.config import EngineConfig, parse_budget
 from tpilite.engine.sampling import SamplingParams
-from tpilite.engine.session import size_of
 from tpilite.errors import ConfigError
 from tpilite.serving.config import ServerConfig, read_api_key
 from tpilite.shipped import SHIPPED
@@ -34,7 +33,7 @@ def engine_config(args: argparse.Namespace, threads: int | None = None) -> Engin
     return EngineConfig(
         threads=args.threads or threads,
         kv_dtype=args.kv_dtype,
-        memory_budget=size_of(args.memory_budget),
+        memory_budget=parse_budget(args.memory_budget),
         memory_window=args.memory_window,
     )
 

@@ -35,8 +35,9 @@ from tpilite.cluster.config import ClusterConfig
 from tpilite.cluster.host import Host, own_address
 from tpilite.cluster.worker import Worker, WorkerOptions
 from tpilite.engine.sampling import SamplingParams
-from tpilite.engine.session import LLM, Completion, Session
+from tpilite.engine.session import Completion, Session
 from tpilite.errors import ConfigError, TpiliteError
+from tpilite.llm import LLM
 from tpilite.machine import auto_budget_bytes, physical_cores
 from tpilite.net.channel import format_address, parse_address
 from tpilite.serving.server import serve

@@ -28,6 +28,117 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args([underscored(word) for word in argv])
 
 
+<<<<<<< HEAD
+=======
+def sampling_params(args: argparse.Namespace) -> SamplingParams:
+    """The options that say how text is made."""
+    return SamplingParams(
+        temperature=args.temperature,
+        k=args.k,
+        p=args.p,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        seed=args.seed,
+        length=args.length,
+        stop=tuple(args.stop),
+    )
+
+
+def engine_config(args: argparse.Namespace, threads: int | None = None) -> EngineConfig:
+    """The options that say what this rank may use; `threads` where they do not say how many."""
+    return EngineConfig(
+        threads=args.threads or threads,
+        kv_dtype=args.kv_dtype,
+        memory_budget=parse_budget(args.memory_budget),
+        memory_window=args.memory_window,
+    )
+
+
+def cluster_config(args: argparse.Namespace, world_size: int, *, make_token: bool) -> ClusterConfig:
+    """The options that say how ranks find and trust each other."""
+    return ClusterConfig(
+        token=_token(args, make=make_token),
+        world_size=world_size,
+        ratio=args.ratio,
+        broadcast_port=args.broadcast_port,
+        file_port=args.file_port,
+        timeout_s=args.timeout,
+        rejoin_timeout_s=args.rejoin_timeout,
+        allreduce=args.allreduce,
+        payload=args.payload,
+        tls_cert=args.tls_cert,
+        tls_key=args.tls_key,
+        tls_ca=args.tls_ca,
+    )
+
+
+def number_of(option: int | None, variable: str) -> int | None:
+    """An option, or the environment's variable in its place."""
+    if option is not None or not os.environ.get(variable):
+        return option
+    try:
+        return int(os.environ[variable])
+    except ValueError:
+        raise ConfigError(f"{variable} must be a whole number, found {os.environ[variable]!r}") from None
+
+
+def own_save_dir(args: argparse.Namespace, folder: Path | None) -> Path | None:
+    """Where slices are: as `--save_dir` says or in the model's folder; None where that is not the user's."""
+    if args.save_dir is not None:
+        return Path(folder or "", args.save_dir)
+    if folder is None or folder in SHIPPED.values():
+        return None
+    nearest = folder if folder.exists() else folder.absolute().parent
+    # The superuser may write everywhere, but not where nobody is meant to.
+    ours = nearest.is_dir() and nearest.stat().st_mode & 0o222 and os.access(nearest, os.W_OK)
+    return folder / "split" if ours else None
+
+
+def save_dir_of(args: argparse.Namespace, folder: Path, world_size: int) -> Path:
+    """Where rank 0 has the slices: in the cache, if there is no other place."""
+    key = f"{folder.resolve()} {world_size} {args.ratio}"
+    in_cache = cache_folder() / "split" / hashlib.sha256(key.encode()).hexdigest()[:16]
+    return own_save_dir(args, folder) or in_cache
+
+
+def cache_folder() -> Path:
+    """Where this user's programs keep what can be made again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tpilite"
+
+
+def _token(args: argparse.Namespace, *, make: bool) -> str:
+    if args.token is not None:
+        return checked_token(args.token, "--token")
+    if "TPILITE_TOKEN" in os.environ:
+        return checked_token(os.environ["TPILITE_TOKEN"], "TPILITE_TOKEN")
+    config = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    token = kept_token(config / "tpilite" / "token", make=make)
+    if token is None:
+        raise ConfigError("the cluster's token is missing: give --token, as rank 0 shows it at its start")
+    return token
+
+
+def server_config(args: argparse.Namespace, model_name: str, params: SamplingParams) -> ServerConfig:
+    """The options of the service; those of the text are what a request gets that does not say."""
+    key = args.api_key
+    if args.api_key_file is not None:
+        if key is not None:
+            raise ConfigError("--api_key and --api_key_file are both given; expected one of them")
+        key = read_api_key(args.api_key_file)
+    return ServerConfig(
+        host=args.api_host,
+        port=args.api_port,
+        model_name=model_name,
+        api_key=key,
+        host_names=tuple(args.api_name),
+        cors_origins=tuple(args.cors_origin),
+        max_waiting=args.max_waiting,
+        grace_s=args.grace,
+        defaults=params,
+    )
+
+
+>>>>>>> 58fb86f (Give the Python interface its module back: the model folder and its rank, around a session)
 def _ratio(text: str) -> tuple[float, ...]:
     """The shares in a text like 2,1,1."""
     try:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from tpilite.checks import check_whole
 from tpilite.errors import ConfigError
+from tpilite.machine import parse_size
 
 KV_DTYPES = ("f32", "f16")
 
@@ -32,3 +33,8 @@ class EngineConfig:
                 )
         elif type(self.memory_budget) is not int or self.memory_budget < 1:
             raise ConfigError(f"memory_budget must be a number of bytes, found {self.memory_budget!r}")
+
+
+def parse_budget(budget: int | str) -> int | str:
+    """A memory budget in bytes, where it is not one of the words. Raises `ConfigError`."""
+    return parse_size(budget) if isinstance(budget, str) and budget[:1].isdigit() else budget

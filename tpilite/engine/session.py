@@ -1,38 +1,27 @@
-"""The Python interface: a model folder in, text out.
+"""Text in, text out: what a program asks of rank 0, however many ranks there are.
 
-from tpilite.closing import Closing
-from tpilite import LLM, SamplingParams
-
-with LLM("path/to/Llama-3.2-1B-Instruct") as llm:
-    for text in llm.stream("Once upon a time", SamplingParams(length=100, seed=1)):
-        print(text, end="", flush=True)
+session = Session(folder, config, rank, max_rows=256)
+for text in session.stream("Once upon a time", SamplingParams(length=100, seed=1)):
+    print(text, end="", flush=True)
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Items
-from contextlib import ExitStack
 from dataclasses import dataclass
-from os import PathLike
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tpilite.closing import Closing
-from tpilite.collective import Solo
 from tpilite.config import LlamaConfig
-from tpilite.engine.config import EngineConfig
 from tpilite.engine.engine import Engine, Recover
 from tpilite.engine.rank import Rank
 from tpilite.engine.sampling import SamplingParams
 from tpilite.engine.sequence import Sequence
 from tpilite.engine.stats import Stats, Usage, measure
 from tpilite.errors import ConfigError
-from tpilite.machine import parse_size
-from tpilite.shipped import find_model
 from tpilite.text.chat import ChatFormat, chat_format
 from tpilite.text.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
-from tpilite.weights.checkpoint import Checkpoint
 
 Prompt = str | Items[int]
 Chat = Items[Mapping[str, str]]
@@ -145,45 +134,3 @@ class Session:
             raise ConfigError(f"stop texts need a tokenizer, which {self.folder} does not have")
         self._usage_before = self.usage
         return self.engine.submit(ids, params, eos_ids=self._eos_ids | stop_ids, decoder=decoder)
-
-
-def size_of(budget: int | str) -> int | str:
-    """A memory budget in bytes, where it is not one of the words. Raises `ConfigError`."""
-    return parse_size(budget) if isinstance(budget, str) and budget[:1].isdigit() else budget
-
-
-class LLM(Session, Closing):
-    """A Llama model that answers on this machine; a context manager.
-
-    `memory_budget` bounds the memory of this process: bytes, a text like "2GiB", "auto" for what is free
-    now, or "unlimited". What does not fit is read from the disk in every pass. `memory_window` instead
-    keeps at most so many blocks of weights in memory.
-
-    Raises `CheckpointError` and `ConfigError` for a folder that cannot be used.
-    """
-
-    def __init__(
-        self,
-        model_path: str | PathLike[str],
-        *,
-        threads: int | None = None,
-        kv_dtype: str = "f32",
-        memory_budget: int | str = "auto",
-        memory_window: int | None = None,
-    ) -> None:
-        engine = EngineConfig(
-            threads=threads,
-            kv_dtype=kv_dtype,
-            memory_budget=size_of(memory_budget),
-            memory_window=memory_window,
-        )
-        folder = find_model(model_path)
-        with ExitStack() as stack:
-            checkpoint = stack.enter_context(Checkpoint(folder))
-            rank = stack.enter_context(Rank(checkpoint.config, checkpoint.tensors, 0, Solo(), engine))
-            super().__init__(folder, checkpoint.config, rank, max_rows=engine.max_rows)
-            self._stack = stack.pop_all()
-
-    def close(self) -> None:
-        """Ends the threads and closes the files."""
-        self._stack.close()

@@ -1,0 +1,56 @@
+"""The Python interface: a model folder in, text out.
+
+from tpilite import LLM, SamplingParams
+
+with LLM("path/to/Llama-3.2-1B-Instruct") as llm:
+    for text in llm.stream("Once upon a time", SamplingParams(length=100, seed=1)):
+        print(text, end="", flush=True)
+"""
+
+from contextlib import ExitStack
+from os import PathLike
+
+from tpilite.closing import Closing
+from tpilite.collective import Solo
+from tpilite.engine.config import EngineConfig, parse_budget
+from tpilite.engine.rank import Rank
+from tpilite.engine.session import Session
+from tpilite.shipped import find_model
+from tpilite.weights.checkpoint import Checkpoint
+
+
+class LLM(Session, Closing):
+    """A Llama model that answers on this machine; a context manager.
+
+    `memory_budget` bounds the memory of this process: bytes, a text like "2GiB", "auto" for what is free
+    now, or "unlimited". What does not fit is read from the disk in every pass. `memory_window` instead
+    keeps at most so many blocks of weights in memory.
+
+    Raises `CheckpointError` and `ConfigError` for a folder that cannot be used.
+    """
+
+    def __init__(
+        self,
+        model_path: str | PathLike[str],
+        *,
+        threads: int | None = None,
+        kv_dtype: str = "f32",
+        memory_budget: int | str = "auto",
+        memory_window: int | None = None,
+    ) -> None:
+        engine = EngineConfig(
+            threads=threads,
+            kv_dtype=kv_dtype,
+            memory_budget=parse_budget(memory_budget),
+            memory_window=memory_window,
+        )
+        folder = find_model(model_path)
+        with ExitStack() as stack:
+            checkpoint = stack.enter_context(Checkpoint(folder))
+            rank = stack.enter_context(Rank(checkpoint.config, checkpoint.tensors, 0, Solo(), engine))
+            super().__init__(folder, checkpoint.config, rank, max_rows=engine.max_rows)
+            self._stack = stack.pop_all()
+
+    def close(self) -> None:
+        """Ends the threads and closes the files."""
+        self._stack.close()
