@@ -16,7 +16,7 @@ from c_programs import assert_prints, built
 from tpilite.errors import PeerLost, ProtocolError
 from tpilite.native import exchange as compiled
 from tpilite.native.exchange import CompiledExchange
-from tpilite.net import wire
+from tpilite.net import messages, wire
 from tpilite.net.channel import Channel
 from tpilite.net.exchange import Exchange, Frames
 from tpilite.net.sums import new_sum, sum_in_rank_order
@@ -33,7 +33,7 @@ def by_compiled(*args):
 
 both = pytest.mark.parametrize("new", [Exchange, pytest.param(by_compiled, marks=compiled_only)])
 
-HEAD = wire.encode(wire.Reduce("f32"), 12)
+HEAD = wire.encode(messages.Reduce("f32"), 12)
 
 
 @pytest.fixture
@@ -102,8 +102,8 @@ def test_a_frame_cut_at_every_offset(new):
 @pytest.mark.parametrize(
     ("frame", "text"),
     [
-        (wire.encode(wire.Reduce("f32"), 8) + bytes(8), r"found Reduce\(payload='f32'\) with 8 bytes"),
-        (wire.encode(wire.Error("a reason as long as it takes to fill a head")), "found another frame"),
+        (wire.encode(messages.Reduce("f32"), 8) + bytes(8), r"found Reduce\(payload='f32'\) with 8 bytes"),
+        (wire.encode(messages.Error("a reason as long as it takes to fill a head")), "found another frame"),
         (b"garbage " * 8, "found no frame"),
     ],
 )
@@ -117,7 +117,7 @@ def test_another_frame_than_the_expected_one_does_not_hang(new, frame, text, end
 @both
 def test_another_frame_in_pieces_does_not_hang(new, ends, pool):
     channel, b = ends
-    frame = wire.encode(wire.Reduce("f16"), 6)
+    frame = wire.encode(messages.Reduce("f16"), 6)
 
     def send():
         for i in range(len(frame)):
@@ -133,7 +133,7 @@ def test_another_frame_in_pieces_does_not_hang(new, ends, pool):
 @both
 def test_all_may_send_more_than_the_kernel_holds(new, pool):
     n, world_size = 500_000, 3
-    head = wire.encode(wire.Reduce("f32"), 4 * n)
+    head = wire.encode(messages.Reduce("f32"), 4 * n)
     with contextlib.ExitStack() as stack:
         channels = [[None] * world_size for _ in range(world_size)]
         for i, j in itertools.combinations(range(world_size), 2):
@@ -268,7 +268,7 @@ class Peer:
     def __init__(self, sock, n):
         self.sock = sock
         size = -(-n // 2)
-        self.head = wire.encode(wire.Reduce("f32"), 4 * size)
+        self.head = wire.encode(messages.Reduce("f32"), 4 * size)
         self.frame_bytes = len(self.head) + 4 * size
         self.part = np.arange(size, dtype=np.float32) / 3  # of our chunk
         self.chunk = np.append(self.part[: n - size] * 5, np.zeros(2 * size - n, np.float32))

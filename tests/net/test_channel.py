@@ -18,7 +18,7 @@ import pytest
 
 from tpilite.errors import ConfigError, PeerLost, ProtocolError
 from tpilite.native.exchange import new_exchange
-from tpilite.net import auth, channel, wire
+from tpilite.net import auth, channel, messages, wire
 from tpilite.net.channel import Channel, accept, connect, parse_address
 from tpilite.net.exchange import Frames
 
@@ -88,12 +88,12 @@ def test_both_sides_prove_the_token_and_talk(host: str, pool: ThreadPoolExecutor
         client = connect(server.getsockname()[:2], TOKEN, timeout_s=10)
         with contextlib.closing(client), contextlib.closing(accepted.result()) as served:
             array = np.arange(6, dtype=np.float32).reshape(2, 3)
-            client.send(wire.Gather({"n": 1}, "<f4", [2, 3]), array)
-            header, payload = served.expect(wire.Gather)
-            assert header == wire.Gather({"n": 1}, "<f4", [2, 3])
+            client.send(messages.Gather({"n": 1}, "<f4", [2, 3]), array)
+            header, payload = served.expect(messages.Gather)
+            assert header == messages.Gather({"n": 1}, "<f4", [2, 3])
             assert bytes(payload) == array.tobytes()
-            served.send(wire.Barrier())
-            assert client.receive(time.monotonic() + 10) == (wire.Barrier(), b"")
+            served.send(messages.Barrier())
+            assert client.receive(time.monotonic() + 10) == (messages.Barrier(), b"")
             assert client.peer == channel.format_address(server.getsockname())
             assert client.local_host == served.peer_host == host
 
@@ -114,7 +114,7 @@ def test_another_version_is_told_on_both_sides(
 ) -> None:
     def old_client(address: tuple[str, int]) -> bytes:
         with socket.create_connection(address) as sock:
-            old = bytearray(wire.encode(wire.Hello(auth.new_nonce())))
+            old = bytearray(wire.encode(messages.Hello(auth.new_nonce())))
             old[3] = 0
             sock.sendall(old)
             return b"".join(iter(lambda: sock.recv(100), b""))
@@ -140,7 +140,7 @@ def test_another_version_is_told_on_both_sides(
 
 
 def hello(sock: socket.socket) -> None:
-    sock.sendall(wire.encode(wire.Hello(auth.new_nonce())))
+    sock.sendall(wire.encode(messages.Hello(auth.new_nonce())))
 
 
 @pytest.mark.parametrize(
@@ -151,25 +151,33 @@ def hello(sock: socket.socket) -> None:
         (lambda s: s.close(), PeerLost, "closed the connection between two frames"),
         (lambda s: (s.sendall(b"TPI"), s.close()), PeerLost, "closed the connection after 3 of 16 bytes"),
         (lambda s: s.sendall(b"TPI"), PeerLost, "was silent for too long, after 3 of 16 bytes of a frame's"),
-        (lambda s: s.sendall(wire.encode(wire.Join(1, {}))), ProtocolError, "expected Hello from the client"),
-        (lambda s: s.sendall(wire.encode(wire.Hello(b"x"))), ProtocolError, "expected a nonce of 32 bytes"),
         (
-            lambda s: s.sendall(wire.encode(wire.Hello(bytes(300)))),
+            lambda s: s.sendall(wire.encode(messages.Join(1, {}))),
+            ProtocolError,
+            "expected Hello from the client",
+        ),
+        (
+            lambda s: s.sendall(wire.encode(messages.Hello(b"x"))),
+            ProtocolError,
+            "expected a nonce of 32 bytes",
+        ),
+        (
+            lambda s: s.sendall(wire.encode(messages.Hello(bytes(300)))),
             ProtocolError,
             "1 to 256 bytes, found 321",
         ),
         (
-            lambda s: s.sendall(wire.encode(wire.Gather({}, "", []), 9)),
+            lambda s: s.sendall(wire.encode(messages.Gather({}, "", []), 9)),
             ProtocolError,
             "at most 0 bytes of payl",
         ),
         (
-            lambda s: (hello(s), s.sendall(wire.encode(wire.Join(1, {})))),
+            lambda s: (hello(s), s.sendall(wire.encode(messages.Join(1, {})))),
             ProtocolError,
             "expected Proof from",
         ),
         (
-            lambda s: (hello(s), s.sendall(wire.encode(wire.Proof(b"")))),
+            lambda s: (hello(s), s.sendall(wire.encode(messages.Proof(b"")))),
             ProtocolError,
             "does not know the tok",
         ),
@@ -189,7 +197,7 @@ def test_a_slow_loris_has_the_time_of_one_handshake(pool: ThreadPoolExecutor) ->
     stop = threading.Event()
 
     def drip(sock: socket.socket) -> None:
-        for byte in wire.encode(wire.Hello(auth.new_nonce())):
+        for byte in wire.encode(messages.Hello(auth.new_nonce())):
             with contextlib.suppress(OSError):
                 sock.sendall(bytes([byte]))
             if stop.wait(0.05):
@@ -259,7 +267,7 @@ def test_waiting_for_a_peer_is_told_and_ends(
         waiting.result().close()
 
 
-FRAME = wire.encode(wire.Broadcast({}, "|u1", [9]), 9) + bytes(9)
+FRAME = wire.encode(messages.Broadcast({}, "|u1", [9]), 9) + bytes(9)
 
 
 def test_a_peer_that_closes_at_any_point(pair: tuple[Channel, Channel]) -> None:
@@ -276,7 +284,7 @@ def test_a_peer_that_closes_at_any_point(pair: tuple[Channel, Channel]) -> None:
 
 def test_a_send_has_a_deadline(pair: tuple[Channel, Channel]) -> None:
     with pytest.raises(PeerLost, match="silent for too long: it takes no more bytes"):
-        pair[0].send(wire.Reduce("f32"), np.zeros(2_000_000, np.float32), time.monotonic() + 0.1)
+        pair[0].send(messages.Reduce("f32"), np.zeros(2_000_000, np.float32), time.monotonic() + 0.1)
 
 
 def test_shutdown_ends_a_read_in_another_thread(
@@ -289,7 +297,7 @@ def test_shutdown_ends_a_read_in_another_thread(
     with pytest.raises(PeerLost, match=r"^rank 2 was silent for 10 s$"):
         reading.result()
     with pytest.raises(PeerLost, match=r"^rank 2 was silent for 10 s$"):
-        pair[0].send(wire.Barrier())
+        pair[0].send(messages.Barrier())
 
 
 @pytest.fixture(scope="session")
@@ -319,14 +327,14 @@ def test_the_same_over_tls(tls: tuple[ssl.SSLContext, ssl.SSLContext], pool: Thr
         client = connect(server.getsockname(), TOKEN, timeout_s=10, tls=tls[1])
         served = accepted.result()
         n = 1_000_000
-        head = wire.encode(wire.Reduce("f32"), 4 * n)
+        head = wire.encode(messages.Reduce("f32"), 4 * n)
 
         def exchange(mine: Channel, value: float) -> Any:
             frames = Frames(head, 2, n, np.float32)
             frames.payloads[0] = value
             new_exchange([(mine, frames[0])], [(mine, frames[1])], head)()
-            mine.send(wire.Barrier())
-            assert mine.receive()[0] == wire.Barrier()
+            mine.send(messages.Barrier())
+            assert mine.receive()[0] == messages.Barrier()
             return frames.payloads[1]
 
         results = list(pool.map(exchange, (client, served), (1.0, 2.0)))
@@ -347,8 +355,8 @@ def test_a_tls_channel_that_is_shut_down_gives_no_bytes(
         accepted = pool.submit(accept_one, server, tls=tls[0])
         client = connect(server.getsockname(), TOKEN, timeout_s=10, tls=tls[1])
         with contextlib.closing(accepted.result()) as served, contextlib.closing(client):
-            served.send(wire.Barrier())
-            assert client.receive()[0] == wire.Barrier()
+            served.send(messages.Barrier())
+            assert client.receive()[0] == messages.Barrier()
             reading = pool.submit(client.receive)
             time.sleep(0.05)
             client.shutdown("rank 1 is gone")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from tpilite.collective import Message
 from tpilite.errors import ConfigError, PeerLost, ProtocolError
-from tpilite.net import wire
+from tpilite.net import messages, wire
 from tpilite.net.channel import Channel
 from tpilite.net.group import Group, RankLost, RankZero, check_options, local_groups
 
@@ -256,7 +256,7 @@ def test_a_lost_rank_ends_the_sum_on_all_others(way: str, lost: int) -> None:
 
 
 def frame_of_a_sum(n: int) -> bytes:
-    return wire.encode(wire.Reduce("f32"), 4 * n) + np.ones(n, np.float32).tobytes()
+    return wire.encode(messages.Reduce("f32"), 4 * n) + np.ones(n, np.float32).tobytes()
 
 
 def test_a_worker_that_closes_at_any_byte_of_its_part() -> None:
@@ -275,7 +275,7 @@ def test_a_worker_that_closes_at_any_byte_of_its_part() -> None:
 @pytest.mark.parametrize(
     ("sent", "text"),
     [
-        (wire.encode(wire.Barrier()), "expected Reduce.* from rank 1, found"),
+        (wire.encode(messages.Barrier()), "expected Reduce.* from rank 1, found"),
         (frame_of_a_sum(4), r"with 12 bytes from rank 1, found Reduce\(payload='f32'\) with 16 bytes"),
         (b"GET / HTTP/1.1\r\nHost: somewhere\r\n\r\n" * 3, "from rank 1, found no frame"),
     ],
@@ -294,17 +294,17 @@ def test_what_is_no_part_of_the_sum_ends_the_group(sent: bytes, text: str) -> No
 @pytest.mark.parametrize(
     ("header", "payload"),
     [
-        (wire.Gather({}, "|O", [1]), 8),
-        (wire.Gather({}, "<f4", [3]), 8),
-        (wire.Gather({}, "<f4", [-1, -2]), 8),
-        (wire.Gather({}, "<f4", [True, 2]), 8),
-        (wire.Gather({}, "<f4", ["2"]), 8),
-        (wire.Gather({}, "<f4", [2] * 9), 8),
-        (wire.Gather({}, "", []), 8),
-        (wire.Gather({}, "<f4", [2**62, 4]), 0),
+        (messages.Gather({}, "|O", [1]), 8),
+        (messages.Gather({}, "<f4", [3]), 8),
+        (messages.Gather({}, "<f4", [-1, -2]), 8),
+        (messages.Gather({}, "<f4", [True, 2]), 8),
+        (messages.Gather({}, "<f4", ["2"]), 8),
+        (messages.Gather({}, "<f4", [2] * 9), 8),
+        (messages.Gather({}, "", []), 8),
+        (messages.Gather({}, "<f4", [2**62, 4]), 0),
     ],
 )
-def test_an_array_that_does_not_fit_its_shape(header: wire.Gather, payload: int) -> None:
+def test_an_array_that_does_not_fit_its_shape(header: messages.Gather, payload: int) -> None:
     hub, leaf = local_groups(2)
     leaf.channel(0).send(header, np.zeros(payload, np.uint8))
     with pytest.raises(ProtocolError, match="expected"):

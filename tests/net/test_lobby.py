@@ -19,7 +19,7 @@ import pytest
 
 from tpilite.collective import Message
 from tpilite.errors import ConfigError, PeerLost, ProtocolError
-from tpilite.net import auth, channel, wire
+from tpilite.net import auth, channel, messages
 from tpilite.net import listener as door
 from tpilite.net.auth import Security
 from tpilite.net.group import Group, GroupEnded, RankLost, RankZero
@@ -227,7 +227,7 @@ def test_strangers_do_not_keep_a_group_from_forming(
         for i, sock in enumerate(silent):
             with contextlib.suppress(OSError):  # the oldest are closed already
                 sock.sendall([b"GET / HTTP/1.1\r\n\r\n", b"T", b"", bytes(1000)][i % 4])
-        for header in (wire.Ready({}, 1), wire.Attach(1, 1), wire.Attach(lobby._epoch, 1)):
+        for header in (messages.Ready({}, 1), messages.Attach(1, 1), messages.Attach(lobby._epoch, 1)):
             insider = channel.connect(address(lobby), SECURITY.token, timeout_s=LONG_S)
             insider.send(header)
             with pytest.raises(PeerLost):
@@ -471,8 +471,8 @@ def ask_for_sums(group: Group) -> None:
 def test_a_worker_lost_while_it_prepares_leaves_its_place(caplog: pytest.LogCaptureFixture) -> None:
     with lobby_of(2, timeout_s=SHORT_S) as lobby:
         member = channel.connect(address(lobby), SECURITY.token, timeout_s=LONG_S)
-        member.send(wire.Join(None, {}))
-        assert member.expect(wire.Welcome)[0] == wire.Welcome(1, 2, SHORT_S, {})
+        member.send(messages.Join(None, {}))
+        assert member.expect(messages.Welcome)[0] == messages.Welcome(1, 2, SHORT_S, {})
         until(lambda: lobby.states[1] == "missing")
         assert "rank 1 at 127.0.0.1" in caplog.text
         assert "was silent for 1 s" in caplog.text
@@ -485,12 +485,12 @@ def test_a_worker_that_does_not_attach_does_not_stop_the_others(
     with lobby_of(2, timeout_s=SHORT_S) as lobby:
         forming = pool.submit(lobby.wait_for_group, LONG_S)
         stuck = channel.connect(address(lobby), SECURITY.token, timeout_s=LONG_S)
-        stuck.send(wire.Join(1, {}))
-        stuck.expect(wire.Welcome)
-        stuck.send(wire.Ready(TERMS, 0))
-        header: wire.Header = wire.Heartbeat()
-        while not isinstance(header, wire.Error):
-            stuck.send(wire.Heartbeat())
+        stuck.send(messages.Join(1, {}))
+        stuck.expect(messages.Welcome)
+        stuck.send(messages.Ready(TERMS, 0))
+        header: messages.Header = messages.Heartbeat()
+        while not isinstance(header, messages.Error):
+            stuck.send(messages.Heartbeat())
             header, _ = stuck.receive(time.monotonic() + LONG_S)
         assert header.reason == "rank 1 did not open its data connection"
         stuck.close()
@@ -504,18 +504,18 @@ def test_a_worker_that_does_not_attach_does_not_stop_the_others(
 @pytest.mark.parametrize(
     ("sent", "text"),
     [
-        (wire.Start(1, [], "star", "f32"), "expected 2 peers, found 0"),
-        (wire.Start(1, [[], ["h", 1]], "ring", "f32"), "found 'ring'"),
-        (wire.Barrier(), "expected Start from rank 0, found Barrier"),
-        (wire.Error("x" * 9, None), "rank 0 says: xxxxxxxxx"),
+        (messages.Start(1, [], "star", "f32"), "expected 2 peers, found 0"),
+        (messages.Start(1, [[], ["h", 1]], "ring", "f32"), "found 'ring'"),
+        (messages.Barrier(), "expected Start from rank 0, found Barrier"),
+        (messages.Error("x" * 9, None), "rank 0 says: xxxxxxxxx"),
     ],
 )
-def test_a_rank_0_that_makes_no_sense(sent: wire.Header, text: str, pool: ThreadPoolExecutor) -> None:
+def test_a_rank_0_that_makes_no_sense(sent: messages.Header, text: str, pool: ThreadPoolExecutor) -> None:
     def rank_0(server: socket.socket) -> None:
-        for reply in (wire.Welcome(1, 2, LONG_S, {}), sent):
-            if isinstance(reply, wire.Welcome):
+        for reply in (messages.Welcome(1, 2, LONG_S, {}), sent):
+            if isinstance(reply, messages.Welcome):
                 one = channel.accept(server.accept()[0], "worker", SECURITY.token, timeout_s=LONG_S)
-                one.expect(wire.Join)
+                one.expect(messages.Join)
             one.send(reply)
         with contextlib.closing(one), contextlib.suppress(PeerLost):
             while True:

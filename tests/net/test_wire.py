@@ -1,7 +1,6 @@
 """Frames in any pieces; everything that a peer could send instead of one."""
 
 import contextlib
-import dataclasses
 import struct
 from typing import Any
 
@@ -11,23 +10,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tpilite.errors import ProtocolError
-from tpilite.net import wire
+from tpilite.net import messages, wire
 from tpilite.net.wire import Decoder, FrameEnd, FrameStart
 
-BROADCAST = wire.Broadcast({"step": 3, "ids": [1, 2], "text": "é", "p": 0.5, "none": None}, "<f4", [2, 2])
-FRAMES: list[tuple[wire.Header, bytes]] = [
-    (wire.Hello(bytes(range(32))), b""),
-    (wire.Join(None, {"dtype": "bf16"}), b""),
-    (wire.Welcome(1, 3, 10, {"file_port": 29600}), b""),
+BROADCAST = messages.Broadcast({"step": 3, "ids": [1, 2], "text": "é", "p": 0.5, "none": None}, "<f4", [2, 2])
+FRAMES: list[tuple[messages.Header, bytes]] = [
+    (messages.Hello(bytes(range(32))), b""),
+    (messages.Join(None, {"dtype": "bf16"}), b""),
+    (messages.Welcome(1, 3, 10, {"file_port": 29600}), b""),
     (BROADCAST, bytes(range(16))),
-    (wire.Reduce("f32"), b"\1\2\3\4"),
-    (wire.Barrier(), b""),
-    (wire.Error("no", 2), b""),
+    (messages.Reduce("f32"), b"\1\2\3\4"),
+    (messages.Barrier(), b""),
+    (messages.Error("no", 2), b""),
 ]
 STREAM = b"".join(wire.encode(header, len(payload)) + payload for header, payload in FRAMES)
 
 
-def frames(events: list[FrameStart | FrameEnd]) -> list[tuple[wire.Header, bytes]]:
+def frames(events: list[FrameStart | FrameEnd]) -> list[tuple[messages.Header, bytes]]:
     pairs = zip(events[::2], events[1::2], strict=False)
     result = []
     for start, end in pairs:
@@ -46,7 +45,7 @@ def raw(values: Any, n_payload_bytes: int = 0) -> bytes:
 def test_the_layout_is_that_of_the_specification() -> None:
     packed = msgpack.packb({"type": "reduce", "payload": "f32"})
     expected = b"TPI\x01" + len(packed).to_bytes(4, "little") + (8).to_bytes(8, "little") + packed
-    assert wire.encode(wire.Reduce("f32"), 8) == expected
+    assert wire.encode(messages.Reduce("f32"), 8) == expected
 
 
 def test_whole() -> None:
@@ -107,26 +106,7 @@ def test_wanted_never_reaches_into_the_next_part() -> None:
         (struct.pack("<3sBIQ", b"TPI", 1, 0, 0), "1 to 1048576 bytes, found 0"),
         (struct.pack("<3sBIQ", b"TPI", 1, 2**32 - 1, 0), "1 to 1048576 bytes, found 4294967295"),
         (struct.pack("<3sBIQ", b"TPI", 1, 9, 2**64 - 1), "at most 268435456 bytes of payload, found 1844"),
-        (raw(b"\xc1"), "expected a msgpack map as a frame's header"),
-        (raw(b"\x81\xa4type"), "expected a msgpack map as a frame's header"),
-        (raw([1, 2]), "expected a msgpack map as a frame's header, found list"),
-        (raw(msgpack.packb({"type": "barrier"}) + b"\0"), "expected a msgpack map as a frame's header"),
-        (raw({"type": "pickle"}), "expected a message type of protocol version 1, found 'pickle'"),
-        (raw({"type": ["barrier"]}), "found ['barrier']"),
-        (raw({}), "found None"),
-        (raw({"type": "barrier", "more": 1}), "expected Barrier to have no fields; found 'more'"),
-        (raw({"type": "hello"}), "expected Hello to have nonce; found none"),
-        (raw({"type": "hello", "nonce": "text"}), "expected Hello.nonce to be bytes, found str"),
-        (raw({"type": "attach", "epoch": True, "rank": 1}), "Attach.epoch to be int, found bool"),
-        (raw({"type": "reduce", "payload": msgpack.ExtType(5, b"x")}), "extension type 5 is not allowed"),
-        (raw({"type": "join", "rank": 1, "terms": {"a": msgpack.Timestamp(1)}}), "found Timestamp"),
-        (
-            raw({"type": "join", "rank": 1, "terms": {b"a": 1}}),
-            "string keys in a frame's header, found bytes",
-        ),
-        (raw({"type": "join", "rank": 1, "terms": {7: 1}}), "int is not allowed for map key"),
         (raw({"type": "barrier"}, 1), "expected no payload with Barrier, found 1 bytes"),
-        (raw(b"\x91" * 2000), "expected a msgpack map"),
     ],
 )
 def test_what_is_no_frame_is_refused(data: bytes, text: str) -> None:
@@ -138,32 +118,10 @@ def test_what_is_no_frame_is_refused(data: bytes, text: str) -> None:
         decoder.next_event()
 
 
-def test_deep_values_are_refused() -> None:
-    value: Any = 1
-    for _ in range(17):
-        value = [value]
-    with pytest.raises(ProtocolError, match="at most 16 levels"):
-        list(Decoder().feed(raw({"type": "join", "rank": 1, "terms": {"a": value}})))
-
-
 def test_a_handshake_has_tighter_limits() -> None:
     decoder = Decoder(wire.MAX_HANDSHAKE_BYTES, 0)
     with pytest.raises(ProtocolError, match="1 to 256 bytes, found 1021"):
-        list(decoder.feed(wire.encode(wire.Hello(bytes(1000)))[:16] + b""))
-
-
-def test_every_message_comes_back_as_it_was() -> None:
-    samples: dict[Any, Any] = {int: 7, str: "s", bytes: b"b", bool: True, float: 2.5, int | None: None}
-    seen = 0
-    for cls in wire.Header.__subclasses__():
-        values = [
-            samples.get(f.type, {"k": [1]} if "dict" in str(f.type) else [["host", 1]])
-            for f in dataclasses.fields(cls)  # type: ignore[arg-type]
-        ]
-        header = cls(*values)
-        assert frames(list(Decoder().feed(wire.encode(header)))) == [(header, b"")]
-        seen += 1
-    assert seen == 16
+        list(decoder.feed(wire.encode(messages.Hello(bytes(1000)))[:16] + b""))
 
 
 plain = st.recursive(
@@ -184,8 +142,8 @@ plain = st.recursive(
     cuts=st.lists(st.integers(0, 600), max_size=6),
 )
 def test_any_values_in_any_pieces(headers: list[tuple[dict[str, Any], bytes]], cuts: list[int]) -> None:
-    expected: list[tuple[wire.Header, bytes]] = [
-        (wire.Gather(values, "|u1", [len(payload)]), payload) for values, payload in headers
+    expected: list[tuple[messages.Header, bytes]] = [
+        (messages.Gather(values, "|u1", [len(payload)]), payload) for values, payload in headers
     ]
     stream = b"".join(wire.encode(header, len(payload)) + payload for header, payload in expected)
     decoder, start = Decoder(), 0

@@ -19,11 +19,11 @@ from typing import Any, TypeVar
 from numpy.typing import NDArray
 
 from tpilite.errors import ConfigError, PeerLost, ProtocolError, TpiliteError
-from tpilite.net import auth, wire
+from tpilite.net import auth, messages, wire
 
 log = logging.getLogger(__name__)
 
-_H = TypeVar("_H", bound=wire.Header)
+_H = TypeVar("_H", bound=messages.Header)
 
 # A connection attempt to a machine that is switched off ends after minutes by itself; home networks answer
 # in milliseconds, Wi-Fi that wakes up in a second or two.
@@ -101,7 +101,7 @@ class Channel:
             raise self.lost(error, self._decoder) from error
 
     def send(
-        self, header: wire.Header, payload: NDArray[Any] | None = None, deadline_s: float | None = None
+        self, header: messages.Header, payload: NDArray[Any] | None = None, deadline_s: float | None = None
     ) -> None:
         """Sends one frame; returns when the kernel has all of it. `deadline_s` is by `time.monotonic`."""
         head = wire.encode(header, 0 if payload is None else payload.nbytes)
@@ -111,7 +111,7 @@ class Channel:
             if not self._poll(select.POLLOUT, timeout_s):
                 raise PeerLost(f"{self.peer} was silent for too long: it takes no more bytes")
 
-    def receive(self, deadline_s: float | None = None) -> tuple[wire.Header, memoryview]:
+    def receive(self, deadline_s: float | None = None) -> tuple[messages.Header, memoryview]:
         """The next frame's header and payload, which is valid until the next call."""
         try:
             header, payload = self._next_frame(deadline_s)
@@ -165,9 +165,9 @@ class Channel:
         with contextlib.suppress(OSError):  # the peer or another thread was faster
             socket.socket.shutdown(self._sock, how)
 
-    def _next_frame(self, deadline_s: float | None) -> tuple[wire.Header, memoryview]:
+    def _next_frame(self, deadline_s: float | None) -> tuple[messages.Header, memoryview]:
         decoder = self._decoder
-        header: wire.Header | None = None
+        header: messages.Header | None = None
         while True:
             event = decoder.next_event()
             if event is wire.NEED_MORE:
@@ -339,15 +339,15 @@ def _greet_server(channel: Channel, token: str, deadline_s: float) -> None:
     channel._decoder = wire.Decoder(wire.MAX_HANDSHAKE_BYTES, 0)
     mine = auth.new_nonce()
     try:
-        channel.send(wire.Hello(mine), deadline_s=deadline_s)
+        channel.send(messages.Hello(mine), deadline_s=deadline_s)
         theirs = _nonce(channel, deadline_s)
     except PeerLost as error:
         raise _not_greeted(channel, error) from error
-    channel.send(wire.Proof(auth.prove(token, "client", theirs, mine)), deadline_s=deadline_s)
+    channel.send(messages.Proof(auth.prove(token, "client", theirs, mine)), deadline_s=deadline_s)
     reply, _ = channel.receive(deadline_s)
-    if isinstance(reply, wire.Refused):  # from someone who proved nothing: its words are not repeated
+    if isinstance(reply, messages.Refused):  # from someone who proved nothing: its words are not repeated
         raise ConfigError(f"{channel.peer} did not accept the token; start this node with that of rank 0")
-    if not isinstance(reply, wire.Proof) or not auth.verify(token, "server", theirs, mine, reply.proof):
+    if not isinstance(reply, messages.Proof) or not auth.verify(token, "server", theirs, mine, reply.proof):
         raise ProtocolError(f"{channel.peer} does not know the token: it is not the cluster's rank 0")
     channel._decoder = wire.Decoder()
 
@@ -374,20 +374,20 @@ def _greet_client(channel: Channel, token: str, deadline_s: float) -> None:
     except wire.OtherVersion:
         # Its side finds our version in our Hello, if we do not reset the connection by unread bytes.
         with contextlib.suppress(PeerLost):
-            channel.send(wire.Hello(mine), deadline_s=deadline_s)
+            channel.send(messages.Hello(mine), deadline_s=deadline_s)
             channel.receive_some(memoryview(bytearray(wire.MAX_HANDSHAKE_BYTES)), deadline_s, (0, 0))
         raise
-    channel.send(wire.Hello(mine), deadline_s=deadline_s)
-    proof = channel.expect(wire.Proof, deadline_s)[0].proof
+    channel.send(messages.Hello(mine), deadline_s=deadline_s)
+    proof = channel.expect(messages.Proof, deadline_s)[0].proof
     if not auth.verify(token, "client", mine, theirs, proof):
-        channel.send(wire.Refused("the token is another one"), deadline_s=deadline_s)
+        channel.send(messages.Refused("the token is another one"), deadline_s=deadline_s)
         raise ProtocolError(f"{channel.peer} does not know the token; start it with that of this node")
-    channel.send(wire.Proof(auth.prove(token, "server", mine, theirs)), deadline_s=deadline_s)
+    channel.send(messages.Proof(auth.prove(token, "server", mine, theirs)), deadline_s=deadline_s)
     channel._decoder = wire.Decoder()
 
 
 def _nonce(channel: Channel, deadline_s: float) -> bytes:
-    nonce = channel.expect(wire.Hello, deadline_s)[0].nonce
+    nonce = channel.expect(messages.Hello, deadline_s)[0].nonce
     if len(nonce) != auth.NONCE_BYTES:
         raise ProtocolError(
             f"expected a nonce of {auth.NONCE_BYTES} bytes from {channel.peer}, found {len(nonce)}"

@@ -25,7 +25,7 @@ from tpilite.arrays import Array
 from tpilite.closing import Closing
 from tpilite.collective import Message
 from tpilite.errors import ConfigError, PeerLost, ProtocolError, TpiliteError
-from tpilite.net import wire
+from tpilite.net import messages, wire
 from tpilite.net.channel import Channel
 from tpilite.net.exchange import Exchange
 from tpilite.net.sums import CODECS, WAYS, Sum, new_sum
@@ -66,7 +66,7 @@ class Control:
         self,
         channel: Channel,
         timeout_s: float,
-        on_message: Callable[[wire.Header], None],
+        on_message: Callable[[messages.Header], None],
         on_end: Callable[[TpiliteError], None],
     ) -> None:
         self.channel = channel
@@ -81,12 +81,12 @@ class Control:
         """Begins to listen and to send heartbeats."""
         self._thread.start()
 
-    def send(self, header: wire.Header) -> None:
+    def send(self, header: messages.Header) -> None:
         # Even a frozen peer's kernel takes these few bytes; the deadline is for one that took many.
         with self._sending:
             self.channel.send(header, deadline_s=time.monotonic() + VERDICT_S)
 
-    def say(self, last_word: wire.Header | None) -> None:
+    def say(self, last_word: messages.Header | None) -> None:
         """Sends what ends the connection, if the peer still takes it; its end is then no failure."""
         if not self._ending:
             self._ending = True
@@ -115,12 +115,12 @@ class Control:
                 if self.channel.wait_readable(sent_s + interval_s - now_s):
                     header, _ = self.channel.receive(time.monotonic() + self._timeout_s)
                     heard_s = time.monotonic()
-                    if not isinstance(header, wire.Heartbeat):
+                    if not isinstance(header, messages.Heartbeat):
                         self._on_message(header)
                 elif now_s - heard_s > self._timeout_s and not self.channel.wait_readable(0):
                     raise PeerLost(f"{self.channel.peer} was silent for {self._timeout_s:g} s")
                 if time.monotonic() - sent_s >= interval_s:
-                    self.send(wire.Heartbeat())
+                    self.send(messages.Heartbeat())
                     sent_s = time.monotonic()
         except (PeerLost, ProtocolError) as error:
             self.alive = False
@@ -218,7 +218,7 @@ class Group(Closing):
             if self._set_failure(error):
                 rank = error.rank if isinstance(error, RankLost) else None
                 for control in self.controls:
-                    control.say(wire.Error(str(error), rank))
+                    control.say(messages.Error(str(error), rank))
                 self._cut(str(error))
 
     def close(self) -> None:
@@ -228,7 +228,7 @@ class Group(Closing):
             clean = self._set_failure(GroupEnded("this node ended the session"))
         if clean:
             for control in self.controls:
-                control.say(wire.Goodbye())
+                control.say(messages.Goodbye())
             for channel in self._channels:
                 if channel is not None:
                     channel.end_sends()  # behind what was sent, which is still to be received
@@ -318,7 +318,7 @@ class RankZero(Group):
         assert message is not None, "rank 0 gives the message"
         array, dtype, shape = _portable(message.array)
         head = wire.encode(
-            wire.Broadcast(dict(message.header), dtype, shape), 0 if array is None else array.nbytes
+            messages.Broadcast(dict(message.header), dtype, shape), 0 if array is None else array.nbytes
         )
         with self._failing():
             self._to_all(head, array)
@@ -326,24 +326,24 @@ class RankZero(Group):
 
     def gather(self, message: Message) -> list[Message] | None:
         """Every rank's message in rank order. The arrays are valid until the next call."""
-        messages = [message]
+        gathered = [message]
         with self._failing():
             for rank in range(1, self.world_size):
-                header, payload = self.channel(rank).expect(wire.Gather)
-                messages.append(_message(header, payload))
-        return messages
+                header, payload = self.channel(rank).expect(messages.Gather)
+                gathered.append(_message(header, payload))
+        return gathered
 
     def barrier(self) -> None:
         with self._failing():
             for rank in range(1, self.world_size):
-                self.channel(rank).expect(wire.Barrier)
-            self._to_all(wire.encode(wire.Barrier()), None)
+                self.channel(rank).expect(messages.Barrier)
+            self._to_all(wire.encode(messages.Barrier()), None)
 
-    def on_control_message(self, rank: int, header: wire.Header) -> None:
+    def on_control_message(self, rank: int, header: messages.Header) -> None:
         peer = self._controls[rank].channel.peer
-        if isinstance(header, wire.Goodbye):
+        if isinstance(header, messages.Goodbye):
             self.fail(RankLost(rank, f"{peer} left the group"))
-        elif isinstance(header, wire.Error):
+        elif isinstance(header, messages.Error):
             lost = header.rank if header.rank in range(1, self.world_size) else None
             self.fail(RankLost(rank if lost is None else lost, f"{peer} says: {header.reason:.500}"))
         else:
@@ -361,26 +361,26 @@ class Worker(Group):
         """Rank 0's message. Its array is valid until the next call."""
         assert message is None, "rank 0 gives the message"
         with self._failing():
-            return _message(*self.channel(0).expect(wire.Broadcast))
+            return _message(*self.channel(0).expect(messages.Broadcast))
 
     def gather(self, message: Message) -> list[Message] | None:
         array, dtype, shape = _portable(message.array)
         with self._failing():
-            self.channel(0).send(wire.Gather(dict(message.header), dtype, shape), array)
+            self.channel(0).send(messages.Gather(dict(message.header), dtype, shape), array)
         return None
 
     def barrier(self) -> None:
         with self._failing():
-            self.channel(0).send(wire.Barrier())
-            self.channel(0).expect(wire.Barrier)
+            self.channel(0).send(messages.Barrier())
+            self.channel(0).expect(messages.Barrier)
 
-    def on_control_message(self, header: wire.Header) -> None:
-        if isinstance(header, wire.Goodbye):
+    def on_control_message(self, header: messages.Header) -> None:
+        if isinstance(header, messages.Goodbye):
             # This may come before the last of the data, whose end it is.
             if self._set_failure(GroupEnded("rank 0 ended the session")):
                 self._noticed.wait(VERDICT_S)
             self._cut("rank 0 ended the session")
-        elif isinstance(header, wire.Error):
+        elif isinstance(header, messages.Error):
             reason = f"rank 0 says: {header.reason:.500}"
             self.fail(PeerLost(reason) if header.rank is None else RankLost(header.rank, reason))
         else:
@@ -425,7 +425,7 @@ def _portable(array: NDArray[Any] | None) -> tuple[NDArray[Any] | None, str, lis
     return array, array.dtype.str, list(array.shape)
 
 
-def _message(header: wire.Broadcast | wire.Gather, payload: memoryview) -> Message:
+def _message(header: messages.Broadcast | messages.Gather, payload: memoryview) -> Message:
     if not header.dtype and not header.shape and not payload:
         return Message(header.header)
     valid = header.dtype in _DTYPES and len(header.shape) <= 8

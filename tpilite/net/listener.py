@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 
 from tpilite.errors import ConfigError, PeerLost, ProtocolError, TpiliteError
-from tpilite.net import wire
+from tpilite.net import messages
 from tpilite.net.auth import Security
 from tpilite.net.channel import Address, Channel, accept, format_address
 
@@ -37,7 +37,7 @@ class Door:
     """
 
     def __init__(
-        self, address: Address, security: Security, on_guest: Callable[[Channel, wire.Header], None]
+        self, address: Address, security: Security, on_guest: Callable[[Channel, messages.Header], None]
     ) -> None:
         self._security, self._on_guest = security, on_guest
         self._listener = _listen(address)

@@ -26,7 +26,7 @@ from typing import Any
 
 from tpilite.closing import Closing
 from tpilite.errors import PeerLost, ProtocolError, TpiliteError
-from tpilite.net import wire
+from tpilite.net import messages
 from tpilite.net.auth import Security
 from tpilite.net.channel import Address, Channel
 from tpilite.net.group import VERDICT_S, Control, RankLost, RankZero, check_options
@@ -42,7 +42,7 @@ class _Member:
     rank: int
     host: str
     control: Control | None = None
-    ready: wire.Ready | None = None
+    ready: messages.Ready | None = None
     data: Channel | None = None
 
     @property
@@ -72,7 +72,7 @@ class Lobby(Closing):
     ) -> None:
         check_options(allreduce, payload)
         self.world_size = world_size
-        self._terms, self._info = wire.plain(dict(terms)), dict(info or {})
+        self._terms, self._info = messages.plain(dict(terms)), dict(info or {})
         self._advice = dict(advice or {})
         self._timeout_s, self._allreduce, self._payload = timeout_s, allreduce, payload
         self._changed = threading.Condition()
@@ -124,7 +124,7 @@ class Lobby(Closing):
             members, self._members = list(self._members.values()), {}
         for member in members:
             if member.control is not None:
-                member.control.say(wire.Goodbye())
+                member.control.say(messages.Goodbye())
         self._close_members([*members, *self._gone])
 
     def _wait_until_ready(
@@ -181,7 +181,7 @@ class Lobby(Closing):
                 self._forget(members)
             for member in members.values():
                 if member.control is not None:
-                    member.control.say(wire.Error(str(error)))
+                    member.control.say(messages.Error(str(error)))
             self._close_members(list(members.values()))
             raise
         return group
@@ -199,7 +199,7 @@ class Lobby(Closing):
             ready = members[rank].ready
             assert ready is not None
             peers.append([members[rank].host, ready.port])
-        start = wire.Start(epoch, peers, self._allreduce, self._payload)
+        start = messages.Start(epoch, peers, self._allreduce, self._payload)
         for member in members.values():
             assert member.control is not None
             member.control.send(start)
@@ -215,12 +215,12 @@ class Lobby(Closing):
         """Finds out which connections stand, and how sums are made over them."""
         reasons = []
         for rank in members:
-            formed, _ = group.channel(rank).expect(wire.Formed)  # ends by the heartbeats if never
+            formed, _ = group.channel(rank).expect(messages.Formed)  # ends by the heartbeats if never
             if not formed.mesh:
                 reasons.append(f"rank {rank}: {formed.reason:.200}")
         mesh = not reasons
         for rank in members:
-            group.channel(rank).send(wire.Formed(mesh, "; ".join(reasons)))
+            group.channel(rank).send(messages.Formed(mesh, "; ".join(reasons)))
         if not mesh and self._allreduce != "star":
             log.warning(
                 "all-reduce %s needs connections among workers: %s", self._allreduce, "; ".join(reasons)
@@ -229,15 +229,15 @@ class Lobby(Closing):
 
     # What guests say, each in its thread
 
-    def _receive_guest(self, channel: Channel, header: wire.Header) -> None:
-        if isinstance(header, wire.Join):
+    def _receive_guest(self, channel: Channel, header: messages.Header) -> None:
+        if isinstance(header, messages.Join):
             self._admit(channel, header)
-        elif isinstance(header, wire.Attach):
+        elif isinstance(header, messages.Attach):
             self._attach(channel, header)
         else:
             raise ProtocolError(f"expected Join or Attach, found {type(header).__name__}")
 
-    def _admit(self, channel: Channel, join: wire.Join) -> None:
+    def _admit(self, channel: Channel, join: messages.Join) -> None:
         with self._changed:
             rank, refusal = self._place(join)
             member = _Member(rank, channel.peer_host)
@@ -258,7 +258,7 @@ class Lobby(Closing):
         channel.peer = f"rank {rank} at {channel.peer}"
         try:
             channel.send(
-                wire.Welcome(rank, self.world_size, self._timeout_s, self._info), deadline_s=deadline_s
+                messages.Welcome(rank, self.world_size, self._timeout_s, self._info), deadline_s=deadline_s
             )
         except PeerLost:
             self._drop(member)
@@ -273,19 +273,19 @@ class Lobby(Closing):
             self._changed.notify_all()
         member.control.start()
 
-    def _place(self, join: wire.Join) -> tuple[int, wire.Refused | None]:
+    def _place(self, join: messages.Join) -> tuple[int, messages.Refused | None]:
         """A rank for the joiner, or why there is none."""
         difference = _difference(self._terms, join.terms, self._advice, only_common=True)
         if difference:
-            return 0, wire.Refused(difference)
+            return 0, messages.Refused(difference)
         if join.rank is not None and not 0 < join.rank < self.world_size:
-            return 0, wire.Refused(
+            return 0, messages.Refused(
                 f"expected a rank of 1 to {self.world_size - 1} in a cluster of {self.world_size}, "
                 f"found {join.rank}; ask for one of these or for none"
             )
         group = self._group
         if group is not None and group.failure is None:
-            return 0, wire.Refused(f"all {self.world_size} ranks are taken", retry=True)
+            return 0, messages.Refused(f"all {self.world_size} ranks are taken", retry=True)
         free = [r for r in range(1, self.world_size) if r not in self._members or not self._members[r].alive]
         if join.rank is None:
             lost = group.failure if group is not None else None
@@ -294,14 +294,14 @@ class Lobby(Closing):
                 # The others come back in a moment, each with the slices of its rank.
                 free = [rank for rank in free if rank == lost.rank]
             if not free:
-                return 0, wire.Refused(f"no rank of {self.world_size} is free", retry=True)
+                return 0, messages.Refused(f"no rank of {self.world_size} is free", retry=True)
             return free[0], None
         if join.rank not in free:
             host = self._members[join.rank].host
-            return 0, wire.Refused(f"rank {join.rank} is taken by a node at {host}", retry=True)
+            return 0, messages.Refused(f"rank {join.rank} is taken by a node at {host}", retry=True)
         return join.rank, None
 
-    def _attach(self, channel: Channel, attach: wire.Attach) -> None:
+    def _attach(self, channel: Channel, attach: messages.Attach) -> None:
         with self._changed:
             member = self._members.get(attach.rank)
             if attach.epoch != self._epoch or member is None or member.data is not None:
@@ -310,10 +310,10 @@ class Lobby(Closing):
             member.data = channel
             self._changed.notify_all()
 
-    def _on_message(self, member: _Member, header: wire.Header) -> None:
+    def _on_message(self, member: _Member, header: messages.Header) -> None:
         with self._changed:
             group = self._group_of(member)
-            if group is None and isinstance(header, wire.Ready) and member.ready is None:
+            if group is None and isinstance(header, messages.Ready) and member.ready is None:
                 difference = _difference(self._terms, header.terms, self._advice, only_common=False)
                 if not difference:
                     member.ready = header
@@ -323,12 +323,12 @@ class Lobby(Closing):
             group.on_control_message(member.rank, header)
             return
         assert member.control is not None
-        if isinstance(header, wire.Ready) and member.ready is None:
+        if isinstance(header, messages.Ready) and member.ready is None:
             log.warning("refused rank %d at %s: %s", member.rank, member.host, difference)
-            member.control.say(wire.Refused(difference))
-        elif isinstance(header, wire.Goodbye):
+            member.control.say(messages.Refused(difference))
+        elif isinstance(header, messages.Goodbye):
             log.info("rank %d at %s left", member.rank, member.host)
-        elif isinstance(header, wire.Error):
+        elif isinstance(header, messages.Error):
             log.warning("rank %d at %s gave up: %.500s", member.rank, member.host, header.reason)
         else:
             raise ProtocolError(f"expected Ready from {member.host}, found {type(header).__name__}")

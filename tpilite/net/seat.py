@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tpilite.errors import ConfigError, PeerLost, ProtocolError, TpiliteError
-from tpilite.net import wire
+from tpilite.net import messages
 from tpilite.net.auth import Security
 from tpilite.net.channel import Address, Channel, connect, connect_until
 from tpilite.net.group import VERDICT_S, Control, GroupEnded, Worker, check_options
@@ -48,12 +48,12 @@ def join(
         channel = connect_until(address, security.token, deadline_s=deadline_s, tls=security.client_tls)
         try:
             answer_s = time.monotonic() + HANDSHAKE_S
-            channel.send(wire.Join(rank, dict(terms or {})), deadline_s=answer_s)
+            channel.send(messages.Join(rank, dict(terms or {})), deadline_s=answer_s)
             reply, _ = channel.receive(answer_s)
-            if isinstance(reply, wire.Welcome):
+            if isinstance(reply, messages.Welcome):
                 return Seat(address, security, channel, reply)
             channel.close()
-            if not isinstance(reply, wire.Refused):
+            if not isinstance(reply, messages.Refused):
                 raise ProtocolError(f"expected Welcome or Refused, found {type(reply).__name__}")
             if not reply.retry:
                 raise ConfigError(f"rank 0 at {channel.peer} refuses this node: {reply.reason}")
@@ -75,7 +75,9 @@ def join(
 class Seat:
     """A worker's place while it prepares. The group, once it forms, takes over its connection."""
 
-    def __init__(self, address: Address, security: Security, channel: Channel, welcome: wire.Welcome) -> None:
+    def __init__(
+        self, address: Address, security: Security, channel: Channel, welcome: messages.Welcome
+    ) -> None:
         self.rank, self.world_size, self.info = welcome.rank, welcome.world_size, welcome.info
         if not (0 < self.rank < self.world_size <= 4096 and 0 < welcome.timeout_s <= 86400):
             raise ProtocolError(
@@ -85,7 +87,7 @@ class Seat:
         self._timeout_s = welcome.timeout_s
         self._changed = threading.Condition()
         self._failure: TpiliteError | None = None
-        self._begin: wire.Start | None = None
+        self._begin: messages.Start | None = None
         self._group: Worker | None = None
         self._attached: dict[tuple[int, int], Channel] = {}
         self._door: Door | None = None
@@ -102,7 +104,7 @@ class Seat:
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         # Its own failures: rank 0 knows all others.
         if self._group is None and isinstance(error, TpiliteError) and self._failure is None:
-            self._control.say(wire.Error(str(error)))
+            self._control.say(messages.Error(str(error)))
         self.close()
 
     def check(self) -> None:
@@ -119,7 +121,7 @@ class Seat:
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
         self.check()
         try:
-            self._control.send(wire.Ready(dict(terms), self._door.port if self._door else 0))
+            self._control.send(messages.Ready(dict(terms), self._door.port if self._door else 0))
         except PeerLost:
             with self._changed:  # the control thread has read why, or is about to
                 self._changed.wait_for(lambda: self._failure is not None, VERDICT_S)
@@ -142,13 +144,13 @@ class Seat:
         if self._door is not None:
             self._door.close()
         if self._group is None:
-            self._control.say(wire.Goodbye())
+            self._control.say(messages.Goodbye())
             self._control.close(time.monotonic() + VERDICT_S)
         for channel in self._attached.values():
             channel.close()
         self._attached.clear()
 
-    def _form(self, start: wire.Start, channels: list[Channel | None]) -> Worker:
+    def _form(self, start: messages.Start, channels: list[Channel | None]) -> Worker:
         check_options(start.allreduce, start.payload)
         deadline_s = time.monotonic() + 2 * HANDSHAKE_S
         data = channels[0] = self._attach(self._address, start.epoch)
@@ -159,9 +161,9 @@ class Seat:
                 self._connect_workers(start, channels, deadline_s)
             except (PeerLost, ProtocolError, ConfigError) as error:
                 reason = str(error)
-        data.send(wire.Formed(not reason, reason), deadline_s=time.monotonic() + self._timeout_s)
+        data.send(messages.Formed(not reason, reason), deadline_s=time.monotonic() + self._timeout_s)
         # Rank 0 hears from the other ranks first, which may begin later and take as long as this one may.
-        formed, _ = data.expect(wire.Formed, deadline_s + self._timeout_s)
+        formed, _ = data.expect(messages.Formed, deadline_s + self._timeout_s)
         if not formed.mesh:
             for rank in range(1, self.world_size):
                 channel, channels[rank] = channels[rank], None
@@ -182,10 +184,12 @@ class Seat:
             timeout_s=min(HANDSHAKE_S, self._timeout_s),
             tls=self._security.client_tls,
         )
-        channel.send(wire.Attach(epoch, self.rank), deadline_s=time.monotonic() + self._timeout_s)
+        channel.send(messages.Attach(epoch, self.rank), deadline_s=time.monotonic() + self._timeout_s)
         return channel
 
-    def _connect_workers(self, start: wire.Start, channels: list[Channel | None], deadline_s: float) -> None:
+    def _connect_workers(
+        self, start: messages.Start, channels: list[Channel | None], deadline_s: float
+    ) -> None:
         """Connects to the workers below this rank, and waits for those above."""
         addresses = [_peer_address(start, rank) for rank in range(1, self.world_size)]
         for rank, address in enumerate(addresses[: self.rank - 1], 1):
@@ -204,8 +208,8 @@ class Seat:
         if missing:
             raise PeerLost(f"rank {missing[0]} did not connect to rank {self.rank}")
 
-    def _receive_guest(self, channel: Channel, header: wire.Header) -> None:
-        if not isinstance(header, wire.Attach) or not self.rank < header.rank < self.world_size:
+    def _receive_guest(self, channel: Channel, header: messages.Header) -> None:
+        if not isinstance(header, messages.Attach) or not self.rank < header.rank < self.world_size:
             raise ProtocolError(f"expected Attach from a rank above {self.rank}, found {header!r:.100}")
         channel.peer = f"rank {header.rank} at {channel.peer}"
         with self._changed:
@@ -215,10 +219,10 @@ class Seat:
             self._attached[header.epoch, header.rank] = channel
             self._changed.notify_all()
 
-    def _on_message(self, header: wire.Header) -> None:
+    def _on_message(self, header: messages.Header) -> None:
         with self._changed:
             group = self._group
-            if group is None and isinstance(header, wire.Start) and self._begin is None:
+            if group is None and isinstance(header, messages.Start) and self._begin is None:
                 if len(header.peers) != self.world_size:
                     raise ProtocolError(f"expected {self.world_size} peers, found {len(header.peers)}")
                 self._begin = header
@@ -226,11 +230,11 @@ class Seat:
                 return
         if group is not None:
             group.on_control_message(header)
-        elif isinstance(header, wire.Goodbye):
+        elif isinstance(header, messages.Goodbye):
             self._fail(GroupEnded("rank 0 ended the session"))
-        elif isinstance(header, wire.Refused):
+        elif isinstance(header, messages.Refused):
             self._fail(ConfigError(f"rank 0 refuses this node: {header.reason}"))
-        elif isinstance(header, wire.Error):
+        elif isinstance(header, messages.Error):
             self._fail(PeerLost(f"rank 0 says: {header.reason:.500}"))
         else:
             raise ProtocolError(f"expected Start from rank 0, found {type(header).__name__}")
@@ -264,7 +268,7 @@ class Seat:
             raise
 
 
-def _peer_address(start: wire.Start, rank: int) -> Address:
+def _peer_address(start: messages.Start, rank: int) -> Address:
     peer = start.peers[rank]
     if not isinstance(peer, list) or [type(value) for value in peer] != [str, int]:
         raise ProtocolError(f"expected the host and port of rank {rank}, found {peer!r:.60}")

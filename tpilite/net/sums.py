@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from tpilite.arrays import Array
 from tpilite.native.exchange import new_exchange, new_scattered_sum
-from tpilite.net import wire
+from tpilite.net import messages, wire
 from tpilite.net.channel import Channel
 from tpilite.net.exchange import Frames
 
@@ -117,7 +117,7 @@ class Sum:
         """Frames of `n` numbers, which `self.codec` narrows and widens, all of them at once too."""
         self.codec = CODECS[self.payload](n_frames * n)
         dtype = self.codec.dtype
-        return Frames(wire.encode(wire.Reduce(self.payload), n * dtype.itemsize), n_frames, n, dtype)
+        return Frames(wire.encode(messages.Reduce(self.payload), n * dtype.itemsize), n_frames, n, dtype)
 
 
 class _StarHub(Sum):

@@ -1,4 +1,4 @@
-"""Frames: what ranks say to each other, as bytes, with no socket in sight.
+"""Frames: messages as bytes, with no socket in sight.
 
 A frame is
 
@@ -11,27 +11,8 @@ A frame is
     16 + H  P      the payload: raw bytes
 
 with integers in little-endian order. Magic and version keep their place in every version to come, so that
-two nodes of different versions can tell each other so. The header has "type", the name of one of the
-messages below, and exactly the fields of that message. It holds nil, booleans, numbers, UTF-8 strings,
-byte strings, arrays and maps with string keys; extension types are refused, and so is anything behind the
-map. Only `Broadcast`, `Gather` and `Reduce` have a payload: the elements of one array, C order,
-little-endian.
-
-The order of messages. On every connection, before anything else:
-
-    client: Hello(nonce)                          server: Hello(nonce)
-    client: Proof                                 server: Proof, or Refused and close
-
-On a connection to the port of rank 0, then, either of
-
-    control   Join -> Welcome or Refused; Heartbeat both ways from then on, whenever nothing else was
-              sent for a while; Ready from the worker when it can compute; then, from rank 0, Refused or, when
-              all are ready, Start; Goodbye is a clean end, Error a failure, both ways; nothing follows them
-    data      Attach, naming the epoch of that Start, then Formed both ways. From there on both sides
-              call the same operations in the same order: Broadcast from rank 0; Gather to rank 0; Barrier
-              to rank 0 and back; Reduce
-
-and between two workers a data connection that carries Attach and then Reduce only.
+two nodes of different versions can tell each other so. `messages` says what a header can hold, and which
+messages have a payload.
 
 The decoder does no I/O. It offers a view of exactly the bytes that it wants next, so that a socket
 receives straight into place, the payload into an array of the caller's:
@@ -44,20 +25,16 @@ receives straight into place, the payload into an array of the caller's:
 After a `ProtocolError` the stream has no meaning any more: close it.
 """
 
-import dataclasses
 import enum
 import struct
-import types
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal, get_origin
-
-import msgpack
+from typing import Final, Literal
 
 from tpilite.errors import ProtocolError
+from tpilite.net.messages import VERSION, WITH_PAYLOAD, Header, pack, unpack
 
 MAGIC = b"TPI"
-VERSION = 1
 PREFIX = struct.Struct("<3sBIQ")
 
 # A pass's rows, the candidates' ids and config.json take some tens of KiB; what is larger goes as payload.
@@ -67,171 +44,11 @@ MAX_HEADER_BYTES = 1 << 20
 MAX_PAYLOAD_BYTES = 1 << 28
 # Before the token is proved, only Hello, Proof and Refused can come; the longest of them is below 100 bytes.
 MAX_HANDSHAKE_BYTES = 256
-# Ours nest 4 deep. Msgpack's own limit is 1024 levels, where Python's recursion would end first.
-_MAX_DEPTH = 16
-
-
-class Header:
-    """The base of all messages. The type's name on the wire is the class's name in lower case."""
-
-
-@dataclass(frozen=True)
-class Hello(Header):
-    """The first frame of both sides: a random nonce for the other's proof."""
-
-    nonce: bytes
-
-
-@dataclass(frozen=True)
-class Proof(Header):
-    """That the sender knows the token (`auth.prove`)."""
-
-    proof: bytes
-
-
-@dataclass(frozen=True)
-class Refused(Header):
-    """Why the sender will close; with `retry`, asking again later can help."""
-
-    reason: str
-    retry: bool = False
-
-
-@dataclass(frozen=True)
-class Join(Header):
-    """A worker asks for a place: a rank or None for any, and what it holds already."""
-
-    rank: int | None
-    terms: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Welcome(Header):
-    """The worker's place, how long silence may last, and what it needs to prepare."""
-
-    rank: int
-    world_size: int
-    timeout_s: float
-    info: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Ready(Header):
-    """The worker can compute, under `terms`, and listens on `port` for other workers."""
-
-    terms: dict[str, Any]
-    port: int
-
-
-@dataclass(frozen=True)
-class Start(Header):
-    """Every rank is ready. `peers[r]` is [host, port] of rank r, empty for rank 0."""
-
-    epoch: int
-    peers: list[Any]
-    allreduce: str  # "star", or a way for which workers connect to each other too
-    payload: str  # "f32", "f16" or "bf16"
-
-
-@dataclass(frozen=True)
-class Attach(Header):
-    """This is the data connection of `rank` in the group of `epoch`."""
-
-    epoch: int
-    rank: int
-
-
-@dataclass(frozen=True)
-class Formed(Header):
-    """Whether the sender's connections to the other workers stand, or why not. Rank 0 speaks for all."""
-
-    mesh: bool
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class Broadcast(Header):
-    """Rank 0's message to all: plain values and an array of `dtype` (none where empty) as payload."""
-
-    header: dict[str, Any]
-    dtype: str
-    shape: list[Any]
-
-
-@dataclass(frozen=True)
-class Gather(Header):
-    """A worker's message to rank 0, as `Broadcast`."""
-
-    header: dict[str, Any]
-    dtype: str
-    shape: list[Any]
-
-
-@dataclass(frozen=True)
-class Reduce(Header):
-    """A part of a sum, or the sum: the payload's elements are of type `payload`."""
-
-    payload: str
-
-
-@dataclass(frozen=True)
-class Barrier(Header):
-    """The sender has come to the barrier; from rank 0: all have."""
-
-
-@dataclass(frozen=True)
-class Heartbeat(Header):
-    """The sender lives."""
-
-
-@dataclass(frozen=True)
-class Goodbye(Header):
-    """The sender ends the session; nothing failed."""
-
-
-@dataclass(frozen=True)
-class Error(Header):
-    """The sender cannot go on; `rank` is the rank that it misses, where that is the cause."""
-
-    reason: str
-    rank: int | None = None
-
-
-_TYPES: Final = {
-    cls.__name__.lower(): cls
-    for cls in (
-        Hello, Proof, Refused, Join, Welcome, Ready, Start, Attach, Formed,
-        Broadcast, Gather, Reduce, Barrier, Heartbeat, Goodbye, Error,
-    )
-}  # fmt: skip
-_WITH_PAYLOAD = (Broadcast, Gather, Reduce)
-
-
-def _runtime_type(annotation: Any) -> Any:
-    """What isinstance takes: `dict` of `dict[str, Any]`, unions as they are."""
-    origin = get_origin(annotation)
-    if annotation is float:
-        return int | float  # 10 and 10.0 are the same to a sender in another language
-    return annotation if origin in (None, types.UnionType) else origin
-
-
-_FIELDS: Final[dict[type[Header], dict[str, Any]]] = {
-    cls: {f.name: _runtime_type(f.type) for f in dataclasses.fields(cls)} for cls in _TYPES.values()
-}
-
-
-def plain(values: dict[str, Any]) -> dict[str, Any]:
-    """The values as a peer would receive them: tuples become lists."""
-    received: dict[str, Any] = msgpack.unpackb(msgpack.packb(values))
-    return received
 
 
 def encode(header: Header, n_payload_bytes: int = 0) -> bytes:
     """Prefix and header of a frame, which `n_payload_bytes` of payload will follow."""
-    values: dict[str, Any] = {"type": type(header).__name__.lower()}
-    for name in _FIELDS[type(header)]:
-        values[name] = getattr(header, name)
-    packed: bytes = msgpack.packb(values)
+    packed = pack(header)
     assert len(packed) <= MAX_HEADER_BYTES, "large values travel as payload"
     assert n_payload_bytes <= MAX_PAYLOAD_BYTES, "prompts go in chunks"
     return PREFIX.pack(MAGIC, VERSION, len(packed), n_payload_bytes) + packed
@@ -347,8 +164,8 @@ class Decoder:
             self._expect("header", n_header_bytes)
             return NEED_MORE
         if self._part == "header":
-            header = _decode_header(self._buffer)
-            if self._n_payload_bytes and not isinstance(header, _WITH_PAYLOAD):
+            header = unpack(self._buffer)
+            if self._n_payload_bytes and not isinstance(header, WITH_PAYLOAD):
                 raise ProtocolError(
                     f"expected no payload with {type(header).__name__}, found {self._n_payload_bytes} bytes"
                 )
@@ -362,7 +179,7 @@ class Decoder:
         self._part, self._buffer, self._filled = part, memoryview(bytearray(n_bytes)), 0
 
     def _check_start(self) -> None:
-        """Refuses a stranger at its first bytes: one that sends three may never send sixteen."""
+        """Refuses what is no tpilite node at its first bytes: one that sends three may never send sixteen."""
         start = bytes(self._buffer[: min(self._filled, len(MAGIC) + 1)])
         if start[: len(MAGIC)] != MAGIC[: len(start)]:
             raise ProtocolError(f"expected a tpilite node, which begins with {MAGIC!r}, found {start!r}")
@@ -371,55 +188,3 @@ class Decoder:
                 f"this node speaks protocol version {VERSION}, the other {start[len(MAGIC)]}; "
                 "install the same tpilite on both"
             )
-
-
-def _decode_header(data: memoryview) -> Header:
-    try:
-        values = msgpack.unpackb(data, ext_hook=_refuse_extension)
-    except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
-        raise ProtocolError(
-            f"expected a msgpack map as a frame's header: {error or 'it is cut off'}"
-        ) from None
-    if not isinstance(values, dict):
-        raise ProtocolError(f"expected a msgpack map as a frame's header, found {type(values).__name__}")
-    name = values.pop("type", None)
-    cls = _TYPES.get(name) if isinstance(name, str) else None
-    if cls is None:
-        raise ProtocolError(f"expected a message type of protocol version {VERSION}, found {name!r:.60}")
-    fields = _FIELDS[cls]
-    if values.keys() != fields.keys():
-        raise ProtocolError(
-            f"expected {cls.__name__} to have {', '.join(fields) or 'no fields'}; "
-            f"found {', '.join(map(repr, values)) or 'none':.200}"
-        )
-    for key, expected in fields.items():
-        value = values[key]
-        if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
-            raise ProtocolError(
-                f"expected {cls.__name__}.{key} to be {getattr(expected, '__name__', expected)}, "
-                f"found {type(value).__name__}"
-            )
-        _check_plain(value, _MAX_DEPTH)
-    return cls(**values)
-
-
-def _refuse_extension(code: int, _data: bytes) -> Any:
-    raise ValueError(f"extension type {code} is not allowed")
-
-
-def _check_plain(value: Any, depth: int) -> None:
-    """Refuses what is not plain: msgpack makes timestamps (type -1) without asking its hook."""
-    if value is None or isinstance(value, str | bytes | int | float):
-        return
-    if not isinstance(value, list | dict):
-        raise ProtocolError(f"expected plain values in a frame's header, found {type(value).__name__}")
-    if depth == 0:
-        raise ProtocolError(f"expected at most {_MAX_DEPTH} levels in a frame's header")
-    if isinstance(value, dict):
-        for key, item in value.items():
-            if not isinstance(key, str):
-                raise ProtocolError(f"expected string keys in a frame's header, found {type(key).__name__}")
-            _check_plain(item, depth - 1)
-    else:
-        for item in value:
-            _check_plain(item, depth - 1)
