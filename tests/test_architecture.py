@@ -28,7 +28,7 @@ _INSIDE = {
     "linear": "packing team plans linear",
     "model": "ops kv_cache llama",
     "text": "tokenizer chat",
-    "net": "auth messages wire channel exchange sums group listener lobby seat",
+    "net": "auth messages wire address channel handshake exchange sums group listener lobby seat",
     "weights": "partition tensor_file uncached assemble checkpoint slices loader pager",
     "native": "library products exchange",
     "engine": "config sampling sequence scheduler stats runner engine rank session",

@@ -1,271 +1,18 @@
-"""One connection over loopback: the handshake's refusals, exact reads, sends that end in time."""
+"""A connection of two channels: exact reads, sends that end in time, ends from another thread."""
 
 import contextlib
-import logging
-import shutil
 import socket
 import ssl
-import subprocess
-import threading
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from tpilite.errors import ConfigError, PeerLost, ProtocolError
-from tpilite.native.exchange import new_exchange
-from tpilite.net import auth, channel, messages, wire
-from tpilite.net.channel import Channel, accept, connect, parse_address
-from tpilite.net.exchange import Frames
-
-TOKEN = "a token"
-
-
-@pytest.fixture
-def pool() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(4) as executor:
-        yield executor
-
-
-@pytest.fixture
-def pair() -> Iterator[tuple[Channel, Channel]]:
-    a, b = socket.socketpair()
-    left, right = Channel(a, "left's peer"), Channel(b, "right's peer")
-    yield left, right
-    left.close()
-    right.close()
-
-
-@contextlib.contextmanager
-def listener(host: str = "127.0.0.1") -> Iterator[socket.socket]:
-    with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:
-        yield sock
-
-
-def accept_one(server: socket.socket, token: str = TOKEN, timeout_s: float = 10, **more: Any) -> Channel:
-    return accept(server.accept()[0], "the client", token, timeout_s=timeout_s, **more)
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("pi", ("pi", 29700)),
-        ("pi.local:81", ("pi.local", 81)),
-        ("10.0.0.1:65535", ("10.0.0.1", 65535)),
-        ("fe80::1", ("fe80::1", 29700)),
-        ("[fe80::1]", ("fe80::1", 29700)),
-        ("[::1]:81", ("::1", 81)),
-    ],
-)
-def test_addresses(text: str, expected: tuple[str, int]) -> None:
-    assert parse_address(text, 29700) == expected
-    assert parse_address(channel.format_address(expected), 1) == expected
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["", ":81", "pi:", "pi:0", "pi:65536", "pi:x", "pi:٣", "pi:-1", "[::1", "[::1]:", "[::1]81", "[]:81",
-     "a b", "pi:999999999"],
-)  # fmt: skip
-def test_what_is_no_address(text: str) -> None:
-    with pytest.raises(ConfigError, match="expected HOST, HOST:PORT or"):
-        parse_address(text, 29700)
-
-
-@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
-def test_both_sides_prove_the_token_and_talk(host: str, pool: ThreadPoolExecutor) -> None:
-    try:
-        context = listener(host)
-        server = context.__enter__()
-    except OSError:
-        pytest.skip("this machine has no IPv6")
-    with contextlib.closing(server):
-        accepted = pool.submit(accept_one, server)
-        client = connect(server.getsockname()[:2], TOKEN, timeout_s=10)
-        with contextlib.closing(client), contextlib.closing(accepted.result()) as served:
-            array = np.arange(6, dtype=np.float32).reshape(2, 3)
-            client.send(messages.Gather({"n": 1}, "<f4", [2, 3]), array)
-            header, payload = served.expect(messages.Gather)
-            assert header == messages.Gather({"n": 1}, "<f4", [2, 3])
-            assert bytes(payload) == array.tobytes()
-            served.send(messages.Barrier())
-            assert client.receive(time.monotonic() + 10) == (messages.Barrier(), b"")
-            assert client.peer == channel.format_address(server.getsockname())
-            assert client.local_host == served.peer_host == host
-
-
-def test_another_token_is_told_on_both_sides(pool: ThreadPoolExecutor) -> None:
-    with listener() as server:
-        accepted = pool.submit(accept_one, server)
-        with pytest.raises(
-            ConfigError, match="did not accept the token; start this node with that of rank 0"
-        ):
-            connect(server.getsockname(), "another", timeout_s=10)
-        with pytest.raises(ProtocolError, match="the client does not know the token; start it with that of"):
-            accepted.result()
-
-
-def test_another_version_is_told_on_both_sides(
-    pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def old_client(address: tuple[str, int]) -> bytes:
-        with socket.create_connection(address) as sock:
-            old = bytearray(wire.encode(messages.Hello(auth.new_nonce())))
-            old[3] = 0
-            sock.sendall(old)
-            return b"".join(iter(lambda: sock.recv(100), b""))
-
-    with listener() as server:
-        answer = pool.submit(old_client, server.getsockname())
-        with pytest.raises(
-            ProtocolError, match="the client: this node speaks protocol version 1, the other 0"
-        ):
-            accept_one(server)
-        assert answer.result()[:4] == b"TPI\x01"
-
-    def new_server(server: socket.socket) -> None:
-        with server.accept()[0] as sock:
-            sock.recv(100)
-            sock.sendall(b"TPI\x02")
-
-    with listener() as server:
-        served = pool.submit(new_server, server)
-        with pytest.raises(ProtocolError, match="version 1, the other 2; install the same tpilite on both"):
-            connect(server.getsockname(), TOKEN, timeout_s=10)
-        served.result()
-
-
-def hello(sock: socket.socket) -> None:
-    sock.sendall(wire.encode(messages.Hello(auth.new_nonce())))
-
-
-@pytest.mark.parametrize(
-    ("stranger", "error", "text"),
-    [
-        (lambda s: s.sendall(b"GET / HTTP/1.1\r\n\r\n"), ProtocolError, "expected a tpilite node"),
-        (lambda s: s.sendall(b"\x16\x03\x01\x02\x00"), ProtocolError, "expected a tpilite node"),
-        (lambda s: s.close(), PeerLost, "closed the connection between two frames"),
-        (lambda s: (s.sendall(b"TPI"), s.close()), PeerLost, "closed the connection after 3 of 16 bytes"),
-        (lambda s: s.sendall(b"TPI"), PeerLost, "was silent for too long, after 3 of 16 bytes of a frame's"),
-        (
-            lambda s: s.sendall(wire.encode(messages.Join(1, {}))),
-            ProtocolError,
-            "expected Hello from the client",
-        ),
-        (
-            lambda s: s.sendall(wire.encode(messages.Hello(b"x"))),
-            ProtocolError,
-            "expected a nonce of 32 bytes",
-        ),
-        (
-            lambda s: s.sendall(wire.encode(messages.Hello(bytes(300)))),
-            ProtocolError,
-            "1 to 256 bytes, found 321",
-        ),
-        (
-            lambda s: s.sendall(wire.encode(messages.Gather({}, "", []), 9)),
-            ProtocolError,
-            "at most 0 bytes of payl",
-        ),
-        (
-            lambda s: (hello(s), s.sendall(wire.encode(messages.Join(1, {})))),
-            ProtocolError,
-            "expected Proof from",
-        ),
-        (
-            lambda s: (hello(s), s.sendall(wire.encode(messages.Proof(b"")))),
-            ProtocolError,
-            "does not know the tok",
-        ),
-    ],
-)
-def test_a_stranger_is_closed(
-    stranger: Callable[[socket.socket], Any], error: type[Exception], text: str
-) -> None:
-    with listener() as server, socket.create_connection(server.getsockname()) as sock:
-        stranger(sock)
-        with pytest.raises(error, match=text):
-            accept_one(server, timeout_s=0.3)
-
-
-def test_a_slow_loris_has_the_time_of_one_handshake(pool: ThreadPoolExecutor) -> None:
-    """A byte now and then does not extend the deadline."""
-    stop = threading.Event()
-
-    def drip(sock: socket.socket) -> None:
-        for byte in wire.encode(messages.Hello(auth.new_nonce())):
-            with contextlib.suppress(OSError):
-                sock.sendall(bytes([byte]))
-            if stop.wait(0.05):
-                return
-
-    with listener() as server, socket.create_connection(server.getsockname()) as sock:
-        dripping = pool.submit(drip, sock)
-        with pytest.raises(PeerLost, match="was silent for too long, after"):
-            accept_one(server, timeout_s=0.4)
-        stop.set()
-        dripping.result()
-
-
-def test_a_server_cannot_pass_with_the_clients_own_proof(pool: ThreadPoolExecutor) -> None:
-    def reflect(server: socket.socket) -> None:
-        with server.accept()[0] as sock, contextlib.closing(Channel(sock, "client")) as mirror:
-            for _ in range(2):
-                mirror.send(mirror.receive()[0])
-
-    with listener() as server:
-        served = pool.submit(reflect, server)
-        with pytest.raises(ProtocolError, match="does not know the token: it is not the cluster's rank 0"):
-            connect(server.getsockname(), TOKEN, timeout_s=10)
-        served.result()
-
-
-def test_a_recorded_handshake_is_worth_nothing(pool: ThreadPoolExecutor) -> None:
-    recorded = b""
-
-    def relay(front: socket.socket, address: tuple[str, int]) -> None:
-        nonlocal recorded
-        with front.accept()[0] as sock, socket.create_connection(address) as onward:
-            for _ in range(2):
-                data = sock.recv(200)
-                recorded += data
-                onward.sendall(data)
-                sock.sendall(onward.recv(200))
-
-    with listener() as server, listener() as front:
-        relayed = pool.submit(relay, front, server.getsockname())
-        accepted = pool.submit(accept_one, server)
-        connect(front.getsockname(), TOKEN, timeout_s=10).close()
-        relayed.result()
-        accepted.result().close()
-        with socket.create_connection(server.getsockname()) as sock:
-            sock.sendall(recorded)
-            with pytest.raises(ProtocolError, match="does not know the token"):
-                accept_one(server)
-
-
-def test_waiting_for_a_peer_is_told_and_ends(
-    pool: ThreadPoolExecutor, caplog: pytest.LogCaptureFixture
-) -> None:
-    with listener() as server:
-        address = server.getsockname()
-    caplog.set_level(logging.INFO)
-    with pytest.raises(PeerLost, match="cannot be reached: Connection refused; gave up waiting for it"):
-        channel.connect_until(address, TOKEN, deadline_s=time.monotonic() + 0.3)
-    assert [r.message for r in caplog.records] == [
-        f"waiting for rank 0: 127.0.0.1:{address[1]} cannot be reached: Connection refused; "
-        "trying again until it answers"
-    ]
-    waiting = pool.submit(channel.connect_until, address, TOKEN)
-    time.sleep(0.2)
-    with socket.create_server(address) as server:
-        accept_one(server).close()
-        waiting.result().close()
-
+from tpilite.errors import PeerLost
+from tpilite.net import messages, wire
+from tpilite.net.channel import Channel
+from tpilite.net.handshake import accept, connect
 
 FRAME = wire.encode(messages.Broadcast({}, "|u1", [9]), 9) + bytes(9)
 
@@ -300,60 +47,15 @@ def test_shutdown_ends_a_read_in_another_thread(
         pair[0].send(messages.Barrier())
 
 
-@pytest.fixture(scope="session")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A certificate that is its own authority, and its key."""
-    if shutil.which("openssl") is None:
-        pytest.skip("needs the openssl command to make a certificate")
-    folder = tmp_path_factory.mktemp("tls")
-    cert, key = folder / "cert.pem", folder / "key.pem"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
-         "-days", "2", "-subj", "/CN=tpilite test", "-keyout", key, "-out", cert],
-        check=True, capture_output=True,
-    )  # fmt: skip
-    return cert, key
-
-
-@pytest.fixture
-def tls(certificates: tuple[Path, Path]) -> tuple[ssl.SSLContext, ssl.SSLContext]:
-    cert, key = certificates
-    return auth.server_tls(cert, key, cert), auth.client_tls(cert, cert, key)
-
-
-def test_the_same_over_tls(tls: tuple[ssl.SSLContext, ssl.SSLContext], pool: ThreadPoolExecutor) -> None:
-    with listener() as server:
-        accepted = pool.submit(accept_one, server, tls=tls[0])
-        client = connect(server.getsockname(), TOKEN, timeout_s=10, tls=tls[1])
-        served = accepted.result()
-        n = 1_000_000
-        head = wire.encode(messages.Reduce("f32"), 4 * n)
-
-        def exchange(mine: Channel, value: float) -> Any:
-            frames = Frames(head, 2, n, np.float32)
-            frames.payloads[0] = value
-            new_exchange([(mine, frames[0])], [(mine, frames[1])], head)()
-            mine.send(messages.Barrier())
-            assert mine.receive()[0] == messages.Barrier()
-            return frames.payloads[1]
-
-        results = list(pool.map(exchange, (client, served), (1.0, 2.0)))
-        assert (results[0] == 2).all()
-        assert (results[1] == 1).all()
-        assert not client.wait_readable(0.01)
-        served.close()
-        with pytest.raises(PeerLost, match=r"closed the connection|broke"):
-            client.receive()
-        client.close()
-
-
 def test_a_tls_channel_that_is_shut_down_gives_no_bytes(
     tls: tuple[ssl.SSLContext, ssl.SSLContext], pool: ThreadPoolExecutor
 ) -> None:
     """What came encrypted must not pass for the rest of an array when another thread ends the channel."""
-    with listener() as server:
-        accepted = pool.submit(accept_one, server, tls=tls[0])
-        client = connect(server.getsockname(), TOKEN, timeout_s=10, tls=tls[1])
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        accepted = pool.submit(
+            lambda: accept(server.accept()[0], "client", "token", timeout_s=10, tls=tls[0])
+        )
+        client = connect(server.getsockname(), "token", timeout_s=10, tls=tls[1])
         with contextlib.closing(accepted.result()) as served, contextlib.closing(client):
             served.send(messages.Barrier())
             assert client.receive()[0] == messages.Barrier()
@@ -363,17 +65,3 @@ def test_a_tls_channel_that_is_shut_down_gives_no_bytes(
             with pytest.raises(PeerLost, match="rank 1 is gone"):
                 reading.result()
             assert client._sock._sslobj is not None
-
-
-def test_without_tls_a_tls_port_gives_nothing(
-    tls: tuple[ssl.SSLContext, ssl.SSLContext], pool: ThreadPoolExecutor
-) -> None:
-    with listener() as server:
-        accepted = pool.submit(accept_one, server, tls=tls[0])
-        with pytest.raises((ProtocolError, PeerLost)):
-            connect(server.getsockname(), TOKEN, timeout_s=10)
-        with pytest.raises(ProtocolError, match=r"TLS with the client failed: .*start both sides with TLS"):
-            accepted.result()
-        silent = socket.create_connection(server.getsockname())
-        with silent, pytest.raises(PeerLost, match="silent for too long, during TLS"):
-            accept_one(server, tls=tls[0], timeout_s=0.2)

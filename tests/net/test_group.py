@@ -1,10 +1,9 @@
 """Groups of ranks as threads over socket pairs: sums bit for bit, messages, every way of falling apart."""
 
 import itertools
-import threading
 import time
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -320,14 +319,6 @@ def test_options_are_checked() -> None:
         check_options("ring", "f32")
     with pytest.raises(ConfigError, match="one of f32, f16, bf16, found 'int8'"):
         check_options("star", "int8")
-
-
-@pytest.fixture(autouse=True)
-def _no_threads_are_left() -> Iterator[None]:
-    before = set(threading.enumerate())
-    yield
-    left = [t for t in threading.enumerate() if t not in before and t.is_alive()]
-    assert not left
 
 
 def test_closing_twice_is_once() -> None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import shutil
 import signal
 import socket
 import subprocess
@@ -19,7 +18,7 @@ import pytest
 
 from tpilite.collective import Message
 from tpilite.errors import ConfigError, PeerLost, ProtocolError
-from tpilite.net import auth, channel, messages
+from tpilite.net import auth, handshake, messages
 from tpilite.net import listener as door
 from tpilite.net.auth import Security
 from tpilite.net.group import Group, GroupEnded, RankLost, RankZero
@@ -31,20 +30,6 @@ TERMS = {"config": "c0ffee", "dtype": "bf16", "partition": [1, 1, 2]}
 # Long against a loaded machine's hiccups, short against a test's patience; and so that nothing passes by
 # waiting for it, LONG where silence is not what is tested.
 SHORT_S, LONG_S = 1.0, 60.0
-
-
-@pytest.fixture(autouse=True)
-def _no_threads_are_left() -> Iterator[None]:
-    before = set(threading.enumerate())
-    yield
-    left = [thread.name for thread in threading.enumerate() if thread not in before]
-    assert not left
-
-
-@pytest.fixture
-def pool() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(12) as executor:
-        yield executor
 
 
 def lobby_of(world_size: int, **options: Any) -> Lobby:
@@ -228,7 +213,7 @@ def test_strangers_do_not_keep_a_group_from_forming(
             with contextlib.suppress(OSError):  # the oldest are closed already
                 sock.sendall([b"GET / HTTP/1.1\r\n\r\n", b"T", b"", bytes(1000)][i % 4])
         for header in (messages.Ready({}, 1), messages.Attach(1, 1), messages.Attach(lobby._epoch, 1)):
-            insider = channel.connect(address(lobby), SECURITY.token, timeout_s=LONG_S)
+            insider = handshake.connect(address(lobby), SECURITY.token, timeout_s=LONG_S)
             insider.send(header)
             with pytest.raises(PeerLost):
                 insider.receive(time.monotonic() + LONG_S)
@@ -470,7 +455,7 @@ def ask_for_sums(group: Group) -> None:
 
 def test_a_worker_lost_while_it_prepares_leaves_its_place(caplog: pytest.LogCaptureFixture) -> None:
     with lobby_of(2, timeout_s=SHORT_S) as lobby:
-        member = channel.connect(address(lobby), SECURITY.token, timeout_s=LONG_S)
+        member = handshake.connect(address(lobby), SECURITY.token, timeout_s=LONG_S)
         member.send(messages.Join(None, {}))
         assert member.expect(messages.Welcome)[0] == messages.Welcome(1, 2, SHORT_S, {})
         until(lambda: lobby.states[1] == "missing")
@@ -484,7 +469,7 @@ def test_a_worker_that_does_not_attach_does_not_stop_the_others(
 ) -> None:
     with lobby_of(2, timeout_s=SHORT_S) as lobby:
         forming = pool.submit(lobby.wait_for_group, LONG_S)
-        stuck = channel.connect(address(lobby), SECURITY.token, timeout_s=LONG_S)
+        stuck = handshake.connect(address(lobby), SECURITY.token, timeout_s=LONG_S)
         stuck.send(messages.Join(1, {}))
         stuck.expect(messages.Welcome)
         stuck.send(messages.Ready(TERMS, 0))
@@ -514,7 +499,7 @@ def test_a_rank_0_that_makes_no_sense(sent: messages.Header, text: str, pool: Th
     def rank_0(server: socket.socket) -> None:
         for reply in (messages.Welcome(1, 2, LONG_S, {}), sent):
             if isinstance(reply, messages.Welcome):
-                one = channel.accept(server.accept()[0], "worker", SECURITY.token, timeout_s=LONG_S)
+                one = handshake.accept(server.accept()[0], "worker", SECURITY.token, timeout_s=LONG_S)
                 one.expect(messages.Join)
             one.send(reply)
         with contextlib.closing(one), contextlib.suppress(PeerLost):
@@ -529,26 +514,12 @@ def test_a_rank_0_that_makes_no_sense(sent: messages.Header, text: str, pool: Th
         serving.result()
 
 
-@pytest.fixture(scope="module")
-def tls(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    if shutil.which("openssl") is None:
-        pytest.skip("needs the openssl command to make a certificate")
-    folder = tmp_path_factory.mktemp("tls")
-    cert, key = folder / "cert.pem", folder / "key.pem"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
-         "-days", "2", "-subj", "/CN=tpilite test", "-keyout", key, "-out", cert],
-        check=True, capture_output=True,
-    )  # fmt: skip
-    return cert, key
-
-
 @pytest.mark.parametrize("workers_have_certificates", [True, False])
 def test_a_group_over_tls(
-    workers_have_certificates: bool, tls: tuple[Path, Path], pool: ThreadPoolExecutor
+    workers_have_certificates: bool, certificates: tuple[Path, Path], pool: ThreadPoolExecutor
 ) -> None:
     """Workers that could not prove themselves to each other make a star."""
-    cert, key = tls
+    cert, key = certificates
     own = Security("a token", auth.server_tls(cert, key, None), auth.client_tls(cert, None, None))
     theirs = (
         own if workers_have_certificates else Security("a token", None, auth.client_tls(cert, None, None))

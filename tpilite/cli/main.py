@@ -39,7 +39,7 @@ from tpilite.engine.session import Completion, Session
 from tpilite.errors import ConfigError, TpiliteError
 from tpilite.llm import LLM
 from tpilite.machine import auto_budget_bytes, physical_cores
-from tpilite.net.channel import format_address, parse_address
+from tpilite.net.address import format_address, parse_address
 from tpilite.serving.server import serve
 from tpilite.serving.service import Recovery
 from tpilite.shipped import find_model

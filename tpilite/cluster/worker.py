@@ -17,7 +17,7 @@ from tpilite.collective import Solo
 from tpilite.engine.config import EngineConfig
 from tpilite.engine.rank import Rank
 from tpilite.errors import ConfigError, PeerLost, SliceError
-from tpilite.net.channel import Address
+from tpilite.net.address import Address
 from tpilite.net.group import GroupEnded
 from tpilite.net.seat import Seat, join
 from tpilite.weights.checkpoint import Checkpoint

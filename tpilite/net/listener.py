@@ -15,8 +15,10 @@ from collections.abc import Callable
 
 from tpilite.errors import ConfigError, PeerLost, ProtocolError, TpiliteError
 from tpilite.net import messages
+from tpilite.net.address import Address, format_address
 from tpilite.net.auth import Security
-from tpilite.net.channel import Address, Channel, accept, format_address
+from tpilite.net.channel import Channel
+from tpilite.net.handshake import accept
 
 log = logging.getLogger(__name__)
 

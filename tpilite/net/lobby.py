@@ -27,8 +27,9 @@ from typing import Any
 from tpilite.closing import Closing
 from tpilite.errors import PeerLost, ProtocolError, TpiliteError
 from tpilite.net import messages
+from tpilite.net.address import Address
 from tpilite.net.auth import Security
-from tpilite.net.channel import Address, Channel
+from tpilite.net.channel import Channel
 from tpilite.net.group import VERDICT_S, Control, RankLost, RankZero, check_options
 from tpilite.net.listener import HANDSHAKE_S, Door
 

@@ -19,9 +19,11 @@ from typing import Any
 
 from tpilite.errors import ConfigError, PeerLost, ProtocolError, TpiliteError
 from tpilite.net import messages
+from tpilite.net.address import Address
 from tpilite.net.auth import Security
-from tpilite.net.channel import Address, Channel, connect, connect_until
+from tpilite.net.channel import Channel
 from tpilite.net.group import VERDICT_S, Control, GroupEnded, Worker, check_options
+from tpilite.net.handshake import connect, connect_until
 from tpilite.net.listener import HANDSHAKE_S, Door
 
 log = logging.getLogger(__name__)
