@@ -40,7 +40,7 @@ _INSIDE = {
 # The compiled products and exchanges are about to be handed in.
 _NOT_YET = {("linear", "native"), ("net", "native")}
 # `local` hands its own environment on to the ranks that it starts.
-_MAY_READ_ENVIRONMENT = {"cli.main", "cli.configs", "cli.local"}
+_MAY_READ_ENVIRONMENT = {"cli.configs", "cli.local"}
 _FILES_AND_SOCKETS = {"mmap", "socket", "ssl", "http", "socketserver", "urllib", "msgpack", "safetensors"}
 
 

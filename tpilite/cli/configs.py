@@ -28,10 +28,10 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
     )
 
 
-def engine_config(args: argparse.Namespace, threads: int | None = None) -> EngineConfig:
-    """The options that say what this rank may use; `threads` where they do not say how many."""
+def engine_config(args: argparse.Namespace) -> EngineConfig:
+    """The options that say what this rank may use."""
     return EngineConfig(
-        threads=args.threads or threads,
+        threads=args.threads,
         kv_dtype=args.kv_dtype,
         memory_budget=parse_budget(args.memory_budget),
         memory_window=args.memory_window,
@@ -56,7 +56,30 @@ def cluster_config(args: argparse.Namespace, world_size: int, *, make_token: boo
     )
 
 
-def number_of(option: int | None, variable: str) -> int | None:
+def rank_of(args: argparse.Namespace) -> int | None:
+    """The rank to have, None for any. Raises `ConfigError`."""
+    rank = _number_of(args.rank, "RANK")
+    if rank is not None and rank < 0:
+        raise ConfigError(f"a rank must be a whole number from 0, found {rank}")
+    return rank
+
+
+def world_size_of(args: argparse.Namespace) -> int:
+    """How many ranks there are. Raises `ConfigError`."""
+    if args.local is None:
+        world_size = _number_of(args.world_size, "WORLD_SIZE")
+        return 1 if world_size is None else world_size
+    if args.world_size not in (None, args.local):
+        raise ConfigError(f"--local {args.local} and --world_size {args.world_size} differ: give only one")
+    return int(args.local)
+
+
+def rank_0_of(args: argparse.Namespace) -> str | None:
+    """Where rank 0 is, None if nobody says it."""
+    return args.join or args.master_addr or os.environ.get("MASTER_ADDR")
+
+
+def _number_of(option: int | None, variable: str) -> int | None:
     """An option, or the environment's variable in its place."""
     if option is not None or not os.environ.get(variable):
         return option

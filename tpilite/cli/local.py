@@ -8,29 +8,63 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
 
 from tpilite.closing import Closing
+from tpilite.cluster.config import ClusterConfig
+from tpilite.engine.config import EngineConfig
+from tpilite.machine import auto_budget_bytes, physical_cores
 
 logger = logging.getLogger(__name__)
 
-# A worker that dies at once, and again, is started ever more rarely: it has said why, and may never work.
+# The wait before a new start doubles for a worker that dies soon each time: it may never work.
 _RESTART_S, _MAX_RESTART_S = 1.0, 30.0
 _HEALTHY_S = 10.0
 
-# Workers leave by themselves when rank 0 closes its connection to them; then they are made to.
+# Workers end by themselves when rank 0 closes its connection to them; after this time they are killed.
 _LEAVE_S = 5.0
+
+
+def share_of(engine: EngineConfig, world_size: int) -> EngineConfig:
+    """What each of `world_size` ranks on this machine may use of it."""
+    budget = engine.memory_budget
+    return replace(
+        engine,
+        threads=engine.threads or max(1, physical_cores() // world_size),
+        memory_budget=auto_budget_bytes() // world_size if budget == "auto" else budget,
+    )
+
+
+def worker_options(port: int, save_dir: Path, engine: EngineConfig, cluster: ClusterConfig) -> list[str]:
+    """The options of a worker for the rank 0 that listens on `port` of this machine."""
+    budget = engine.memory_budget
+    options: dict[str, object] = {
+        "--join": f"127.0.0.1:{port}",
+        "--threads": engine.threads,
+        "--kv_dtype": engine.kv_dtype,
+        "--memory_budget": f"{budget}B" if isinstance(budget, int) else budget,
+        "--memory_window": engine.memory_window,
+        "--save_dir": save_dir,
+        "--tls_cert": cluster.tls_cert,
+        "--tls_key": cluster.tls_key,
+        "--tls_ca": cluster.tls_ca,
+    }
+    given = ((name, str(value)) for name, value in options.items() if value is not None)
+    return ["--once", *chain.from_iterable(given)]
 
 
 class LocalWorkers(Closing):
     """`n` worker processes, each kept alive until the end of the context.
 
-    `arguments` are those of `tpilite-node` without its rank. The token travels in the environment, where
+    `options` are those of `tpilite-node`, without the rank. The token travels in the environment, where
     other users do not see it. A worker's stdin is a pipe of ours: when this process dies in whatever way,
     it closes, and the worker ends.
     """
 
-    def __init__(self, n: int, arguments: Sequence[str], token: str) -> None:
-        self._command = [sys.executable, *_program(), *arguments, "--until_eof"]
+    def __init__(self, n: int, options: Sequence[str], token: str) -> None:
+        self._command = [sys.executable, *_program(), *options, "--until_eof"]
         self._environment = dict(os.environ) | {"TPILITE_TOKEN": token}
         self._closing, self._lock = threading.Event(), threading.Lock()
         self._processes: dict[int, subprocess.Popen[bytes]] = {
@@ -102,12 +136,8 @@ class LocalWorkers(Closing):
 
 def _program() -> list[str]:
     """How this program was started, to start it again: as a script, or as a module of the package."""
-    script = os.path.abspath(sys.argv[0])
-    return (
-        [script]
-        if os.path.basename(script) == "tpilite-node" and os.path.isfile(script)
-        else ["-m", "tpilite"]
-    )
+    script = Path(sys.argv[0]).absolute()
+    return [str(script)] if script.name == "tpilite-node" and script.is_file() else ["-m", "tpilite"]
 
 
 def _close(process: "subprocess.Popen[bytes]") -> None:

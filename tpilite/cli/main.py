@@ -1,4 +1,4 @@
-"""The command line: what the user asks for, put together and run. The only file that knows all others."""
+"""The command line: what the user asks for, put together and run. Only this file may import all others."""
 
 import argparse
 import gc
@@ -20,16 +20,18 @@ from tpilite.cli.configs import (
     cache_folder,
     cluster_config,
     engine_config,
-    number_of,
     own_save_dir,
+    rank_0_of,
+    rank_of,
     sampling_params,
     save_dir_of,
     server_config,
+    world_size_of,
 )
 from tpilite.cli.hub import find_models, is_hub_name, model_name, resolve
-from tpilite.cli.local import LocalWorkers, end_with_stdin
+from tpilite.cli.local import LocalWorkers, end_with_stdin, share_of, worker_options
 from tpilite.cli.memory_report import MemoryReport
-from tpilite.cli.options import PORT, parse
+from tpilite.cli.options import parse
 from tpilite.cli.terminal import Interrupt, answer, converse, interruptible, progress_bar
 from tpilite.cluster.config import ClusterConfig
 from tpilite.cluster.host import Host, own_address
@@ -38,7 +40,6 @@ from tpilite.engine.sampling import SamplingParams
 from tpilite.engine.session import Completion, Session
 from tpilite.errors import ConfigError, TpiliteError
 from tpilite.llm import LLM
-from tpilite.machine import auto_budget_bytes, physical_cores
 from tpilite.net.address import format_address, parse_address
 from tpilite.serving.server import serve
 from tpilite.serving.service import Recovery
@@ -67,13 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _raise_file_limit()
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
-        # Ranks that rank 0 started on its own terminal leave the telling to it, unless something is wrong.
-        usual = logging.WARNING if args.until_eof else logging.INFO
-        logging.basicConfig(
-            level=logging.DEBUG if args.verbose else usual,
-            format=f"tpilite{'' if args.rank is None else f', rank {args.rank}'}: %(message)s",
-            stream=sys.stderr,
-        )
+        _set_up_logging(args)
         return run(args)
     except TpiliteError as error:
         print(f"tpilite-node: {error}", file=sys.stderr)
@@ -99,6 +94,16 @@ def _terminate(_number: int, _frame: FrameType | None) -> NoReturn:
     sys.exit(TERMINATED)
 
 
+def _set_up_logging(args: argparse.Namespace) -> None:
+    # A worker that `--local` started shares rank 0's terminal, so it reports only what is wrong.
+    usual = logging.WARNING if args.until_eof else logging.INFO
+    logging.basicConfig(
+        level=logging.DEBUG if args.verbose else usual,
+        format=f"tpilite{'' if args.rank is None else f', rank {args.rank}'}: %(message)s",
+        stream=sys.stderr,
+    )
+
+
 def _raise_file_limit() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(_OPEN_FILES, hard)
@@ -113,45 +118,23 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--use_gpu: tpilite computes on the CPU only; run without it")
     if args.model_type not in (None, "llama"):
         raise ConfigError(f"--model_type {args.model_type} is not supported; expected llama")
-    rank = number_of(args.rank, "RANK")
-    world_size = number_of(args.world_size, "WORLD_SIZE")
-    if rank is not None and rank < 0:
-        raise ConfigError(f"a rank must be a whole number from 0, found {rank}")
-    if args.local is not None:
-        if args.world_size not in (None, args.local):
-            raise ConfigError(
-                f"--local {args.local} and --world_size {args.world_size} differ: give only one"
-            )
-        world_size = args.local
-    master = args.join or args.master_addr or os.environ.get("MASTER_ADDR")
+    rank, world_size = rank_of(args), world_size_of(args)
     if args.join or (rank or 0) > 0:
-        return work(args, master, rank)
+        return work(args, rank)
     if args.model_path is None:
         raise ConfigError(_no_model())
     params, folder = sampling_params(args), _folder_of(args.model_path)
     if args.split_only:
-        return split(args, folder, world_size or 1)
-    if world_size in (None, 1):
-        with LLM(
-            folder,
-            threads=args.threads,
-            kv_dtype=args.kv_dtype,
-            memory_budget=args.memory_budget,
-            memory_window=args.memory_window,
-        ) as llm:
-            return answer_all(llm, args, params)
-    with ExitStack() as stack:
-        host = stack.enter_context(hosted(args, folder, world_size, stack))
-        recovery = Recovery(interruptible(host.recover))
-        session = Session(
-            folder, host.config, host.rank, max_rows=engine_config(args).max_rows, recover=recovery
-        )
-        return answer_all(session, args, params, host, recovery)
+        return split(args, folder, world_size)
+    if world_size == 1:
+        return run_alone(args, folder, params)
+    return run_as_rank_0(args, folder, params, world_size)
 
 
-def work(args: argparse.Namespace, master: str | None, rank: int | None) -> int:
-    """A rank above 0, until it is told to end."""
-    if master is None:
+def work(args: argparse.Namespace, rank: int | None) -> int:
+    """A rank above 0, until rank 0 ends its session."""
+    rank_0 = rank_0_of(args)
+    if rank_0 is None:
         raise ConfigError("a rank above 0 needs --join HOST[:PORT] (or --master_addr HOST) of rank 0")
     if args.until_eof:
         end_with_stdin()
@@ -167,45 +150,50 @@ def work(args: argparse.Namespace, master: str | None, rank: int | None) -> int:
             once=args.once,
             progress=lambda progress: bar(progress.done_bytes, progress.total_bytes),
         )
-        Worker(parse_address(master, args.broadcast_port), cluster, engine_config(args), options).run()
+        Worker(parse_address(rank_0, args.broadcast_port), cluster, engine_config(args), options).run()
     return 0
 
 
+def run_alone(args: argparse.Namespace, folder: Path, params: SamplingParams) -> int:
+    """The whole model in this process."""
+    with LLM(
+        folder,
+        threads=args.threads,
+        kv_dtype=args.kv_dtype,
+        memory_budget=args.memory_budget,
+        memory_window=args.memory_window,
+    ) as llm:
+        return answer_all(llm, args, params)
+
+
+def run_as_rank_0(args: argparse.Namespace, folder: Path, params: SamplingParams, world_size: int) -> int:
+    """This process as the rank that the others join, and that talks to people and programs."""
+    with ExitStack() as stack:
+        host = stack.enter_context(hosted(args, folder, world_size, stack))
+        recovery = Recovery(interruptible(host.recover))
+        session = Session(
+            folder, host.config, host.rank, max_rows=engine_config(args).max_rows, recover=recovery
+        )
+        return answer_all(session, args, params, host, recovery)
+
+
 def hosted(args: argparse.Namespace, folder: Path, world_size: int, stack: ExitStack) -> Host:
-    """Rank 0 of a cluster, complete; the other ranks started here with `--local`."""
-    cluster = cluster_config(args, world_size, make_token=True)
+    """Rank 0 with all others connected. With `--local` they are started here, and end with `stack`."""
+    cluster, engine = cluster_config(args, world_size, make_token=True), engine_config(args)
     save_dir = save_dir_of(args, folder, world_size)
-    threads = args.threads
     if args.local is not None:
-        cluster = replace(cluster, broadcast_port=0, file_port=0)
-        threads = threads or max(1, physical_cores() // world_size)
-        if args.memory_budget == "auto":  # what is free is for all of them
-            args.memory_budget = f"{auto_budget_bytes() // world_size}B"
+        cluster = replace(cluster, broadcast_port=0, file_port=0)  # any free ones
+        engine = share_of(engine, world_size)
 
     def invite(host: Host) -> None:
         if args.local is None:
             print(_invitation(host, cluster), file=sys.stderr)
             return
-        options = ["--join", f"127.0.0.1:{host.broadcast_port}", "--threads", str(threads), "--once"]
-        options += ["--kv_dtype", args.kv_dtype, "--memory_budget", args.memory_budget]
-        if args.memory_window is not None:
-            options += ["--memory_window", str(args.memory_window)]
-        options += ["--save_dir", str(save_dir)]
-        for name in ("tls_cert", "tls_key", "tls_ca"):
-            if getattr(args, name) is not None:
-                options += [f"--{name}", str(getattr(args, name))]
+        options = worker_options(host.broadcast_port, save_dir, engine, cluster)
         stack.enter_context(LocalWorkers(world_size - 1, options, cluster.token))
 
     with progress_bar("slicing the model") as bar:
-        return Host(
-            folder,
-            save_dir,
-            cluster,
-            engine_config(args, threads),
-            force=args.split_bin,
-            listening=invite,
-            progress=bar,
-        )
+        return Host(folder, save_dir, cluster, engine, force=args.split_bin, listening=invite, progress=bar)
 
 
 def split(args: argparse.Namespace, folder: Path, world_size: int) -> int:
@@ -260,19 +248,19 @@ def complete(llm: Session, args: argparse.Namespace, params: SamplingParams) -> 
             request = llm.start(prompt, params)
         if args.echo:
             sys.stdout.write(prompt)
-        with Interrupt().heard() as interrupt:
+        with Interrupt().listening() as interrupt:
             try:
                 completion = answer(llm, request, sys.stdout, interrupt)
             finally:
                 print(flush=True)
         _report(args, completion)
-        if interrupt.wished:
+        if interrupt.requested:
             return INTERRUPTED
     return 0
 
 
 def _rank_states(session: Session, host: Host | None, recovery: Recovery | None) -> list[dict[str, Any]]:
-    """What the page shows of each rank; those that are lost by what the lobby knows of them."""
+    """What the page shows of each rank; a lost one as the host knows it."""
     waits = recovery is not None and recovery.waiting_for is not None
     states = host.states if host is not None and waits else {}
     ranks = []
@@ -292,9 +280,9 @@ def _rank_states(session: Session, host: Host | None, recovery: Recovery | None)
 
 def _invitation(host: Host, cluster: ClusterConfig) -> str:
     """The line to run on the other machines."""
-    address = (
-        format_address((own_address(), host.broadcast_port)) if host.broadcast_port != PORT else own_address()
-    )
+    address = own_address()
+    if host.broadcast_port != ClusterConfig.broadcast_port:
+        address = format_address((address, host.broadcast_port))
     tls = " --tls_cert CERT --tls_key KEY --tls_ca CA" if cluster.tls_ca else ""
     return (
         f"tpilite: this is rank 0 of {cluster.world_size}; on each other machine run\n\n"

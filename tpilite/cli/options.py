@@ -5,14 +5,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from tpilite.engine.config import KV_DTYPES
+from tpilite.cluster.config import ClusterConfig
+from tpilite.engine.config import KV_DTYPES, EngineConfig
 from tpilite.engine.sampling import SamplingParams
 from tpilite.errors import ConfigError
 from tpilite.native import products as compiled
 from tpilite.net.sums import CODECS, WAYS
+from tpilite.serving.config import ServerConfig
 from tpilite.version import __version__
 
-PORT = 29700
+# argparse has no public name for what `add_argument_group` gives.
+_Group = argparse._ArgumentGroup
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -56,148 +59,153 @@ def _parser() -> argparse.ArgumentParser:
     products = "by NumPy" if compiled.load() is None else "compiled"
     parser.add_argument("--version", action="version", version=f"tpilite {__version__}, products {products}")
     parser.add_argument("--verbose", action="store_true", help="log what happens in detail")
+    _add_model(parser.add_argument_group("the model"))
+    cluster = parser.add_argument_group("the cluster")
+    _add_ranks(cluster)
+    _add_slices(cluster)
+    _add_network(cluster)
+    _add_service(parser.add_argument_group("the service"))
+    _add_text(parser.add_argument_group("the text"))
+    _add_choice(parser.add_argument_group("the choice of tokens"))
+    return parser
 
-    model = parser.add_argument_group("the model")
-    model.add_argument(
-        "--model_path", metavar="DIR", help="a Hugging Face folder of a Llama model, or 'fable', which ships"
-    )
-    model.add_argument("--model_type", metavar="TYPE", help="llama, the only type there is")
-    model.add_argument("--use_gpu", action="store_true", help="refused: tpilite computes on the CPU")
-    model.add_argument("--threads", type=int, metavar="N", help="threads to compute with (physical cores)")
 
-    model.add_argument(
+def _add_model(group: _Group) -> None:
+    """Adds the options that say which model runs, and what it may use of this machine."""
+    add = group.add_argument
+    add("--model_path", metavar="DIR", help="a Hugging Face folder of a Llama model, or 'fable', which ships")
+    add("--model_type", metavar="TYPE", help="llama, the only type there is")
+    add("--use_gpu", action="store_true", help="refused: tpilite computes on the CPU")
+    add("--threads", type=int, metavar="N", help="threads to compute with (physical cores)")
+    add(
         "--memory_budget",
-        default="auto",
+        default=EngineConfig.memory_budget,
         metavar="SIZE",
         help="memory of this process, as 700MB or 2GiB; auto: what is free, or unlimited (%(default)s)",
     )
-    model.add_argument(
-        "--memory_window", type=int, metavar="W", help="only W blocks of weights in memory, 2 or more"
-    )
-    model.add_argument(
-        "--memory_report", type=Path, metavar="FILE", help="write memory and loads over time as CSV"
-    )
-    model.add_argument(
+    add("--memory_window", type=int, metavar="W", help="only W blocks of weights in memory, 2 or more")
+    add("--memory_report", type=Path, metavar="FILE", help="write memory and loads over time as CSV")
+    add(
         "--kv_dtype",
-        default="f32",
+        default=EngineConfig.kv_dtype,
         choices=KV_DTYPES,
         help="f16 halves the memory of a long text (%(default)s)",
     )
 
-    cluster = parser.add_argument_group("the cluster")
-    cluster.add_argument("--world_size", type=int, metavar="N", help="ranks in all; this is rank 0 (1)")
-    cluster.add_argument("--local", type=int, metavar="N", help="N ranks, all of them on this machine")
-    cluster.add_argument("--join", metavar="HOST[:PORT]", help="work for the rank 0 there; needs no model")
-    cluster.add_argument("--rank", type=int, metavar="I", help="the rank to have (a free one)")
-    cluster.add_argument("--master_addr", metavar="HOST", help="where rank 0 is, for a start with --rank")
-    cluster.add_argument(
-        "--token", metavar="T", help="the cluster's secret (TPILITE_TOKEN, or made and kept)"
+
+def _add_ranks(group: _Group) -> None:
+    """Adds the options that say which ranks there are, and how they find each other."""
+    add, defaults = group.add_argument, ClusterConfig
+    add("--world_size", type=int, metavar="N", help="ranks in all; this is rank 0 (1)")
+    add("--local", type=int, metavar="N", help="N ranks, all of them on this machine")
+    add("--join", metavar="HOST[:PORT]", help="work for the rank 0 there; needs no model")
+    add("--rank", type=int, metavar="I", help="the rank to have (a free one)")
+    add("--master_addr", metavar="HOST", help="where rank 0 is, for a start with --rank")
+    add("--token", metavar="T", help="the cluster's secret (TPILITE_TOKEN, or made and kept)")
+    add("--broadcast_port", type=int, default=defaults.broadcast_port, metavar="P", help="(%(default)s)")
+    add("--file_port", type=int, default=defaults.file_port, metavar="P", help="for slices (%(default)s)")
+
+
+def _add_slices(group: _Group) -> None:
+    """Adds the options that say how the model is shared out, and where each rank's part is kept."""
+    add = group.add_argument
+    add("--ratio", type=_ratio, metavar="2,1,1", help="the ranks' shares of the work (even)")
+    add("--save_dir", type=Path, metavar="DIR", help="where slices are, from the model's folder (split)")
+    add("--split_bin", action="store_true", help="slice the model anew")
+    add("--split_only", action="store_true", help="slice the model for --world_size ranks, and end")
+    add("--force_download", action="store_true", help="fetch this rank's slices anew")
+
+
+def _add_network(group: _Group) -> None:
+    """Adds the options that say how long ranks wait for each other, and what they send."""
+    add, defaults = group.add_argument, ClusterConfig
+    add(
+        "--timeout",
+        type=float,
+        default=defaults.timeout_s,
+        metavar="S",
+        help="longest silence of a rank (%(default)s s)",
     )
-    cluster.add_argument("--broadcast_port", type=int, default=PORT, metavar="P", help="(%(default)s)")
-    cluster.add_argument("--file_port", type=int, default=29600, metavar="P", help="for slices (%(default)s)")
-    cluster.add_argument("--ratio", type=_ratio, metavar="2,1,1", help="the ranks' shares of the work (even)")
-    cluster.add_argument(
-        "--save_dir", type=Path, metavar="DIR", help="where slices are, from the model's folder (split)"
+    add("--rejoin_timeout", type=float, metavar="S", help="longest wait for a lost rank (for ever)")
+    add("--once", action="store_true", help="a worker ends with its session")
+    add("--until_eof", action="store_true", help=argparse.SUPPRESS)
+    add(
+        "--allreduce",
+        default=defaults.allreduce,
+        choices=("auto", *WAYS),
+        help="how ranks sum (%(default)s)",
     )
-    cluster.add_argument("--split_bin", action="store_true", help="slice the model anew")
-    cluster.add_argument(
-        "--split_only", action="store_true", help="slice the model for --world_size ranks, and end"
+    add(
+        "--payload",
+        default=defaults.payload,
+        choices=tuple(CODECS),
+        help="numbers on the wire (%(default)s)",
     )
-    cluster.add_argument("--force_download", action="store_true", help="fetch this rank's slices anew")
-    cluster.add_argument(
-        "--timeout", type=float, default=10.0, metavar="S", help="longest silence of a rank (%(default)s s)"
+    add("--tls_cert", type=Path, metavar="PEM", help="TLS on all connections: this node's certificate,")
+    add("--tls_key", type=Path, metavar="PEM", help="its key,")
+    add("--tls_ca", type=Path, metavar="PEM", help="and the authority that signed all nodes' ones")
+
+
+def _add_service(group: _Group) -> None:
+    """Adds the options that say where the service listens, and whom it serves."""
+    add, defaults = group.add_argument, ServerConfig
+    add("--serve", action="store_true", help="serve the page and OpenAI's API over HTTP")
+    add("--api_host", default=defaults.host, metavar="ADDR", help="(%(default)s)")
+    add("--api_port", type=int, default=defaults.port, metavar="P", help="(%(default)s)")
+    add("--api_key", metavar="KEY", help="what clients must show (nothing)")
+    add("--api_key_file", type=Path, metavar="FILE", help="a file that holds the key")
+    add("--api_name", action="append", default=[], metavar="NAME", help="a name browsers use; repeatable")
+    add("--cors_origin", action="append", default=[], metavar="URL", help="pages that may call; repeatable")
+    add(
+        "--max_waiting",
+        type=int,
+        default=defaults.max_waiting,
+        metavar="N",
+        help="requests in line (%(default)s)",
     )
-    cluster.add_argument(
-        "--rejoin_timeout", type=float, metavar="S", help="longest wait for a lost rank (for ever)"
-    )
-    cluster.add_argument("--once", action="store_true", help="a worker ends with its session")
-    cluster.add_argument("--until_eof", action="store_true", help=argparse.SUPPRESS)
-    cluster.add_argument(
-        "--allreduce", default="auto", choices=("auto", *WAYS), help="how ranks sum (%(default)s)"
-    )
-    cluster.add_argument(
-        "--payload", default="f32", choices=tuple(CODECS), help="numbers on the wire (%(default)s)"
-    )
-    cluster.add_argument(
-        "--tls_cert", type=Path, metavar="PEM", help="TLS on all connections: this node's certificate,"
-    )
-    cluster.add_argument("--tls_key", type=Path, metavar="PEM", help="its key,")
-    cluster.add_argument(
-        "--tls_ca", type=Path, metavar="PEM", help="and the authority that signed all nodes' ones"
+    add(
+        "--grace",
+        type=float,
+        default=defaults.grace_s,
+        metavar="S",
+        help="for open requests at the end (%(default)s s)",
     )
 
-    service = parser.add_argument_group("the service")
-    service.add_argument("--serve", action="store_true", help="serve the page and OpenAI's API over HTTP")
-    service.add_argument("--api_host", default="127.0.0.1", metavar="ADDR", help="(%(default)s)")
-    service.add_argument("--api_port", type=int, default=8080, metavar="P", help="(%(default)s)")
-    service.add_argument("--api_key", metavar="KEY", help="what clients must show (nothing)")
-    service.add_argument("--api_key_file", type=Path, metavar="FILE", help="a file that holds the key")
-    service.add_argument(
-        "--api_name", action="append", default=[], metavar="NAME", help="a name browsers use; repeatable"
-    )
-    service.add_argument(
-        "--cors_origin", action="append", default=[], metavar="URL", help="pages that may call; repeatable"
-    )
-    service.add_argument(
-        "--max_waiting", type=int, default=64, metavar="N", help="requests in line (%(default)s)"
-    )
-    service.add_argument(
-        "--grace", type=float, default=30.0, metavar="S", help="for open requests at the end (%(default)s s)"
-    )
 
-    text = parser.add_argument_group("the text")
-    text.add_argument(
+def _add_text(group: _Group) -> None:
+    """Adds the options that say what is continued, and where that ends."""
+    add = group.add_argument
+    add(
         "--prompt",
         metavar="TEXT",
         help="the text to continue; without it stdin is read, or a chat begins on a terminal",
     )
-    text.add_argument("--prefix", default="", metavar="TEXT", help="put before every prompt")
-    text.add_argument("--lines", action="store_true", help="every line of stdin is a prompt of its own")
-    text.add_argument("--chat", action="store_true", help="the prompt is a message to a chat model")
-    text.add_argument("--system", metavar="TEXT", help="what a chat model is told before everything else")
-    text.add_argument("--echo", action="store_true", help="show the prompt before the new text")
-    text.add_argument("--length", type=int, metavar="N", help="the most new tokens (until the text ends)")
-    text.add_argument(
+    add("--prefix", default="", metavar="TEXT", help="put before every prompt")
+    add("--lines", action="store_true", help="every line of stdin is a prompt of its own")
+    add("--chat", action="store_true", help="the prompt is a message to a chat model")
+    add("--system", metavar="TEXT", help="what a chat model is told before everything else")
+    add("--echo", action="store_true", help="show the prompt before the new text")
+    add("--length", type=int, metavar="N", help="the most new tokens (until the text ends)")
+    add(
         "--stop",
         action="append",
         default=[],
         metavar="TEXT",
         help="ends the text where it appears; repeatable",
     )
-    text.add_argument("--stats", type=Path, metavar="FILE", help="write the figures of the text as JSON")
+    add("--stats", type=Path, metavar="FILE", help="write the figures of the text as JSON")
 
-    choice = parser.add_argument_group("the choice of tokens")
-    defaults = SamplingParams()
-    choice.add_argument(
-        "--temperature",
-        type=float,
-        default=defaults.temperature,
-        metavar="X",
-        help="0 is greedy (%(default)s)",
-    )
-    choice.add_argument(
-        "--k",
-        type=int,
-        default=defaults.k,
-        metavar="N",
-        help="choose among the N best; 0 for all (%(default)s)",
-    )
-    choice.add_argument(
-        "--p",
-        type=float,
-        default=defaults.p,
-        metavar="X",
-        help="and the likeliest that reach X (%(default)s)",
-    )
-    choice.add_argument(
-        "--min_p", type=float, default=defaults.min_p, metavar="X", help="and X times the best (%(default)s)"
-    )
-    choice.add_argument(
-        "--repetition_penalty",
-        type=float,
-        default=defaults.repetition_penalty,
-        metavar="X",
-        help="above 1, tokens that were there become less likely (%(default)s)",
-    )
-    choice.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text (random)")
-    return parser
+
+def _add_choice(group: _Group) -> None:
+    """Adds the options that say how each token is chosen."""
+
+    def add(name: str, kind: type, metavar: str, what: str) -> None:
+        default = getattr(SamplingParams, name)
+        group.add_argument(f"--{name}", type=kind, default=default, metavar=metavar, help=what)
+
+    add("temperature", float, "X", "0 is greedy (%(default)s)")
+    add("k", int, "N", "choose among the N best; 0 for all (%(default)s)")
+    add("p", float, "X", "and the likeliest that reach X (%(default)s)")
+    add("min_p", float, "X", "and X times the best (%(default)s)")
+    add("repetition_penalty", float, "X", "above 1, tokens that were there become less likely (%(default)s)")
+    add("seed", int, "N", "the same seed gives the same text (random)")

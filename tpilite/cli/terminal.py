@@ -27,22 +27,22 @@ _TEXT_HELP = "not made for chat: it continues each line as a text; /exit or Ctrl
 
 
 class Interrupt:
-    """Ctrl-C as a wish to stop: `wished` is true after the first; a second one stops at once."""
+    """Ctrl-C as a request to stop: `requested` is true after the first; a second one stops at once."""
 
     def __init__(self) -> None:
-        self.wished = False
+        self.requested = False
 
     @contextmanager
-    def heard(self) -> Iterator["Interrupt"]:
-        """Listens until the end of the context."""
+    def listening(self) -> Iterator["Interrupt"]:
+        """Notes Ctrl-C until the end of the context."""
         before = signal.getsignal(signal.SIGINT)
 
-        def hear(_number: int, _frame: FrameType | None) -> None:
-            self.wished = True
+        def note(_number: int, _frame: FrameType | None) -> None:
+            self.requested = True
             signal.signal(signal.SIGINT, before)
 
-        self.wished = False
-        signal.signal(signal.SIGINT, hear)
+        self.requested = False
+        signal.signal(signal.SIGINT, note)
         try:
             yield self
         finally:
@@ -50,10 +50,10 @@ class Interrupt:
 
 
 def interruptible(recover: Recover) -> Recover:
-    """`recover`, which Ctrl-C ends at once: there is no next token at which an answer could stop."""
+    """`recover`, but Ctrl-C ends it at once: no next token comes at which an answer could stop."""
 
     def waiting(lost: PeerLost) -> None:
-        if threading.current_thread() is not threading.main_thread():  # whose signals are not ours
+        if threading.current_thread() is not threading.main_thread():  # the only one that gets signals
             recover(lost)
             return
         before = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -67,7 +67,7 @@ def interruptible(recover: Recover) -> Recover:
 
 @contextmanager
 def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar that appears after a while, to be told bytes done and bytes in all."""
+    """A bar that appears after a while, and the function that tells it the bytes done and in all."""
     with tqdm(
         desc=what,
         unit="B",
@@ -104,7 +104,7 @@ def answer(llm: Session, request: Sequence, out: TextIO, interrupt: Interrupt) -
                 bar.update(min(request.n_cached, n_prompt) - bar.n)
                 if request.n_cached >= n_prompt:
                     bar.close()
-            if interrupt.wished:
+            if interrupt.requested:
                 llm.engine.cancel(request)
     return llm.completion(request)
 
@@ -132,7 +132,7 @@ def converse(
             except ConfigError as error:
                 print(f"{error}\n{help_text}", file=sys.stderr)
                 continue
-            with Interrupt().heard() as interrupt:
+            with Interrupt().listening() as interrupt:
                 completion = answer(llm, request, sys.stdout, interrupt)
             print()
             show(completion)
