@@ -25,7 +25,7 @@ from models import add_model_options, model_of
 
 from tpilite.weights.checkpoint import Checkpoint
 from tpilite.weights.partition import Partition
-from tpilite.weights.slices import ensure_slices
+from tpilite.weights.slicer import ensure_slices
 
 _BUFFER_BYTES = 4 << 20
 

@@ -29,7 +29,7 @@ _INSIDE = {
     "model": "ops kv_cache llama",
     "text": "tokenizer chat",
     "net": "auth messages wire address channel handshake exchange sums group listener lobby seat",
-    "weights": "partition tensor_file uncached assemble checkpoint slices loader pager",
+    "weights": "partition tensor_file uncached assemble checkpoint disk slices slicer loader pager",
     "native": "library products exchange",
     "engine": "config sampling sequence scheduler stats runner engine rank session",
     "cluster": "config token slice_server slice_client terms host worker",

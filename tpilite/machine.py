@@ -54,8 +54,13 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2].lower()])
 
 
-def format_size(n_bytes: float) -> str:
-    """A size for people, in decimal megabytes (gigabytes from ten thousand of them on)."""
+def format_size(n_bytes: float, *, fine: bool = False) -> str:
+    """A size for people, in decimal megabytes (gigabytes from ten thousand of them on).
+
+    `fine` gives hundredths, of gigabytes from a tenth of one on.
+    """
+    if fine:
+        return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.2f} MB"
     return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e10 else f"{n_bytes / 1e6:.0f} MB"
 
 

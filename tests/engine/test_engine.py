@@ -18,7 +18,8 @@ from tpilite.engine.sampling import Edits, SamplingParams
 from tpilite.errors import ConfigError, PeerLost, ProtocolError
 from tpilite.weights.checkpoint import Checkpoint
 from tpilite.weights.partition import Partition
-from tpilite.weights.slices import SliceFolder, ensure_slices, node_folder
+from tpilite.weights.slicer import ensure_slices
+from tpilite.weights.slices import SliceFolder, node_folder
 
 CONFIG = tiny_config(max_position_embeddings=128)
 PROMPT = [1, 17, 4, 33, 8, 21, 40, 3, 11]

@@ -46,7 +46,8 @@ from tpilite.serving.service import Recovery
 from tpilite.shipped import find_model
 from tpilite.weights.checkpoint import Checkpoint
 from tpilite.weights.partition import Partition
-from tpilite.weights.slices import ensure_slices, node_folder
+from tpilite.weights.slicer import ensure_slices
+from tpilite.weights.slices import node_folder
 
 INTERRUPTED = 130  # what shells report for a program ended by Ctrl-C
 BROKEN_PIPE = 141  # likewise, for one whose reader went away

@@ -23,7 +23,8 @@ from tpilite.net.group import RankLost, RankZero
 from tpilite.net.lobby import Lobby
 from tpilite.weights.checkpoint import Checkpoint
 from tpilite.weights.partition import EMBEDDING, Partition
-from tpilite.weights.slices import MANIFEST_NAME, Manifest, Progress, SliceFolder, ensure_slices, node_folder
+from tpilite.weights.slicer import ensure_slices
+from tpilite.weights.slices import MANIFEST_NAME, Manifest, Progress, SliceFolder, node_folder
 from tpilite.weights.tensor_file import StoredTensor
 
 logger = logging.getLogger(__name__)

@@ -34,6 +34,7 @@ from typing import Any, TypeVar
 from tpilite.cluster.slice_server import AUTH_VERSION, CLIENT_ROLE, server_role
 from tpilite.errors import ConfigError, PeerLost, ProtocolError, SliceError, TpiliteError
 from tpilite.net import auth
+from tpilite.weights.disk import sync_folder
 from tpilite.weights.slices import (
     MANIFEST_NAME,
     MAX_MANIFEST_BYTES,
@@ -41,7 +42,6 @@ from tpilite.weights.slices import (
     Manifest,
     is_slice_file,
     node_folder,
-    sync_folder,
 )
 
 _log = logging.getLogger(__name__)
