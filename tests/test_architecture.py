@@ -31,7 +31,7 @@ _INSIDE = {
     "net": "auth messages wire address channel handshake exchange sums group listener lobby seat",
     "weights": "partition tensor_file uncached assemble checkpoint disk slices slicer loader pager",
     "native": "library products exchange",
-    "engine": "config sampling sequence scheduler stats runner engine rank session",
+    "engine": "config sampling sequence scheduler stats step runner engine rank session",
     "cluster": "config token slice_server slice_client terms host worker",
     "serving": "config openai_requests service server",
     "cli": "memory_report local terminal hub configs options main __main__",

@@ -13,9 +13,9 @@ from tpilite.collective import Collective, Solo
 from tpilite.engine.config import EngineConfig
 from tpilite.engine.engine import Engine
 from tpilite.engine.rank import Rank
-from tpilite.engine.runner import Rows, Step, Wanted
-from tpilite.engine.sampling import Edits, SamplingParams
-from tpilite.errors import ConfigError, PeerLost, ProtocolError
+from tpilite.engine.sampling import SamplingParams
+from tpilite.engine.step import Step
+from tpilite.errors import ConfigError, PeerLost
 from tpilite.weights.checkpoint import Checkpoint
 from tpilite.weights.partition import Partition
 from tpilite.weights.slicer import ensure_slices
@@ -256,27 +256,3 @@ def test_without_a_way_to_recover_the_loss_is_the_callers(
     monkeypatch.setattr(rank.runner, "run", lost)
     with pytest.raises(PeerLost, match="rank 1"):
         ids(engine_of(rank), PROMPT, GREEDY)
-
-
-def test_a_step_survives_its_header() -> None:
-    edits = Edits(np.array([1, 5], np.int32), np.array([2, 1], np.float32), np.array([0, 3], np.float32))
-    step = Step((Rows(3, 10, 2), Rows(4, 0, 1)), (Wanted(1, 5, 0.5, edits), Wanted(2, 1, 0.0)), (7,), True)
-    again = Step.from_header(step.to_header())
-    assert (again.rows, again.free, again.full) == (step.rows, step.free, step.full)
-    assert again.wanted[1] == step.wanted[1]
-    found = again.wanted[0].edits
-    assert found is not None
-    assert [a.tolist() for a in (found.ids, found.scale, found.shift)] == [[1, 5], [2, 1], [0, 3]]
-
-
-@pytest.mark.parametrize(
-    "header",
-    [
-        {},
-        {"rows": 3, "wanted": [], "free": [], "full": False},
-        {"rows": [[1, 2]], "wanted": [], "free": [], "full": 0},
-    ],
-)
-def test_a_header_that_is_no_step_is_the_peers_fault(header: dict[str, object]) -> None:
-    with pytest.raises(ProtocolError, match="a step that is not one"):
-        Step.from_header(header)

@@ -11,10 +11,11 @@ import numpy as np
 
 from tpilite.arrays import Array
 from tpilite.config import LlamaConfig
-from tpilite.engine.runner import Embedding, Rows, Runner, Step, Wanted
+from tpilite.engine.runner import Embedding, Runner
 from tpilite.engine.sampling import N_CANDIDATES, Candidates, SamplingParams, best, choose, edits_for
 from tpilite.engine.scheduler import Scheduler
 from tpilite.engine.sequence import Decoder, Sequence, TokenLogprob
+from tpilite.engine.step import Rows, Step, Wanted
 from tpilite.errors import ConfigError, PeerLost
 
 Recover = Callable[[PeerLost], None]

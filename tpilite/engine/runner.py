@@ -1,78 +1,20 @@
-"""Every rank's step: the same typed `Step` broadcast by rank 0, executed by all, its results gathered.
-
-Rank 0 alone knows tokens: a step carries the embedded rows (no other rank stores the table), which rows
-belong to which sequence at which position, and which rows' scores are wanted in what form.
-"""
+"""Every rank's part of a pass: the `Step` that rank 0 broadcasts is executed by all, its results gathered."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from tpilite.arrays import Array
 from tpilite.collective import Collective, Message
-from tpilite.engine.sampling import Candidates, Edits, best, merge
+from tpilite.engine.sampling import Candidates, best, merge
+from tpilite.engine.step import Rows, Step, Wanted, pack_candidates, unpack_candidates
 from tpilite.errors import ProtocolError
 from tpilite.model.kv_cache import KVCache
 from tpilite.model.llama import Llama, Segment
 
 Embedding = Callable[[Sequence[int]], Array]  # ids -> [T, D]
-
-
-@dataclass(frozen=True)
-class Rows:
-    """A run of rows of one sequence, at the positions from `start` on."""
-
-    sequence_id: int
-    start: int
-    n_rows: int
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What is to be reported of one row's scores: the best `n` of them, edited."""
-
-    row: int
-    n: int
-    temperature: float
-    edits: Edits | None = None
-
-
-@dataclass(frozen=True)
-class Step:
-    """One pass: its rows, the scores wanted from it, and the sequences to forget before it.
-
-    `full` asks for the whole rows of scores instead, unedited: `wanted` then names only rows. A step with
-    no rows of its own speaks of the scores of the step before.
-    """
-
-    rows: tuple[Rows, ...] = ()
-    wanted: tuple[Wanted, ...] = ()
-    free: tuple[int, ...] = ()
-    full: bool = False
-
-    def to_header(self) -> dict[str, Any]:
-        return {
-            "rows": [[r.sequence_id, r.start, r.n_rows] for r in self.rows],
-            "wanted": [[w.row, w.n, w.temperature, _pack(w.edits)] for w in self.wanted],
-            "free": list(self.free),
-            "full": self.full,
-        }
-
-    @classmethod
-    def from_header(cls, header: Mapping[str, Any]) -> "Step":
-        """The step that a header holds. Raises `ProtocolError` where it is not one."""
-        try:
-            return cls(
-                tuple(Rows(*(int(n) for n in row)) for row in header["rows"]),
-                tuple(Wanted(int(w[0]), int(w[1]), float(w[2]), _unpack(w[3])) for w in header["wanted"]),
-                tuple(int(i) for i in header["free"]),
-                bool(header["full"]),
-            )
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise ProtocolError(f"rank 0 sent a step that is not one ({error!r})") from error
 
 
 _STOP = {"stop": True}
@@ -113,7 +55,7 @@ class Runner:
         assert parts is not None, "run is rank 0's"
         if step.full:
             return np.concatenate([_array(part) for part in parts], axis=1)
-        reports = [[_candidates(c) for c in part.header["candidates"]] for part in parts]
+        reports = [[unpack_candidates(c) for c in part.header["candidates"]] for part in parts]
         return [merge(of_row) for of_row in zip(*reports, strict=True)]
 
     def serve(self) -> None:
@@ -184,29 +126,10 @@ class Runner:
         if wanted.edits is not None:
             logits = wanted.edits.apply(logits, self._first_vocab_id)
         found = best(logits, self._first_vocab_id, wanted.n, wanted.temperature)
-        return [found.ids.tobytes(), found.logits.tobytes(), found.log_sum_exp, found.complete]
-
-
-def _candidates(report: Sequence[Any]) -> Candidates:
-    try:
-        ids, logits = np.frombuffer(report[0], np.int32), np.frombuffer(report[1], np.float32)
-        return Candidates(ids, logits, float(report[2]), bool(report[3]))
-    except (TypeError, ValueError, IndexError) as error:
-        raise ProtocolError(f"a rank sent candidates that are not such ({error!r})") from error
+        return pack_candidates(found)
 
 
 def _array(part: Message) -> Array:
     if part.array is None:
         raise ProtocolError("a rank sent no scores where they were asked for")
     return np.array(part.array, np.float32)
-
-
-def _pack(edits: Edits | None) -> list[bytes] | None:
-    return None if edits is None else [a.tobytes() for a in (edits.ids, edits.scale, edits.shift)]
-
-
-def _unpack(packed: Any) -> Edits | None:
-    if packed is None:
-        return None
-    ids, scale, shift = packed
-    return Edits(np.frombuffer(ids, "<i4"), np.frombuffer(scale, "<f4"), np.frombuffer(shift, "<f4"))
