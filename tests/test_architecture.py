@@ -33,7 +33,8 @@ _INSIDE = {
     "native": "library products exchange",
     "engine": "config sampling sequence scheduler stats step runner engine rank session",
     "cluster": "config token slice_server slice_client terms host worker",
-    "serving": "config openai_requests service server",
+    "serving": "config errors openai_requests openai_responses figures jobs service http answer page routes "
+    "server",
     "cli": "memory_report local terminal hub configs options main __main__",
     "shipped": "",
 }

@@ -23,5 +23,7 @@ def check_number(name: str, value: Any) -> None:
 
 def short(value: Any) -> str:
     """A value as JSON, for a message: not more than a part of a line."""
+    if isinstance(value, int) and abs(value) >= 1 << 200:  # Python itself refuses to write very long ones
+        return "a number of too many digits"
     text = json.dumps(value, default=str)
     return text if len(text) <= 60 else text[:57] + "..."

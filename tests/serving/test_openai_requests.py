@@ -1,4 +1,4 @@
-"""OpenAI's API as functions, against the types of OpenAI's own client."""
+"""Requests of OpenAI's API, against the types of OpenAI's own client."""
 
 import json
 from typing import Any
@@ -8,14 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tpilite.engine.sampling import SamplingParams
-from tpilite.engine.sequence import TokenLogprob
 from tpilite.serving import openai_requests as api
-from tpilite.serving.openai_requests import ApiError, Head
+from tpilite.serving import openai_responses
+from tpilite.serving.errors import ApiError
 
 client = pytest.importorskip("openai", reason="needs OpenAI's client: pip install openai")
 
-from openai.types import Completion, Model  # noqa: E402  # where the client is missing, these are too
-from openai.types.chat import ChatCompletion, ChatCompletionChunk  # noqa: E402
+from openai.types.chat import ChatCompletion  # noqa: E402  # where the client is missing, these are too
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase as ChatFields  # noqa: E402
 from openai.types.completion_create_params import CompletionCreateParamsBase as TextFields  # noqa: E402
 
@@ -23,8 +22,7 @@ DEFAULTS = SamplingParams(p=0.8, k=7)
 HELLO = [{"role": "user", "content": "Hello"}]
 CHAT = {"model": "m", "messages": HELLO}
 TEXT = {"model": "m", "prompt": "Once"}
-CHAT_HEAD = Head("chatcmpl-1", 1234, "m", True)
-TEXT_HEAD = Head("cmpl-1", 1234, "m", False)
+CHAT_INFO = openai_responses.ResponseInfo("chatcmpl-1", 1234, "m", True)
 
 
 def chat(**fields: Any) -> api.Request:
@@ -118,8 +116,8 @@ def test_messages_of_parts_and_of_answers_sent_back() -> None:
     assert chat(messages=[{"role": "developer", "content": "x"}]).messages == (
         {"role": "system", "content": "x"},
     )
-    answer = api.choice(CHAT_HEAD, 0, "Hi", None, "stop")
-    whole = ChatCompletion.model_validate(api.response(CHAT_HEAD, [answer], 1, 1))
+    answer = openai_responses.choice(CHAT_INFO, 0, "Hi", None, "stop")
+    whole = ChatCompletion.model_validate(openai_responses.response(CHAT_INFO, [answer], 1, 1))
     returned = whole.choices[0].message.model_dump()
     messages = chat(messages=[*HELLO, returned, *HELLO]).messages
     assert messages is not None
@@ -270,70 +268,3 @@ def test_no_body_breaks_the_reader(body: dict[str, Any], complete: bool) -> None
             found.append(error)
         assert {error.status for error in found} <= {400}
         json.dumps([error.body for error in found], allow_nan=False)
-
-
-def describe(token_id: int) -> api.Token:
-    return {1: ("On", b"On"), 2: ("ce", b"ce"), 3: ("\ufffd", b"\xe2\x82"), 4: ("</s>", None)}[token_id]
-
-
-TOKENS = [
-    TokenLogprob(1, -0.5, ((1, -0.5), (4, -2.0))),
-    TokenLogprob(3, -1.5, ((2, -0.25), (3, -1.5))),
-]
-
-
-def test_whole_answers_are_what_the_client_reads() -> None:
-    choice = api.choice(CHAT_HEAD, 1, "Once", api.chat_logprobs(TOKENS, describe), "length")
-    answer = ChatCompletion.model_validate(api.response(CHAT_HEAD, [choice], 3, 4), strict=True)
-    assert answer.usage is not None
-    assert answer.usage.total_tokens == 7
-    assert (answer.choices[0].index, answer.choices[0].finish_reason) == (1, "length")
-    assert answer.choices[0].logprobs is not None
-    entries = answer.choices[0].logprobs.content or []
-    assert [(e.token, e.bytes, e.logprob) for e in entries] == [
-        ("On", [79, 110], -0.5),
-        ("\ufffd", [0xE2, 0x82], -1.5),
-    ]
-    assert [(t.token, t.bytes) for t in entries[0].top_logprobs] == [("On", [79, 110]), ("</s>", None)]
-
-    logprobs, following = api.text_logprobs(TOKENS, describe, 10)
-    choice = api.choice(TEXT_HEAD, 0, "Once", logprobs, "stop")
-    completion = Completion.model_validate(api.response(TEXT_HEAD, [choice], 3, 4), strict=True)
-    found = completion.choices[0].logprobs
-    assert found is not None
-    assert found.tokens == ["On", "bytes:\\xe2\\x82"]
-    assert found.text_offset == [10, 12]
-    assert following == 13
-    assert found.top_logprobs == [{"On": -0.5, "</s>": -2.0}, {"ce": -0.25, "bytes:\\xe2\\x82": -1.5}]
-
-
-def test_chunks_are_what_the_client_reads() -> None:
-    chunks = [
-        *api.opening(CHAT_HEAD, 2, include_usage=True),
-        api.chunk(CHAT_HEAD, 0, "Once", include_usage=True),
-        api.chunk(CHAT_HEAD, 0, "", finish_reason="stop", include_usage=True),
-        api.closing(CHAT_HEAD, 3, 4),
-    ]
-    assert all("usage" in chunk for chunk in chunks)
-    read = [ChatCompletionChunk.model_validate(chunk, strict=True) for chunk in chunks]
-    assert [c.choices[0].delta.role for c in read[:2]] == ["assistant"] * 2
-    assert [c.choices[0].index for c in read[:2]] == [0, 1]
-    assert read[2].choices[0].delta.content == "Once"
-    assert (read[3].choices[0].delta.content, read[3].choices[0].finish_reason) == (None, "stop")
-    assert read[4].choices == []
-    assert read[4].usage is not None
-    assert {c.usage for c in read[:4]} == {None}
-    assert "usage" not in api.chunk(CHAT_HEAD, 0, "x")
-    assert api.opening(TEXT_HEAD, 2, include_usage=False) == []
-    piece = Completion.model_validate(api.chunk(TEXT_HEAD, 1, "x", finish_reason="length"))
-    assert (piece.choices[0].index, piece.choices[0].text) == (1, "x")
-    assert Model.model_validate(api.models("m", 5)["data"][0], strict=True).id == "m"
-
-
-def test_errors_that_depend_on_the_model() -> None:
-    error = api.too_long(100, 30, 128, is_chat=True)
-    assert (error.status, error.code, error.param) == (400, "context_length_exceeded", "messages")
-    assert "128" in str(error)
-    assert "30 new" in str(error)
-    error = api.unknown_model("gpt-9", "m")
-    assert (error.status, error.code) == (404, "model_not_found")

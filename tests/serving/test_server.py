@@ -20,6 +20,7 @@ from servers import exchange, served, write_model
 
 from tpilite import LLM, SamplingParams
 from tpilite.errors import CheckpointError, ConfigError, PeerLost
+from tpilite.serving import answer, http
 from tpilite.serving import server as module
 from tpilite.serving.config import ServerConfig, read_api_key
 from tpilite.serving.server import Server
@@ -413,7 +414,7 @@ def lossy(session: LLM, monkeypatch: pytest.MonkeyPatch, recover: Callable[[Peer
 def test_a_lost_rank_pauses_streams_and_they_go_on(
     session: LLM, llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_KEEP_ALIVE_S", 0.1)
+    monkeypatch.setattr(answer, "_KEEP_ALIVE_S", 0.1)
     back = threading.Event()
 
     def recover(_lost: PeerLost) -> None:
@@ -658,8 +659,8 @@ def test_the_cluster_is_described(session: LLM) -> None:
 
 
 def test_slow_clients_are_cut_and_hold_nobody_up(session: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_HEAD_S", 0.3)
-    monkeypatch.setattr(module, "_BODY_S", 0.3)
+    monkeypatch.setattr(http, "_HEADERS_S", 0.3)
+    monkeypatch.setattr(http, "_BODY_S", 0.3)
     with served(session, CONFIG) as server:
         starts = [
             b"",
@@ -677,7 +678,7 @@ def test_slow_clients_are_cut_and_hold_nobody_up(session: LLM, monkeypatch: pyte
 
 
 def test_a_byte_at_a_time_is_too_slow_a_head(session: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_HEAD_S", 0.3)
+    monkeypatch.setattr(http, "_HEADERS_S", 0.3)
     with served(session, CONFIG) as server:
         with socket.create_connection(("127.0.0.1", server.port), 10) as connection:
             connection.settimeout(0.02)
@@ -690,9 +691,9 @@ def test_a_byte_at_a_time_is_too_slow_a_head(session: LLM, monkeypatch: pytest.M
 
 
 def test_a_client_that_does_not_read_is_cut(session: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_SEND_S", 0.2)
+    monkeypatch.setattr(http, "_SEND_S", 0.2)
     with served(session, CONFIG) as server:
-        server._http.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        server._listener.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         body = json.dumps(
             {"model": "tiny", "prompt": ["Once"] * 100, "max_tokens": 200, "stream": True, "logprobs": 5}
         )
@@ -710,12 +711,12 @@ def test_too_many_connections_are_told_so(session: LLM, monkeypatch: pytest.Monk
     monkeypatch.setattr(module, "_MAX_CONNECTIONS", 2)
     with served(session, CONFIG) as server:
         held = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(2)]
-        eventually(lambda: len(server._http._connections) == 2)
+        eventually(lambda: len(server._listener._connections) == 2)
         status, headers, body = split(exchange(server.port, b""))
         assert (status, headers["retry-after"]) == (503, "5")
         assert "connections" in json.loads(body)["error"]["message"]
         held.pop().close()
-        eventually(lambda: len(server._http._connections) == 1)
+        eventually(lambda: len(server._listener._connections) == 1)
         assert health(server)["status"] == "ok"
         held.pop().close()
 
@@ -740,7 +741,7 @@ def test_nothing_is_left_behind(folder: Path) -> None:
 def test_stopping_finishes_what_is_open_and_takes_nothing_new(session: LLM) -> None:
     gate = Gate(session)
     with served(session, CONFIG) as server, client_of(server) as client:
-        service = server._http.service
+        service = server._completions._service
         stream = client.completions.create(model="tiny", prompt="Once", max_tokens=5, stream=True)
         gate.let(1)
         assert not service.drain(0.01)
@@ -758,7 +759,7 @@ def test_past_the_grace_open_streams_are_told(session: LLM) -> None:
         stream = client.completions.create(model="tiny", prompt="Once", max_tokens=100, stream=True)
         gate.let(3)
         assert next(iter(stream))
-        ending = threading.Thread(target=server._http.service.close)
+        ending = threading.Thread(target=server._completions._service.close)
         ending.start()
         gate.let(1)
         ending.join()

@@ -1,4 +1,4 @@
-"""OpenAI's API as functions from dict to dict: requests read and checked, responses and chunks built.
+"""Requests of OpenAI's API, read from JSON and checked.
 
 Fields, defaults, error objects and status codes are those of OpenAI's reference, with `top_k`, `min_p` and
 `repetition_penalty` beside them. The defaults of sampling are the service's own. A field that asks for what
@@ -7,18 +7,16 @@ is not supported is refused by its name; null means that a field is absent.
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from tpilite.checks import short
 from tpilite.engine.sampling import SamplingParams
-from tpilite.engine.sequence import TokenLogprob
-from tpilite.errors import ConfigError, TpiliteError
-from tpilite.version import __version__
+from tpilite.errors import ConfigError
+from tpilite.serving.errors import ApiError, Json
 
-Json = dict[str, Any]
 Prompt = str | list[int]
-Token = tuple[str, bytes | None]  # what it reads as, and its bytes where it stands for any
 
 # OpenAI's own limits.
 _MAX_STOPS = 4
@@ -26,8 +24,6 @@ _MAX_CHOICES = 128
 _MAX_TOP_CHAT, _MAX_TOP_TEXT = 20, 5
 _MAX_BIASES = 1024
 _DEFAULT_TEXT_TOKENS = 16
-
-_FINGERPRINT = f"tpilite-{__version__}"
 
 # Fields that only hint, label or log: accepted, and without effect.
 _HINTS: dict[str, type] = {
@@ -67,30 +63,6 @@ _KINDS: dict[type, str] = {
     dict: "an object",
     type(None): "null",
 }
-
-
-class ApiError(TpiliteError):
-    """An answer that is an error, as OpenAI writes it."""
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        kind: str = "invalid_request_error",
-        param: str | None = None,
-        code: str | None = None,
-        retry_after_s: int | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status, self.kind, self.param, self.code = status, kind, param, code
-        self.retry_after_s = retry_after_s
-
-    @property
-    def body(self) -> Json:
-        return {
-            "error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code},
-        }
 
 
 @dataclass(frozen=True)
@@ -169,134 +141,6 @@ def parse_completion(body: Mapping[str, Any], defaults: SamplingParams) -> Reque
     return request
 
 
-def unknown_model(name: str, served: str) -> ApiError:
-    """The error for a request that names another model than the one that is served."""
-    message = f"the model {_short(name)} does not exist here; this server has {served!r}"
-    return ApiError(404, message, param="model", code="model_not_found")
-
-
-def too_long(n_prompt: int, n_new: int | None, limit: int, *, is_chat: bool) -> ApiError:
-    """The error for a prompt that leaves no room, or not that for the new tokens that are asked for."""
-    asked = f" and {n_new} new ones" if n_new else ""
-    return ApiError(
-        400,
-        f"this model's maximum context length is {limit} tokens, and the prompt has {n_prompt}{asked}; "
-        "shorten the prompt or ask for fewer new tokens",
-        param="messages" if is_chat else "prompt",
-        code="context_length_exceeded",
-    )
-
-
-@dataclass(frozen=True)
-class Head:
-    """What every part of one answer begins with."""
-
-    request_id: str
-    created_s: int
-    model: str
-    is_chat: bool
-
-    def to_dict(self, *, chunk: bool) -> Json:
-        kind = "text_completion"
-        if self.is_chat:
-            kind = "chat.completion.chunk" if chunk else "chat.completion"
-        return {
-            "id": self.request_id,
-            "object": kind,
-            "created": self.created_s,
-            "model": self.model,
-            "system_fingerprint": _FINGERPRINT,
-        }
-
-
-def opening(head: Head, n_choices: int, *, include_usage: bool) -> list[Json]:
-    """The chunks before any text: in a chat, whose words these are."""
-    delta = {"role": "assistant", "content": "", "refusal": None}
-    choices = [_choice(i, delta=dict(delta)) for i in range(n_choices)] if head.is_chat else []
-    return [_chunk(head, [choice], include_usage) for choice in choices]
-
-
-def chunk(
-    head: Head,
-    index: int,
-    text: str,
-    *,
-    logprobs: Json | None = None,
-    finish_reason: str | None = None,
-    include_usage: bool = False,
-) -> Json:
-    """A chunk with new text of one choice, or with the reason of its end."""
-    if head.is_chat:
-        delta = {"content": text} if text or finish_reason is None else {}
-        choice = _choice(index, delta=delta, logprobs=logprobs, finish_reason=finish_reason)
-    else:
-        choice = _choice(index, text=text, logprobs=logprobs, finish_reason=finish_reason)
-    return _chunk(head, [choice], include_usage)
-
-
-def closing(head: Head, n_prompt: int, n_new: int) -> Json:
-    """The last chunk where the usage was asked for."""
-    return {**head.to_dict(chunk=True), "choices": [], "usage": usage(n_prompt, n_new)}
-
-
-def choice(head: Head, index: int, text: str, logprobs: Json | None, finish_reason: str) -> Json:
-    """One whole choice of an answer that is not streamed."""
-    if head.is_chat:
-        message = {"role": "assistant", "content": text, "refusal": None}
-        return _choice(index, message=message, logprobs=logprobs, finish_reason=finish_reason)
-    return _choice(index, text=text, logprobs=logprobs, finish_reason=finish_reason)
-
-
-def response(head: Head, choices: list[Json], n_prompt: int, n_new: int) -> Json:
-    """A whole answer."""
-    return {**head.to_dict(chunk=False), "choices": choices, "usage": usage(n_prompt, n_new)}
-
-
-def usage(n_prompt: int, n_new: int) -> Json:
-    return {"prompt_tokens": n_prompt, "completion_tokens": n_new, "total_tokens": n_prompt + n_new}
-
-
-def models(name: str, created_s: int) -> Json:
-    """The list of the one model that is served."""
-    return {"object": "list", "data": [model(name, created_s)]}
-
-
-def model(name: str, created_s: int) -> Json:
-    return {"id": name, "object": "model", "created": created_s, "owned_by": "tpilite"}
-
-
-def chat_logprobs(tokens: Iterable[TokenLogprob], describe: Callable[[int], Token]) -> Json:
-    """Log-probabilities as a chat's answer gives them."""
-
-    def entry(token_id: int, logprob: float) -> Json:
-        text, raw = describe(token_id)
-        return {"token": text, "logprob": logprob, "bytes": None if raw is None else list(raw)}
-
-    content = [
-        {**entry(token.token_id, token.logprob), "top_logprobs": [entry(*other) for other in token.top]}
-        for token in tokens
-    ]
-    return {"content": content, "refusal": None}
-
-
-def text_logprobs(
-    tokens: Iterable[TokenLogprob], describe: Callable[[int], Token], offset: int
-) -> tuple[Json, int]:
-    """Log-probabilities as a completion gives them, from a character of its text on; and the next one."""
-    found: Json = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-    for token in tokens:
-        name = _byte_name(describe(token.token_id))
-        top: dict[str, float] = {}
-        for other_id, logprob in (*token.top, (token.token_id, token.logprob)):
-            top.setdefault(_byte_name(describe(other_id)), logprob)
-        found["tokens"].append(name)
-        found["token_logprobs"].append(token.logprob)
-        found["top_logprobs"].append(top)
-        found["text_offset"].append(offset)
-        offset += len(describe(token.token_id)[0])
-    return found, offset
-
-
 class _Fields:
     """A request's fields, taken one by one; what is left at the end is refused by name."""
 
@@ -350,7 +194,7 @@ def _sampling(
     top_p = fields.number("top_p", 0, 1)
     seed = fields.take("seed", int)
     if seed is not None and not -(1 << 63) <= seed < 1 << 64:
-        _wrong("seed", f"must be a whole number of 64 bits, found {_short(seed)}")
+        _wrong("seed", f"must be a whole number of 64 bits, found {short(seed)}")
     given: Json = {
         "temperature": fields.number("temperature", 0, 2),
         "k": None if top_k is None else max(top_k, 0),
@@ -401,7 +245,7 @@ def _message(value: Any, where: str) -> Json:
     if role not in ("system", "developer", "user", "assistant"):
         _wrong(
             where + ".role",
-            f"must be 'system', 'developer', 'user' or 'assistant', found {_short(role)}",
+            f"must be 'system', 'developer', 'user' or 'assistant', found {short(role)}",
             code="invalid_value",
         )
     content = fields.need("content", str, list)
@@ -424,7 +268,7 @@ def _part(value: Any, where: str) -> str:
     fields = _Fields(value, where + ".")
     kind = fields.need("type", str)
     if kind != "text":
-        _refuse(where + ".type", f"({_short(kind)}): this model reads text only")
+        _refuse(where + ".type", f"({short(kind)}): this model reads text only")
     text: str = fields.need("text", str)
     fields.finish(hints={"prompt_cache_breakpoint": dict})
     return text
@@ -475,9 +319,7 @@ def _logit_bias(table: Mapping[str, Any] | None) -> dict[int, float] | None:
     found = {}
     for name, bias in table.items():
         if not (name.isascii() and name.isdigit() and len(name) < 10):
-            _wrong(
-                "logit_bias", f"must have token ids as its keys, found {_short(name)}", code="invalid_type"
-            )
+            _wrong("logit_bias", f"must have token ids as its keys, found {short(name)}", code="invalid_type")
         if type(bias) not in (int, float):
             _wrong(f"logit_bias.{name}", f"must be a number, found {_kind(bias)}", code="invalid_type")
         found[int(name)] = _ranged(f"logit_bias.{name}", bias, -100, 100)
@@ -489,7 +331,7 @@ def _ranged(name: str, value: float, low: float, high: float) -> float:
         return value
     kind = "integer" if type(value) is int else "decimal"
     code = f"{kind}_below_min_value" if value < low else f"{kind}_above_max_value"
-    _wrong(name, f"must be from {low} to {high}, found {_short(value)}", code=code)
+    _wrong(name, f"must be from {low} to {high}, found {short(value)}", code=code)
 
 
 def _refuse(name: str, detail: str = "") -> NoReturn:
@@ -509,31 +351,3 @@ def _refuse_constant(name: str) -> NoReturn:
 
 def _kind(value: Any) -> str:
     return _KINDS.get(type(value), "something else")
-
-
-def _short(value: Any) -> str:
-    """A value as an error may show it."""
-    if isinstance(value, int) and abs(value) >= 1 << 200:
-        return "a number of too many digits"
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _byte_name(token: Token) -> str:
-    """The token's name in a completion's log-probabilities: its bytes where they are no whole text."""
-    text, raw = token
-    if raw is None or "\ufffd" not in text:
-        return text
-    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
-
-
-def _choice(
-    index: int, *, finish_reason: str | None = None, logprobs: Json | None = None, **content: Any
-) -> Json:
-    return {"index": index, **content, "logprobs": logprobs, "finish_reason": finish_reason}
-
-
-def _chunk(head: Head, choices: list[Json], include_usage: bool) -> Json:
-    # With the usage asked for, every chunk has the field, null until the last.
-    extra: Json = {"usage": None} if include_usage else {}
-    return {**head.to_dict(chunk=True), "choices": choices, **extra}

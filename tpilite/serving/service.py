@@ -5,23 +5,23 @@ nobody waits for any more leaves its place before the next pass.
 """
 
 import logging
-import queue
 import socket
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from tpilite.closing import Closing
 from tpilite.engine.engine import Output, Recover
 from tpilite.engine.sampling import SamplingParams
-from tpilite.engine.sequence import Decoder, Sequence, TokenLogprob
 from tpilite.engine.session import Session
 from tpilite.engine.stats import Usage
 from tpilite.errors import ConfigError, PeerLost, TpiliteError
 from tpilite.machine import rss_bytes
+from tpilite.serving.errors import Broken, Busy, Stopping, TooLong
+from tpilite.serving.figures import Figures
+from tpilite.serving.jobs import Asked, Choice, CountingDecoder, Delta, Job
 from tpilite.text.tokenizer import StreamDecoder, Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -29,49 +29,7 @@ logger = logging.getLogger(__name__)
 Prompt = str | list[int]
 Messages = tuple[Mapping[str, Any], ...]
 
-# Tokens per second are those of so many tokens: a second on a fast machine, minutes on one that pages.
-_RATE_TOKENS = 32
-# ... and 0 when none came for so many times their distance.
-_RATE_PATIENCE = 5
-
 _MAX_RETRY_S = 60
-
-
-class Busy(TpiliteError):
-    """The waiting line is full; a place may be free after `retry_after_s`."""
-
-    def __init__(self, message: str, retry_after_s: int) -> None:
-        super().__init__(message)
-        self.retry_after_s = retry_after_s
-
-
-class Stopping(TpiliteError):
-    """The service is ending and takes or finishes no more requests."""
-
-
-class Broken(TpiliteError):
-    """A mistake of our own ended the engine's thread; the log has its traceback."""
-
-
-class TooLong(ConfigError):
-    """A prompt, with the new tokens asked for, does not fit the model's context."""
-
-    def __init__(self, n_prompt: int, n_new: int | None, limit: int) -> None:
-        super().__init__(
-            f"{n_prompt} prompt tokens and {n_new or 1} new ones do not fit a context of {limit}"
-        )
-        self.n_prompt, self.n_new, self.limit = n_prompt, n_new, limit
-
-
-@dataclass(frozen=True)
-class Delta:
-    """What one more token of a choice brought; `finish_reason` with the last."""
-
-    index: int
-    text: str
-    logprobs: tuple[TokenLogprob, ...]
-    finish_reason: str | None
-    n_new: int = 1
 
 
 class Recovery:
@@ -87,50 +45,6 @@ class Recovery:
             self._recover(lost)
         finally:
             self.waiting_for = None
-
-
-class Job:
-    """A request being served: its choices' deltas, in the order in which they are made."""
-
-    def __init__(self, service: "Service", asked: list["_Asked"], n_prompt: int) -> None:
-        self.n_prompt = n_prompt
-        self.n_new = 0  # tokens that `next` has given
-        self.n_unfinished = len(asked)  # choices whose end it has not
-        self.asked = asked
-        self.n_running = 0  # choices in the engine; its thread's
-        self.started_s = time.monotonic()
-        self._service = service
-        self._deltas: queue.SimpleQueue[Delta | TpiliteError] = queue.SimpleQueue()
-
-    def next(self, timeout_s: float) -> Delta | None:
-        """The next delta, or None when none came in this time. Raises the error that ended the job."""
-        try:
-            item = self._deltas.get(timeout=timeout_s)
-        except queue.Empty:
-            return None
-        if isinstance(item, TpiliteError):
-            raise item
-        self.n_new += item.n_new
-        self.n_unfinished -= item.finish_reason is not None
-        return item
-
-    def cancel(self) -> None:
-        """Gives the place up. Does nothing when the job is finished."""
-        self._service.cancel(self)
-
-    def put(self, item: Delta | TpiliteError) -> None:
-        self._deltas.put(item)
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """One choice of a request, checked and ready for the engine."""
-
-    index: int
-    ids: list[int]
-    params: SamplingParams
-    eos_ids: frozenset[int]
-    decoder: "_Counted | None"
 
 
 class Service(Closing):
@@ -172,7 +86,7 @@ class Service(Closing):
         self._open: dict[Job, None] = {}  # as an ordered set
         self._stopping = self._closing = False
         self._failure: TpiliteError | None = None
-        self._figures = _Figures()
+        self._figures = Figures()
         self._thread = threading.Thread(target=self._run, name="tpilite-engine", daemon=True)
         self._thread.start()
 
@@ -258,27 +172,9 @@ class Service(Closing):
 
     def figures(self) -> dict[str, float]:
         """Counters since the start and what is so now."""
+        read_bytes = self._usage().read_bytes
         with self._changed:
-            counted, n_open, rate = replace(self._figures), len(self._open), self._figures.rate()
-        usage = self._usage()
-        return {
-            "requests_running": min(n_open, 1),
-            "requests_waiting": max(n_open - 1, 0),
-            "requests_finished": counted.n_finished,
-            "requests_cancelled": counted.n_cancelled,
-            "requests_failed": counted.n_failed,
-            "requests_refused": counted.n_refused,
-            "prompt_tokens": counted.n_prompt,
-            "new_tokens": counted.n_new,
-            "tokens_per_second": rate,
-            "compute_seconds": counted.compute_s,
-            "load_wait_seconds": counted.load_wait_s,
-            "network_wait_seconds": counted.network_wait_s,
-            "rest_seconds": counted.rest_s,
-            "read_bytes": usage.read_bytes,
-            "resident_memory_bytes": rss_bytes(),
-            "uptime_seconds": time.monotonic() - counted.started_s,
-        }
+            return self._figures.to_dict(len(self._open), read_bytes)
 
     def ranks(self) -> list[dict[str, Any]]:
         """What is known of each rank: `rank`, `name`, `state`, `memory_bytes`, `resident_share`."""
@@ -293,8 +189,10 @@ class Service(Closing):
             return prompt
         return self._session.tokenizer.encode(prompt)
 
-    def _decoder(self, after: list[int]) -> "_Counted | None":
-        return None if self._tokenizer is None else _Counted(StreamDecoder(self._tokenizer, after=after))
+    def _decoder(self, after: list[int]) -> CountingDecoder | None:
+        return (
+            None if self._tokenizer is None else CountingDecoder(StreamDecoder(self._tokenizer, after=after))
+        )
 
     def _submit(self, prompts: list[list[int]], params: SamplingParams, n: int, *, is_chat: bool) -> Job:
         vocab_size = self._session.config.vocab_size
@@ -313,11 +211,11 @@ class Service(Closing):
         eos_ids = self._eos_ids | chat.stop_ids if is_chat and chat is not None else self._eos_ids
         # An answer is a text of its own, a completion goes on from its prompt.
         asked = [
-            _Asked(k * n + i, ids, _seeded(params, i), eos_ids, self._decoder([] if is_chat else ids))
+            Asked(k * n + i, ids, _seeded(params, i), eos_ids, self._decoder([] if is_chat else ids))
             for k, ids in enumerate(prompts)
             for i in range(n)
         ]
-        job = Job(self, asked, sum(map(len, prompts)))
+        job = Job(asked, sum(map(len, prompts)), self.cancel)
         with self._changed:
             if self._stopping:
                 raise Stopping("the server is shutting down; ask again when it is back")
@@ -348,7 +246,7 @@ class Service(Closing):
 
     def _loop(self) -> None:
         engine = self._session.engine
-        choices: dict[int, _Choice] = {}  # by the identity of the sequence
+        choices: dict[int, Choice] = {}  # by the identity of the sequence
         usage = self._usage()
         while True:
             with self._changed:
@@ -391,7 +289,7 @@ class Service(Closing):
         for choice in choices.values():
             engine.cancel(choice.sequence)
 
-    def _started(self, job: Job) -> list["_Choice"]:
+    def _started(self, job: Job) -> list[Choice]:
         """The sequences of a job in the engine's queue; none where the engine refuses it."""
         choices = []
         try:
@@ -402,7 +300,7 @@ class Service(Closing):
                 if sequence.finish_reason is not None:
                     job.put(Delta(one.index, "", (), sequence.finish_reason, n_new=0))
                 else:
-                    choices.append(_Choice(job, one.index, sequence, one.decoder))
+                    choices.append(Choice(job, one.index, sequence, one.decoder))
         except ConfigError as error:
             for choice in choices:
                 self._session.engine.cancel(choice.sequence)
@@ -415,7 +313,7 @@ class Service(Closing):
             self._close_job(job)
         return choices
 
-    def _deliver(self, output: Output, choices: dict[int, "_Choice"]) -> None:
+    def _deliver(self, output: Output, choices: dict[int, Choice]) -> None:
         choice = choices.get(id(output.sequence))
         if choice is None:
             return
@@ -429,7 +327,7 @@ class Service(Closing):
     def _close_job(self, job: Job, error: TpiliteError | None = None) -> None:
         with self._changed:
             if job in self._open:
-                self._figures.finish(job)
+                self._figures.finish(time.monotonic() - job.started_s)
                 self._forget(job)
         if error is not None:
             job.put(error)
@@ -446,98 +344,6 @@ class Service(Closing):
             self._figures.n_failed += 1
             self._forget(job)
             job.put(error)
-
-
-class _Counted:
-    """A decoder that knows how many characters it has given."""
-
-    def __init__(self, inner: Decoder) -> None:
-        self._inner = inner
-        self.n_chars = 0
-
-    def add(self, token_id: int) -> str:
-        return self._count(self._inner.add(token_id))
-
-    def finish(self) -> str:
-        return self._count(self._inner.finish())
-
-    def _count(self, piece: str) -> str:
-        self.n_chars += len(piece)
-        return piece
-
-
-class _Choice:
-    """A sequence in the engine and the job it belongs to.
-
-    The log-probability of a token is told with the text in which it begins, so that those of a stop text,
-    which is not shown, are not told either.
-    """
-
-    def __init__(self, job: Job, index: int, sequence: Sequence, decoder: _Counted | None) -> None:
-        self.job, self.index, self.sequence = job, index, sequence
-        self._decoder = decoder
-        self._n_shown = 0
-        self._begins = 0  # where the next token's text does
-        self._held: deque[tuple[int, TokenLogprob]] = deque()
-
-    def delta(self, output: Output) -> Delta:
-        sequence = self.sequence
-        reason = sequence.finish_reason if output.finished else None
-        if sequence.params.logprobs is None:
-            return Delta(self.index, output.text, (), reason)
-        by_eos = output.finished and output.token_id in sequence.eos_ids
-        if not by_eos:
-            self._held.append((self._begins, sequence.logprobs[-1]))
-        if self._decoder is not None:
-            self._begins = self._decoder.n_chars
-        self._n_shown += len(output.text)
-        everything = self._decoder is None or by_eos or reason == "length"
-        ready = []
-        while self._held and (everything or self._held[0][0] < self._n_shown):
-            ready.append(self._held.popleft()[1])
-        return Delta(self.index, output.text, tuple(ready), reason)
-
-
-@dataclass
-class _Figures:
-    """What was served so far. Guarded by the service's lock."""
-
-    started_s: float = field(default_factory=time.monotonic)
-    n_finished: int = 0
-    n_cancelled: int = 0
-    n_failed: int = 0
-    n_refused: int = 0
-    n_prompt: int = 0
-    n_new: int = 0
-    compute_s: float = 0.0
-    load_wait_s: float = 0.0
-    network_wait_s: float = 0.0
-    rest_s: float = 0.0
-    job_s: float = 1.0  # how long a job takes, a moving average
-    token_times_s: deque[float] = field(default_factory=lambda: deque(maxlen=_RATE_TOKENS))
-
-    def count(self, n_new: int, pass_s: float, rest_s: float, before: Usage, after: Usage) -> None:
-        """A pass of so many new tokens, and the time spent on it outside of the engine."""
-        load_s = after.load_wait_s - before.load_wait_s
-        network_s = after.network_wait_s - before.network_wait_s
-        self.n_new += n_new
-        self.load_wait_s += load_s
-        self.network_wait_s += network_s
-        self.compute_s += max(0.0, pass_s - load_s - network_s)
-        self.rest_s += rest_s
-        self.token_times_s.extend([time.monotonic()] * n_new)
-
-    def finish(self, job: Job) -> None:
-        self.n_finished += 1
-        self.job_s += 0.2 * (time.monotonic() - job.started_s - self.job_s)
-
-    def rate(self) -> float:
-        """Tokens per second now."""
-        times, now_s = self.token_times_s, time.monotonic()
-        if len(times) < 2 or times[-1] == times[0]:
-            return 0.0
-        distance_s = (times[-1] - times[0]) / (len(times) - 1)
-        return 0.0 if now_s - times[-1] > 1 + _RATE_PATIENCE * distance_s else 1 / distance_s
 
 
 def _seeded(params: SamplingParams, i: int) -> SamplingParams:

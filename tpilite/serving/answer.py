@@ -1,0 +1,189 @@
+"""Requests for completions answered from a service: at once, or in a stream of server-sent events.
+
+A comment keeps a stream alive while there is nothing to say. A client that hangs up ends its job.
+"""
+
+import json
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from tpilite.errors import TpiliteError
+from tpilite.serving import openai_responses as openai
+from tpilite.serving.errors import Json, api_error, unknown_model
+from tpilite.serving.http import Exchange
+from tpilite.serving.jobs import Delta, Job
+from tpilite.serving.openai_requests import Request
+from tpilite.serving.openai_responses import ResponseInfo
+from tpilite.serving.service import Service
+
+# How often a thread that waits for a token looks whether its client is still there.
+_POLL_S = 0.25
+# Below the 15 to 60 s after which proxies and clients give a silent connection up.
+_KEEP_ALIVE_S = 10.0
+
+
+class Completions:
+    """Answers chats and completions from a service, which calls its model `model_name`."""
+
+    def __init__(self, service: Service, model_name: str) -> None:
+        self._service, self._model_name = service, model_name
+        self._n_open = 0
+        self._lock = threading.Lock()
+
+    @property
+    def n_open(self) -> int:
+        """How many answers are on their way."""
+        return self._n_open
+
+    def answer(self, exchange: Exchange, request: Request) -> None:
+        """Answers a request. Raises `ApiError` before the answer has begun, and `OSError`."""
+        job = self._start(request)
+        name = f"{'chatcmpl' if request.is_chat else 'cmpl'}-{secrets.token_hex(12)}"
+        info = ResponseInfo(name, int(time.time()), self._model_name, request.is_chat)
+        answer = _Answer(self._service, request, info)
+        try:
+            with self._counted():
+                if request.stream:
+                    self._stream(exchange, job, answer)
+                else:
+                    self._collect(exchange, job, answer)
+        finally:
+            job.cancel()
+
+    def _start(self, request: Request) -> Job:
+        if request.model != self._model_name:
+            raise unknown_model(request.model, self._model_name)
+        try:
+            if request.messages is not None:
+                return self._service.chat(request.messages, request.params, request.n)
+            return self._service.complete(request.prompts, request.params, request.n)
+        except TpiliteError as error:
+            raise api_error(error, is_chat=request.is_chat) from error
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Counts the context among the answers on their way."""
+        with self._lock:
+            self._n_open += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._n_open -= 1
+
+    def _collect(self, exchange: Exchange, job: Job, answer: "_Answer") -> None:
+        try:
+            for delta in _deltas(job, exchange, lambda: None):
+                answer.add(delta)
+        except TpiliteError as error:
+            raise api_error(error, is_chat=answer.request.is_chat) from error
+        exchange.send(json.dumps(answer.whole(job)).encode(), "application/json")
+
+    def _stream(self, exchange: Exchange, job: Job, answer: "_Answer") -> None:
+        # nginx would otherwise hold events back until it has a buffer full of them.
+        stream = exchange.stream("text/event-stream; charset=utf-8", {"X-Accel-Buffering": "no"})
+
+        def keep_alive() -> None:
+            stream.write(b": still working\n\n" if self._service.waiting_for is None else b": waiting\n\n")
+
+        stream.write(_events(answer.opening()))
+        try:
+            for delta in _deltas(job, exchange, keep_alive):
+                stream.write(_events(answer.chunks(delta)))
+            stream.write(_events(answer.closing(job)) + b"data: [DONE]\n\n")
+        except TpiliteError as error:
+            stream.write(_events([api_error(error, is_chat=answer.request.is_chat).body]))
+        stream.end()
+
+
+def _deltas(job: Job, exchange: Exchange, keep_alive: Callable[[], None]) -> Iterator[Delta]:
+    """The job's deltas, as long as the client is there. Raises the error that ended the job."""
+    said_s = time.monotonic()
+    while job.n_unfinished:
+        delta = job.next(_POLL_S)
+        if exchange.is_gone():
+            raise ConnectionAbortedError("the client hung up before its answer was complete")
+        if delta is not None:
+            said_s = time.monotonic()
+            yield delta
+        elif time.monotonic() - said_s >= _KEEP_ALIVE_S:
+            said_s = time.monotonic()
+            keep_alive()
+
+
+class _Answer:
+    """A request's deltas as OpenAI's chunks or as one response."""
+
+    def __init__(self, service: Service, request: Request, info: ResponseInfo) -> None:
+        self.request = request
+        self._service, self._info = service, info
+        n_choices = request.n * max(1, len(request.prompts))
+        prompts = [service.decode(p) for p in request.prompts] if request.echo else []
+        self._echoes = [prompts[i // request.n] if prompts else "" for i in range(n_choices)]
+        self._texts: list[list[str]] = [[echo] for echo in self._echoes]
+        self._logprobs: list[list[Any]] = [[] for _ in range(n_choices)]
+        self._reasons = [""] * n_choices
+        self._offsets = [len(echo) for echo in self._echoes]
+
+    def add(self, delta: Delta) -> None:
+        """Keeps a delta for the whole response."""
+        self._texts[delta.index].append(delta.text)
+        self._logprobs[delta.index] += delta.logprobs
+        self._reasons[delta.index] = _reason(delta.finish_reason)
+
+    def whole(self, job: Job) -> Json:
+        """The response of all deltas that were added."""
+        kept = zip(self._texts, self._logprobs, self._reasons, strict=True)
+        choices = [
+            openai.choice(self._info, i, "".join(text), self._described(i, logprobs), reason)
+            for i, (text, logprobs, reason) in enumerate(kept)
+        ]
+        return openai.response(self._info, choices, job.n_prompt, job.n_new)
+
+    def opening(self) -> list[Json]:
+        """The chunks before any delta."""
+        usage = self.request.include_usage
+        chunks = openai.opening(self._info, self.request.n, include_usage=usage)
+        echoes = [(i, echo) for i, echo in enumerate(self._echoes) if echo]
+        return chunks + [openai.chunk(self._info, i, echo, include_usage=usage) for i, echo in echoes]
+
+    def chunks(self, delta: Delta) -> list[Json]:
+        """The chunks of a delta: none where it has no text yet."""
+        usage, chunks = self.request.include_usage, []
+        if delta.text or delta.logprobs:
+            logprobs = self._described(delta.index, delta.logprobs)
+            chunks.append(
+                openai.chunk(self._info, delta.index, delta.text, logprobs=logprobs, include_usage=usage)
+            )
+        if delta.finish_reason is not None:
+            reason = _reason(delta.finish_reason)
+            chunks.append(
+                openai.chunk(self._info, delta.index, "", finish_reason=reason, include_usage=usage)
+            )
+        return chunks
+
+    def closing(self, job: Job) -> list[Json]:
+        """The chunks after all deltas."""
+        return [openai.closing(self._info, job.n_prompt, job.n_new)] if self.request.include_usage else []
+
+    def _described(self, index: int, logprobs: Iterable[Any]) -> Json | None:
+        if self.request.params.logprobs is None:
+            return None
+        if self.request.is_chat:
+            return openai.chat_logprobs(logprobs, self._service.token)
+        found, self._offsets[index] = openai.text_logprobs(
+            logprobs, self._service.token, self._offsets[index]
+        )
+        return found
+
+
+def _reason(reason: str | None) -> str:
+    return "length" if reason == "length" else "stop"
+
+
+def _events(values: list[Json]) -> bytes:
+    return b"".join(b"data: %s\n\n" % json.dumps(value).encode() for value in values)
