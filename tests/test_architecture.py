@@ -27,7 +27,7 @@ _FLOORS = [
 _INSIDE = {
     "linear": "packing team plans linear",
     "model": "ops kv_cache llama",
-    "text": "tokenizer chat",
+    "text": "added_tokens tokenizer llama2_files llama3_files load chat",
     "net": "auth messages wire address channel handshake exchange sums group listener lobby seat",
     "weights": "partition tensor_file uncached assemble checkpoint disk slices slicer loader pager",
     "native": "library products exchange",

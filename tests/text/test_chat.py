@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from tpilite.errors import CheckpointError, ConfigError
 from tpilite.text.chat import ChatFormat, JinjaChat, Llama2Chat, Llama3Chat, chat_format
-from tpilite.text.tokenizer import Tokenizer, load_tokenizer
+from tpilite.text.load import load_tokenizer
+from tpilite.text.tokenizer import Tokenizer
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 PUBLISHED = json.loads((FIXTURES / "chat.json").read_text(encoding="utf-8"))

@@ -21,7 +21,8 @@ from tpilite.engine.sequence import Sequence
 from tpilite.engine.stats import Stats, Usage, measure
 from tpilite.errors import ConfigError
 from tpilite.text.chat import ChatFormat, chat_format
-from tpilite.text.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
+from tpilite.text.load import load_tokenizer
+from tpilite.text.tokenizer import StreamDecoder, Tokenizer
 
 Prompt = str | Items[int]
 Chat = Items[Mapping[str, str]]
