@@ -12,7 +12,7 @@ from servers import served, write_model
 
 from tpilite import LLM, SamplingParams
 from tpilite.errors import PeerLost
-from tpilite.serving import answer
+from tpilite.serving import answer as answering
 from tpilite.serving.config import ServerConfig
 from tpilite.serving.server import Server
 from tpilite.serving.service import Recovery
@@ -265,7 +265,7 @@ def test_the_cluster_is_shown(chromium: Browser, server: Server) -> None:
 def test_a_lost_machine_is_told_and_the_answer_goes_on(
     chromium: Browser, session: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(answer, "_KEEP_ALIVE_S", 0.1)
+    monkeypatch.setattr(answering, "_KEEP_ALIVE_S", 0.1)
     back, runs, run = threading.Event(), iter(range(10_000)), session.engine.runner.run
 
     def losing(step: Any, x: Any = None) -> Any:
