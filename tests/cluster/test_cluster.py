@@ -237,6 +237,23 @@ def test_workers_take_what_rank_there_is_when_rank_0_comes_back_smaller(
     assert [worker.process.poll() for worker in workers] == [None, None]
 
 
+def test_a_worker_whose_place_was_taken_meanwhile_takes_another(nodes: Nodes, story: Story) -> None:
+    cluster = Cluster(nodes, story, 3)
+    workers = [cluster.start_worker(f"worker{i}") for i in range(2)]
+    cluster.host.wait_for_text(10)
+    ranks = {int(worker.wait_for_line("is at work").split()[2]): worker for worker in workers}
+    ranks[1].signal(signal.SIGSTOP)
+    ranks[2].kill()
+    cluster.host.kill()
+    cluster.start_host()
+    cluster.start_worker("another", "--rank", 1)
+    cluster.host.wait_for_line("joined as rank 1")
+    ranks[1].signal(signal.SIGCONT)
+    cluster.host.wait_for_line("joined as rank 2")
+    assert cluster.host.finish() == 0, cluster.host.err
+    assert cluster.host.out == story.text
+
+
 def test_a_wait_that_is_too_long_ends_with_the_text_so_far(nodes: Nodes, story: Story) -> None:
     cluster = Cluster(nodes, story, 2, "--rejoin_timeout", 1)
     worker = cluster.start_worker("worker")

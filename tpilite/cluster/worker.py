@@ -103,8 +103,9 @@ class Worker:
         """A seat, for the rank whose slices are here already where that can be had."""
         if wish != self._options.rank:
             try:
-                return self._ask(wish)
-            except ConfigError as refused:  # rank 0 may have been started for fewer ranks meanwhile
+                return self._ask(wish, timeout_s=_PREFER_S)
+            # Another one may have that place by now, or rank 0 was started for fewer ranks.
+            except (PeerLost, ConfigError) as refused:
                 logger.debug("%s", refused)
         seat = self._ask(self._options.rank)
         held = self._held_ranks(self._save_dir(seat.info))
