@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tpilite.cluster.slice_client import fetch_slices
+from tpilite.cluster.fetch import fetch_slices
 from tpilite.cluster.slice_server import SliceServer
 from tpilite.config import LlamaConfig
 from tpilite.weights.partition import Partition

@@ -32,7 +32,7 @@ _INSIDE = {
     "weights": "partition tensor_file uncached assemble checkpoint disk slices slicer loader pager",
     "native": "library products exchange",
     "engine": "config sampling sequence scheduler stats step runner engine rank session",
-    "cluster": "config token slice_server slice_client terms host worker",
+    "cluster": "config token slice_protocol catalog slice_server slice_client fetch terms host worker",
     "serving": "config errors openai_requests openai_responses figures jobs service http answer page routes "
     "server",
     "cli": "memory_report local terminal hub configs options main __main__",

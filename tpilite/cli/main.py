@@ -149,7 +149,7 @@ def work(args: argparse.Namespace, rank: int | None) -> int:
             rank=rank,
             force_download=args.force_download,
             once=args.once,
-            progress=lambda progress: bar(progress.done_bytes, progress.total_bytes),
+            progress=bar,
         )
         Worker(parse_address(rank_0, args.broadcast_port), cluster, engine_config(args), options).run()
     return 0

@@ -1,404 +1,28 @@
-"""A rank's slices, brought from the first machine and checked, whatever interrupts it.
-
-What stands in the folder at any moment is enough to go on from: a file is under its own name only when its
-sha256 was right and it is on the disk; until then it is NAME.part. `manifest.json` appears last, so a
-folder that has it is whole; until then it is manifest.json.part, which says what the other .part files
-are parts of. `.verified.json` remembers size and time of the files that were checked, so that a start with
-tens of gigabytes on the disk does not read them all again.
-"""
+"""Connections to the server of slices, proved in both directions before anything is taken from them."""
 
 import contextlib
-import errno
-import fcntl
-import hashlib
 import http.client
 import io
-import itertools
-import json
-import logging
-import os
-import re
-import shutil
 import socket
 import ssl
-import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Set
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator, Mapping
 from http import HTTPStatus
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from tpilite.cluster.slice_server import AUTH_VERSION, CLIENT_ROLE, server_role
-from tpilite.errors import ConfigError, PeerLost, ProtocolError, SliceError, TpiliteError
-from tpilite.net import auth
-from tpilite.weights.disk import sync_folder
-from tpilite.weights.slices import (
-    MANIFEST_NAME,
-    MAX_MANIFEST_BYTES,
-    FileEntry,
-    Manifest,
-    is_slice_file,
-    node_folder,
+from tpilite.closing import Closing
+from tpilite.cluster.slice_protocol import (
+    AUTH_VERSION,
+    CLIENT_ROLE,
+    authorization,
+    read_authentication_info,
+    read_challenge,
+    server_role,
 )
-
-_log = logging.getLogger(__name__)
-_T = TypeVar("_T")
-
-_STATE_NAME = ".verified.json"
-_PART = ".part"
-# Large enough that a call costs nothing beside its bytes; it is also what a cut connection loses at most.
-_BUFFER_BYTES = 256 * 1024
-# Written pages go to the disk while the next bytes come in, so that the fsync at the end of a file finds
-# little to do, and they leave the memory, which the model will want.
-_WRITE_BACK_BYTES = 16 * 1024 * 1024
-# A bad cable or memory module may damage a file once or twice; more often, it is the server's disk.
-_MAX_DAMAGED = 3
-# The model can be sliced anew while it is fetched, but hardly as often as this.
-_MAX_CHANGES = 5
-_FIRST_DELAY_S, _MAX_DELAY_S = 0.1, 5.0
-_REPORT_EVERY_S = 0.25
-_RATE_WINDOW = 20
-
-_CHALLENGE = re.compile(r"TPILITE version=([0-9]{1,9}), nonce=([0-9a-f]{64})")
-_PROOF = re.compile(r"proof=([0-9a-f]{64})")
+from tpilite.errors import ConfigError, PeerLost, ProtocolError, TpiliteError
+from tpilite.net import auth
 
 
-@dataclass(frozen=True)
-class Progress:
-    """How far a transfer is: bytes that are on this disk, of all, and the rate over the last seconds."""
-
-    done_bytes: int
-    total_bytes: int
-    bytes_per_s: float
-
-
-def fetch_slices(
-    host: str,
-    port: int,
-    rank: int,
-    token: str,
-    save_dir: Path,
-    *,
-    force: bool = False,
-    served: bool = False,
-    tls: ssl.SSLContext | None = None,
-    progress: Callable[[Progress], None] | None = None,
-    timeout_s: float = 10.0,
-    patience_s: float = 60.0,
-) -> Path:
-    """The folder save_dir/node_{rank} with exactly the slices that the server has for this rank.
-
-    Only what is missing or differs is transferred; `force` transfers all. Where the folder is the very one
-    that the server has `served` from, it is waited for and checked, and nothing in it is replaced.
-    `timeout_s` bounds each wait for the network, `patience_s` the time without any sign of the server,
-    through retries, until `PeerLost`.
-    A server that is still slicing is waited for as long as it says so.
-
-    Raises `ConfigError` for a wrong token or certificate, `ProtocolError` for a server that is none of
-    ours, `SliceError` for what is wrong with the slices or this disk.
-    """
-    folder = node_folder(save_dir, rank)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _alone(folder), contextlib.closing(_Session(host, port, token, tls, timeout_s)) as session:
-            _Fetch(session, rank, folder, progress, patience_s, served).run(force and not served)
-    except OSError as error:
-        raise SliceError(f"the slices cannot be kept in {folder}: {error}") from error
-    return folder
-
-
-class _SlicesChanged(Exception):
-    """The server has other slices than its manifest said when we asked."""
-
-
-class _Fetch:
-    """One run of `fetch_slices`. Every OSError that leaves it is the disk's."""
-
-    def __init__(
-        self,
-        session: "_Session",
-        rank: int,
-        folder: Path,
-        progress: Callable[[Progress], None] | None,
-        patience_s: float,
-        served: bool,
-    ) -> None:
-        self._session, self._rank, self._folder, self._served = session, rank, folder, served
-        self._progress, self._patience_s = progress, patience_s
-        # One is received into while the other is hashed: without SHA instructions (Raspberry Pi 4) the two
-        # one after the other would be slower than the wire.
-        self._buffers = [memoryview(bytearray(_BUFFER_BYTES)) for _ in range(2)]
-        self._hasher = ThreadPoolExecutor(1, "slice-hash")
-        self._verified = _Verified(folder)
-        self._is_checking = False
-        # Bytes of whole files, the same with what there is of the current one, of all, and from the network.
-        self._done_bytes = self._reached_bytes = self._total_bytes = self._received_bytes = 0
-        self._samples: deque[tuple[float, int]] = deque(maxlen=_RATE_WINDOW)
-        self._last_sign = time.monotonic()
-
-    def run(self, force: bool) -> None:
-        with self._hasher:
-            try:
-                self._run(force)
-            except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                    raise
-                raise self._no_room(self._total_bytes - self._reached_bytes) from error
-
-    def _run(self, force: bool) -> None:
-        if force:
-            self._remove_all_but(set())
-        for _ in range(_MAX_CHANGES):
-            with contextlib.suppress(_SlicesChanged):
-                self._fetch()
-                return
-            _log.warning("the slices of rank %d were made anew while they were fetched", self._rank)
-        raise SliceError(
-            f"the slices on {self._session.name} changed {_MAX_CHANGES} times while they were fetched; "
-            "start again when the first machine has settled"
-        )
-
-    def _fetch(self) -> None:
-        raw = self._patiently(self._get_manifest)
-        manifest = Manifest.from_json(raw)
-        if manifest.rank != self._rank:
-            raise SliceError(
-                f"{self._session.name} gave the manifest of rank {manifest.rank}, not {self._rank}"
-            )
-        files = manifest.files
-        self._done_bytes, self._total_bytes = 0, manifest.nbytes
-        final, unfinished = self._folder / MANIFEST_NAME, self._folder / (MANIFEST_NAME + _PART)
-        same = _content(final) == raw
-        missing = {name: entry for name, entry in files.items() if not self._have(name, entry)}
-        if same and not missing:
-            self._report(0)
-            return
-        if self._served:
-            raise SliceError(
-                f"{', '.join(missing) or MANIFEST_NAME} in {self._folder}, from where rank 0 serves, is "
-                "damaged; make the slices again with --split_bin on rank 0"
-            )
-        # From here until the end the folder is not whole, and says so before anything is removed from it.
-        final.unlink(missing_ok=True)
-        keep = files.keys() - missing.keys()
-        if _content(unfinished) == raw:
-            keep |= {name + _PART for name in (*missing, MANIFEST_NAME)}
-        self._remove_all_but(keep)
-        self._check_room(missing)
-        _write_durably(unfinished, raw)
-        for name, entry in missing.items():
-            self._download(name, entry)
-            self._done_bytes += entry.size
-        unfinished.replace(final)
-        sync_folder(self._folder)
-        self._report(0)
-
-    def _patiently(self, step: Callable[[], _T]) -> _T:
-        """What `step` gives, begun again whenever the connection is lost, until patience is."""
-        delay_s, failed_at = _FIRST_DELAY_S, time.monotonic()
-        self._last_sign = failed_at
-        while True:
-            try:
-                return step()
-            except PeerLost as lost:
-                self._session.close()
-                if self._last_sign > failed_at:
-                    delay_s = _FIRST_DELAY_S
-                failed_at = time.monotonic()
-                if failed_at + delay_s - self._last_sign > self._patience_s:
-                    of = f"of {self._total_bytes} " if self._total_bytes else ""
-                    raise PeerLost(
-                        f"lost {self._session.name} after {self._reached_bytes} {of}bytes of "
-                        f"rank {self._rank}'s slices: {lost}; start again to go on from there"
-                    ) from lost
-                _log.info("%s; trying again in %.1f s", lost, delay_s)
-            time.sleep(delay_s)
-            delay_s = min(delay_s * 2, _MAX_DELAY_S)
-
-    def _get(self, name: str, headers: Mapping[str, str]) -> http.client.HTTPResponse:
-        """The proven answer with the content, after waiting for slices that are not yet made."""
-        path, delay_s = f"/node_{self._rank}/{name}", 0.0
-        while True:
-            response = self._session.get(path, headers)
-            status = response.status
-            if status in (HTTPStatus.OK, HTTPStatus.PARTIAL_CONTENT):
-                return response
-            self._session.read(response, 0)
-            if status == HTTPStatus.NOT_FOUND and name != MANIFEST_NAME:
-                raise _SlicesChanged
-            if status == HTTPStatus.NOT_FOUND:
-                raise SliceError(
-                    f"{self._session.name} has no rank {self._rank}; is it one of its --world_size?"
-                )
-            if status != HTTPStatus.SERVICE_UNAVAILABLE:
-                raise SliceError(f"{self._session.name} answers {status} for {path}; its own log says why")
-            if not delay_s:
-                _log.info("waiting for %s to make the slices of rank %d", self._session.name, self._rank)
-            retry_after = response.getheader("Retry-After", "")
-            asked_s = int(retry_after) if re.fullmatch("[0-9]{1,4}", retry_after) else 0
-            # A small model is ready sooner than the server asks to wait.
-            delay_s = min(max(2 * delay_s, _FIRST_DELAY_S), max(asked_s, _FIRST_DELAY_S), _MAX_DELAY_S)
-            time.sleep(delay_s)
-            self._last_sign = time.monotonic()
-
-    def _get_manifest(self) -> bytes:
-        response = self._get(MANIFEST_NAME, {})
-        raw = self._session.read(response, MAX_MANIFEST_BYTES)
-        if response.getheader("ETag") != _etag(hashlib.sha256(raw).hexdigest()):
-            raise ProtocolError(f"the manifest from {self._session.name} is not the one that it vouches for")
-        return raw
-
-    def _download(self, name: str, entry: FileEntry) -> None:
-        """Brings one file to its own name, from where its .part ends."""
-        part = self._folder / (name + _PART)
-        for _ in range(_MAX_DAMAGED):
-            with part.open("a+b", buffering=0) as file:
-                digest = self._hash(file)
-                if file.tell() < entry.size:
-                    self._patiently(partial(self._receive, file, name, entry, digest))
-                os.fsync(file.fileno())
-            if digest.hexdigest() == entry.sha256:
-                part.replace(self._folder / name)
-                self._verified.add(name, entry)
-                return
-            part.unlink()
-            _log.warning("%s came damaged from %s", name, self._session.name)
-        raise SliceError(
-            f"{name} came damaged from {self._session.name} {_MAX_DAMAGED} times: sha256 "
-            f"{digest.hexdigest()} instead of {entry.sha256}; make the slices again there (--split_bin)"
-        )
-
-    def _receive(self, file: io.FileIO, name: str, entry: FileEntry, digest: "hashlib._Hash") -> None:
-        """Appends to `file` and `digest` what is missing, as far as the connection holds."""
-        n_have = file.tell()
-        etag = _etag(entry.sha256)
-        headers = {"Range": f"bytes={n_have}-", "If-Range": etag} if n_have else {}
-        response = self._get(name, headers)
-        if response.getheader("ETag") != etag:
-            self._session.close()
-            raise _SlicesChanged
-        expected = f"bytes {n_have}-{entry.size - 1}/{entry.size}" if n_have else None
-        found = response.getheader("Content-Range")
-        if found != expected or response.length != entry.size - n_have:
-            raise ProtocolError(
-                f"{self._session.name} answers for {name} with {response.length} bytes, range {found}; "
-                f"expected {entry.size - n_have} bytes, range {expected}"
-            )
-        n_written_back = n_have
-        hashed = self._hasher.submit(digest.update, b"")
-        try:
-            for buffer in itertools.cycle(self._buffers):
-                if n_have == entry.size:
-                    break
-                n = self._session.read_into(response, buffer[: entry.size - n_have])
-                packet = buffer[:n]
-                hashed.result()
-                hashed = self._hasher.submit(digest.update, packet)
-                while packet:
-                    packet = packet[file.write(packet) :]
-                n_have += n
-                self._received_bytes += n
-                self._last_sign = time.monotonic()
-                self._report(n_have)
-                if n_have - n_written_back >= _WRITE_BACK_BYTES and hasattr(os, "posix_fadvise"):
-                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-                    n_written_back = n_have
-        finally:
-            hashed.result()
-
-    def _hash(self, file: io.FileIO) -> "hashlib._Hash":
-        """The sha256 of all that `file` has; leaves it at its end."""
-        digest = hashlib.sha256()
-        file.seek(0)
-        buffer = self._buffers[0]
-        while n := file.readinto(buffer):
-            digest.update(buffer[:n])
-            self._report(file.tell())
-        return digest
-
-    def _have(self, name: str, entry: FileEntry) -> bool:
-        """Whether the file is here already, right to the last bit."""
-        path = self._folder / name
-        have = self._verified.has(name, entry)
-        if not have and path.is_file() and path.stat().st_size == entry.size:
-            if not self._is_checking:
-                self._is_checking = True
-                _log.info("checking the slices in %s", self._folder)
-            with path.open("rb", buffering=0) as file:
-                have = self._hash(file).hexdigest() == entry.sha256
-            if have:
-                self._verified.add(name, entry)
-            else:
-                _log.warning("%s differs from what %s has", path, self._session.name)
-        self._done_bytes += entry.size if have else 0
-        return have
-
-    def _remove_all_but(self, keep: Set[str]) -> None:
-        """Removes slices of ours, whole or in part; what others put into the folder stays."""
-        for path in list(self._folder.iterdir()):
-            name = path.name.removesuffix(_PART)
-            if path.name not in keep and is_slice_file(name):
-                path.unlink()
-
-    def _check_room(self, missing: Mapping[str, FileEntry]) -> None:
-        needed = sum(entry.size for entry in missing.values())
-        for name in missing:
-            with contextlib.suppress(FileNotFoundError):
-                needed -= (self._folder / (name + _PART)).stat().st_size
-        if needed > shutil.disk_usage(self._folder).free:
-            raise self._no_room(needed)
-
-    def _no_room(self, needed_bytes: int) -> SliceError:
-        free_bytes = shutil.disk_usage(self._folder).free
-        return SliceError(
-            f"the slices of rank {self._rank} need {needed_bytes / 1e6:.1f} MB more, the disk of "
-            f"{self._folder} has {free_bytes / 1e6:.1f} MB free; "
-            "make room, or name another folder with --save_dir"
-        )
-
-    def _report(self, n_in_file: int) -> None:
-        self._reached_bytes = self._done_bytes + n_in_file
-        now = time.monotonic()
-        too_soon = self._samples and now - self._samples[-1][0] < _REPORT_EVERY_S
-        if self._progress is None or (too_soon and self._reached_bytes < self._total_bytes):
-            return
-        self._samples.append((now, self._received_bytes))
-        (start, n_start), (end, n_end) = self._samples[0], self._samples[-1]
-        rate = (n_end - n_start) / (end - start) if end > start else 0.0
-        self._progress(Progress(self._reached_bytes, self._total_bytes, rate))
-
-
-class _Verified:
-    """Which files of a folder were checked, by size and time of change; kept in the folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        try:
-            known = json.loads((folder / _STATE_NAME).read_bytes())
-        except (OSError, ValueError, RecursionError):
-            known = None
-        self._known: dict[str, Any] = known if isinstance(known, dict) else {}
-
-    def has(self, name: str, entry: FileEntry) -> bool:
-        try:
-            stat = (self._folder / name).stat()
-        except OSError:
-            return False
-        now = [stat.st_size, stat.st_mtime_ns, entry.sha256]
-        return stat.st_size == entry.size and self._known.get(name) == now
-
-    def add(self, name: str, entry: FileEntry) -> None:
-        stat = (self._folder / name).stat()
-        self._known[name] = [stat.st_size, stat.st_mtime_ns, entry.sha256]
-        new = self._folder / (_STATE_NAME + _PART)
-        new.write_text(json.dumps(self._known))
-        new.replace(self._folder / _STATE_NAME)
-
-
-class _Session:
+class SliceClient(Closing):
     """Connections to one server, one at a time, each proved in both directions before anything is read.
 
     Raises `PeerLost` for what another connection may mend, `ProtocolError` and `ConfigError` otherwise.
@@ -425,11 +49,9 @@ class _Session:
                 raise ConfigError(
                     f"{self.name} refuses our token; take the --token that its first machine shows"
                 )
-            match = _PROOF.fullmatch(response.getheader("Authentication-Info", ""))
+            proof = read_authentication_info(response.getheader("Authentication-Info", ""))
             role = server_role(response.status, path, response.getheader("ETag", ""))
-            if not match or not auth.verify(
-                self._token, role, self._server_nonce, self._client_nonce, bytes.fromhex(match[1])
-            ):
+            if not auth.verify(self._token, role, self._server_nonce, self._client_nonce, proof):
                 raise ProtocolError(
                     f"{self.name} cannot prove that it knows the token, so nothing was taken from it; "
                     "is it the first machine of this cluster?"
@@ -492,21 +114,22 @@ class _Session:
     def _answer_challenge(self, connection: http.client.HTTPConnection, path: str) -> str:
         """The Authorization header for this connection."""
         response = self._request(connection, path, {})
-        match = _CHALLENGE.fullmatch(response.getheader("WWW-Authenticate", ""))
-        if response.status != HTTPStatus.UNAUTHORIZED or not match or response.length != 0:
+        found = read_challenge(response.getheader("WWW-Authenticate", ""))
+        if response.status != HTTPStatus.UNAUTHORIZED or not found or response.length != 0:
             raise ProtocolError(
                 f"{self.name} answers {response.status} without asking for the token; "
                 "is that the --file_port of the cluster's first machine?"
             )
-        if int(match[1]) != AUTH_VERSION:
+        version, self._server_nonce = found
+        if version != AUTH_VERSION:
             raise ProtocolError(
-                f"{self.name} serves slices by version {match[1]}, we read version {AUTH_VERSION}; "
+                f"{self.name} serves slices by version {version}, we read version {AUTH_VERSION}; "
                 "install the same tpilite on both machines"
             )
         response.read()
-        self._server_nonce, self._client_nonce = bytes.fromhex(match[2]), auth.new_nonce()
+        self._client_nonce = auth.new_nonce()
         proof = auth.prove(self._token, CLIENT_ROLE, self._server_nonce, self._client_nonce)
-        return f"TPILITE client_nonce={self._client_nonce.hex()}, proof={proof.hex()}"
+        return authorization(self._client_nonce, proof)
 
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:
@@ -551,37 +174,3 @@ class _Response(http.client.HTTPResponse):
     def __init__(self, sock: socket.socket, *args: Any, **options: Any) -> None:
         super().__init__(sock, *args, **options)
         self.fp = _Reader(self.fp.detach())
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Keeps a second process from writing the same files. The lock ends with the process, however it ends."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise SliceError(
-                f"another process is fetching slices into {folder}; wait for it or stop it"
-            ) from None
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _etag(sha256: str) -> str:
-    return f'"{sha256}"'
-
-
-def _content(path: Path) -> bytes | None:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        return None
-
-
-def _write_durably(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())

@@ -1,27 +1,9 @@
-"""The slices of every rank over HTTP/1.1, for those alone who know the cluster's token.
-
-Paths are /node_{rank}/manifest.json and /node_{rank}/{file} for each file that the manifest names. GET and
-HEAD, one byte range (RFC 9110, section 14), the sha256 of the content as its ETag, If-Range.
-
-A connection begins with the proof of the token in both directions:
-
-    client  any request
-    server  401, WWW-Authenticate: TPILITE version=1, nonce=HEX
-    client  Authorization: TPILITE client_nonce=HEX, proof=HEX
-    server  the answer, with Authentication-Info: proof=HEX
-
-The proofs are those of `auth`. The client's role is "slice client"; the server's, sent with this and every
-later answer of the connection, is "slice server STATUS PATH ETAG", so that nobody in between can pass off
-one content as another. Before its proof a connection learns nothing, not even which paths exist. A wrong
-proof closes it. A rank whose slices are not there yet answers 503 with Retry-After.
-"""
+"""The slices of every rank over HTTP, for those alone who know the cluster's token: see `slice_protocol`."""
 
 import contextlib
-import hashlib
 import io
 import logging
 import os
-import re
 import socket
 import socketserver
 import ssl
@@ -35,12 +17,18 @@ from pathlib import Path
 from typing import Any
 
 from tpilite.closing import Closing
+from tpilite.cluster.catalog import Catalog
+from tpilite.cluster.slice_protocol import (
+    CLIENT_ROLE,
+    authentication_info,
+    challenge,
+    read_authorization,
+    read_range,
+    server_role,
+)
 from tpilite.errors import ConfigError, SliceError
 from tpilite.net import auth
-from tpilite.weights.slices import MANIFEST_NAME, Manifest
-
-AUTH_VERSION = 1
-CLIENT_ROLE = "slice client"
+from tpilite.net.address import format_address
 
 _log = logging.getLogger(__name__)
 
@@ -51,23 +39,15 @@ _MAX_CHALLENGES = 3
 # A home cluster has up to some tens of machines with one connection each, beside dead ones not yet noticed.
 _MAX_CONNECTIONS = 64
 # The proof is one round trip after connecting; TLS adds two and, on the slowest machine, half a second.
-_STRANGER_S = 10.0
+_AUTHENTICATION_S = 10.0
 # A worker waits a few seconds between two requests; a peer that takes no byte for this long is gone.
-_MEMBER_S = 60.0
+_SILENCE_S = 60.0
 _POLL_S = 0.1
 _RETRY_AFTER_S = 2
 # TLS has no sendfile; one copy of this size keeps the per-call cost below a percent.
 _CHUNK_BYTES = 256 * 1024
 # A port scan is one line in the log every few seconds, not one for each of its connections.
 _LOG_EVERY_S = 5.0
-
-_AUTHORIZATION = re.compile(r"TPILITE client_nonce=([0-9a-f]{64}), proof=([0-9a-f]{64})")
-_RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
-
-
-def server_role(status: int, path: str, etag: str) -> str:
-    """The role by which the server proves itself together with the answer that it gives."""
-    return f"slice server {status} {path} {etag}"
 
 
 class SliceServer(Closing):
@@ -86,7 +66,7 @@ class SliceServer(Closing):
         tls: ssl.SSLContext | None = None,
         host: str = "",
     ) -> None:
-        self._shelf = _Shelf(folders)
+        self._catalog = Catalog(folders)
         self._token, self._address, self._tls = token, (host, port), tls
         self._listener: _Listener | None = None
         self._thread: threading.Thread | None = None
@@ -98,11 +78,11 @@ class SliceServer(Closing):
 
     def publish(self, rank: int, folder: Path) -> None:
         """Serves `folder` as that rank's from now on, in place of what was. Raises `SliceError`."""
-        self._shelf.publish(rank, folder)
+        self._catalog.publish(rank, folder)
 
     def start(self) -> None:
         """Listens. Raises `ConfigError` when the port cannot be had."""
-        self._listener = _Listener(self._shelf, self._token, self._address, self._tls)
+        self._listener = _Listener(self._catalog, self._token, self._address, self._tls)
         self._thread = threading.Thread(
             target=self._listener.serve_forever, args=(_POLL_S,), name="slice-server", daemon=True
         )
@@ -115,7 +95,7 @@ class SliceServer(Closing):
         self._listener.shutdown()
         self._thread.join()
         self._listener.server_close()
-        self._listener.drop_all()
+        self._listener.end_all()
         self._listener = self._thread = None
 
     def __enter__(self) -> "SliceServer":
@@ -123,107 +103,36 @@ class SliceServer(Closing):
         return self
 
 
-@dataclass(frozen=True)
-class _Content:
-    """What stands at one path: a file's range of bytes, or bytes."""
-
-    size: int
-    sha256: str
-    source: Path | bytes
-
-    @property
-    def etag(self) -> str:
-        return f'"{self.sha256}"'
-
-    def open(self) -> io.FileIO | io.BytesIO:
-        if isinstance(self.source, bytes):
-            return io.BytesIO(self.source)
-        file = self.source.open("rb", buffering=0)
-        size = os.fstat(file.fileno()).st_size
-        if size != self.size:
-            file.close()
-            raise SliceError(f"{self.source} has {size} bytes, its manifest says {self.size}; slice again")
-        return file
-
-
-class _Shelf:
-    """Content by path. A path from the network is a dictionary's key here and never names a file."""
-
-    def __init__(self, folders: Mapping[int, Path | None]) -> None:
-        self._lock = threading.Lock()
-        self._content: dict[str, _Content] = {}
-        self._awaited = {_prefix(rank): (rank, folder) for rank, folder in folders.items()}
-
-    def publish(self, rank: int, folder: Path) -> None:
-        manifest = Manifest.read(folder)
-        if manifest.rank != rank:
-            raise SliceError(f"{folder} holds the slices of rank {manifest.rank}; expected rank {rank}")
-        prefix, raw = _prefix(rank), manifest.to_json()
-        new = {prefix + MANIFEST_NAME: _Content(len(raw), hashlib.sha256(raw).hexdigest(), raw)}
-        for name, entry in manifest.files.items():
-            new[prefix + name] = _Content(entry.size, entry.sha256, folder / name)
-        with self._lock:
-            others = {path: content for path, content in self._content.items() if _folder(path) != prefix}
-            self._content = others | new
-            self._awaited.pop(prefix, None)
-
-    def find(self, path: str) -> _Content | HTTPStatus:
-        """The content at `path`, or the status that says why there is none."""
-        with self._lock:
-            if path in self._content:
-                return self._content[path]
-            rank, folder = self._awaited.get(_folder(path), (None, None))
-        if rank is None:
-            return HTTPStatus.NOT_FOUND
-        if folder is None or not (folder / MANIFEST_NAME).exists():
-            return HTTPStatus.SERVICE_UNAVAILABLE
-        try:
-            self.publish(rank, folder)
-        except SliceError as error:
-            _log.error("cannot serve the slices of rank %d: %s", rank, error)
-            return HTTPStatus.INTERNAL_SERVER_ERROR
-        with self._lock:
-            return self._content.get(path, HTTPStatus.NOT_FOUND)
-
-
-def _prefix(rank: int) -> str:
-    return f"/node_{rank}/"
-
-
-def _folder(path: str) -> str:
-    return path[: path.rfind("/") + 1]
-
-
 @dataclass
 class _Connection:
     thread: threading.Thread
     since: float = field(default_factory=time.monotonic)
-    member: bool = False
+    authenticated: bool = False
 
 
 class _Listener(socketserver.TCPServer):
     """Accepts connections, a bounded number of them, each with its thread.
 
-    Who has not proved the token lives by a total deadline, whatever it sends or does not send, and the
-    oldest such stranger makes room for a newcomer when all places are taken.
+    A connection that has not proved the token is ended after a fixed time, whatever it sends or does not
+    send. Where the most connections are open, the oldest such one is ended for a new one.
     """
 
     request_queue_size = 128
 
     def __init__(
-        self, shelf: _Shelf, token: str, address: tuple[str, int], tls: ssl.SSLContext | None
+        self, catalog: Catalog, token: str, address: tuple[str, int], tls: ssl.SSLContext | None
     ) -> None:
         super().__init__(address, _Handler, bind_and_activate=False)
         self.socket.close()
         self.socket = _listen(address, self.request_queue_size)
-        self.shelf, self.token, self._tls = shelf, token, tls
+        self.catalog, self.token, self._tls = catalog, token, tls
         self._connections: dict[socket.socket, _Connection] = {}
         self._changed = threading.Condition()
         self._last_line, self._unlogged = -_LOG_EVERY_S, 0
 
     def get_request(self) -> tuple[socket.socket, Any]:
         connection, address = super().get_request()
-        connection.settimeout(_MEMBER_S)
+        connection.settimeout(_SILENCE_S)
         if self._tls is None:
             return connection, address
         try:
@@ -254,15 +163,15 @@ class _Listener(socketserver.TCPServer):
         with self._changed:
             now = time.monotonic()
             for connection, state in self._connections.items():
-                if not state.member and now - state.since > _STRANGER_S:
+                if not state.authenticated and now - state.since > _AUTHENTICATION_S:
                     _cut(connection)
 
-    def welcome(self, connection: socket.socket) -> None:
-        """Lifts the stranger's deadline from a connection that has proved the token."""
+    def set_authenticated(self, connection: socket.socket) -> None:
+        """Lifts the deadline from a connection that has proved the token."""
         with self._changed:
-            self._connections[connection].member = True
+            self._connections[connection].authenticated = True
 
-    def drop_all(self) -> None:
+    def end_all(self) -> None:
         with self._changed:
             threads = [state.thread for state in self._connections.values()]
             for connection in self._connections:
@@ -270,7 +179,8 @@ class _Listener(socketserver.TCPServer):
         for thread in threads:
             thread.join()
 
-    def log_stranger(self, address: Any, reason: str) -> None:
+    def log_refusal(self, address: Any, reason: str) -> None:
+        """Writes a line about a connection that ended without a proof, now and then with how many more."""
         with self._changed:
             now = time.monotonic()
             if now - self._last_line < _LOG_EVERY_S:
@@ -278,14 +188,14 @@ class _Listener(socketserver.TCPServer):
                 return
             more = f" (and {self._unlogged} more since the last such line)" if self._unlogged else ""
             self._last_line, self._unlogged = now, 0
-        _log.warning("refused a stranger at %s: %s%s", _name(address), reason, more)
+        _log.warning("refused an unauthenticated connection from %s: %s%s", _name(address), reason, more)
 
     def _make_room(self) -> bool:
         if len(self._connections) < _MAX_CONNECTIONS:
             return True
-        strangers = [(state.since, c) for c, state in self._connections.items() if not state.member]
-        if strangers:
-            _cut(min(strangers, key=lambda stranger: stranger[0])[1])
+        unproven = [c for c, state in self._connections.items() if not state.authenticated]
+        if unproven:
+            _cut(unproven[0])  # they stand in the order in which they came
         return self._changed.wait_for(lambda: len(self._connections) < _MAX_CONNECTIONS, timeout=1.0)
 
     def _serve(self, request: socket.socket, address: Any) -> None:
@@ -311,7 +221,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._received = b""
         self._server_nonce, self._client_nonce = auth.new_nonce(), b""
         self._n_challenges = 0
-        self._member = False
+        self._authenticated = False
         self._refusal = "it closed the connection without a request"
 
     def handle(self) -> None:
@@ -326,8 +236,8 @@ class _Handler(BaseHTTPRequestHandler):
     def finish(self) -> None:
         with contextlib.suppress(OSError):
             self.wfile.close()
-        if not self._member:
-            self.server.log_stranger(self.client_address, self._refusal)
+        if not self._authenticated:
+            self.server.log_refusal(self.client_address, self._refusal)
 
     def handle_one_request(self) -> None:
         self.close_connection = True
@@ -344,7 +254,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_error(HTTPStatus.BAD_REQUEST)
         elif self.command not in ("GET", "HEAD"):
             self.send_error(HTTPStatus.NOT_IMPLEMENTED)
-        elif self._member or self._authenticate():
+        elif self._authenticated or self._authenticate():
             self._answer()
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
@@ -381,25 +291,25 @@ class _Handler(BaseHTTPRequestHandler):
         if claim is None:
             self._n_challenges += 1
             self.close_connection = self._n_challenges >= _MAX_CHALLENGES
-            challenge = f"TPILITE version={AUTH_VERSION}, nonce={self._server_nonce.hex()}"
-            self._send_empty(HTTPStatus.UNAUTHORIZED, {"WWW-Authenticate": challenge})
+            asked = {"WWW-Authenticate": challenge(self._server_nonce)}
+            self._send_empty(HTTPStatus.UNAUTHORIZED, asked)
             return False
-        match = _AUTHORIZATION.fullmatch(claim)
-        if match:
-            self._client_nonce, proof = bytes.fromhex(match[1]), bytes.fromhex(match[2])
-            self._member = auth.verify(
+        found = read_authorization(claim)
+        if found:
+            self._client_nonce, proof = found
+            self._authenticated = auth.verify(
                 self.server.token, CLIENT_ROLE, self._server_nonce, self._client_nonce, proof
             )
-        if not self._member:
-            self._refusal = "its proof is wrong: it has another token" if match else "its proof is malformed"
+        if not self._authenticated:
+            self._refusal = "its proof is wrong: it has another token" if found else "its proof is malformed"
             self.close_connection = True
             self._send_empty(HTTPStatus.UNAUTHORIZED)
             return False
-        self.server.welcome(self.connection)
+        self.server.set_authenticated(self.connection)
         return True
 
     def _answer(self) -> None:
-        found = self.server.shelf.find(self.path)
+        found = self.server.catalog.find(self.path)
         if isinstance(found, HTTPStatus):
             waiting = found == HTTPStatus.SERVICE_UNAVAILABLE
             self._send_empty(found, {"Retry-After": str(_RETRY_AFTER_S)} if waiting else {})
@@ -407,7 +317,7 @@ class _Handler(BaseHTTPRequestHandler):
         status, start, stop = HTTPStatus.OK, 0, found.size
         headers = {"Accept-Ranges": "bytes", "ETag": found.etag}
         if self.command == "GET" and self.headers.get("If-Range", found.etag) == found.etag:
-            asked = _byte_range(self.headers.get("Range", ""), found.size)
+            asked = read_range(self.headers.get("Range", ""), found.size)
             if asked is not None:
                 status, (start, stop) = HTTPStatus.PARTIAL_CONTENT, asked
                 headers["Content-Range"] = f"bytes {start}-{stop - 1}/{found.size}"
@@ -423,14 +333,12 @@ class _Handler(BaseHTTPRequestHandler):
             return
         with file:
             self._send_head(status, headers | {"Content-Length": str(stop - start)})
-            if self.command == "GET" and not self._send_bytes(file, start, stop):
+            if self.command == "GET" and start < stop and not self._send_bytes(file, start, stop):
                 _log.error("%s became shorter while it was sent", self.path)
                 self.close_connection = True
 
     def _send_bytes(self, file: io.FileIO | io.BytesIO, start: int, stop: int) -> bool:
         """Whether the file still held all of the bytes from `start` to `stop`, which are sent."""
-        if start == stop:
-            return True
         if not isinstance(self.connection, ssl.SSLSocket):
             return bool(self.connection.sendfile(file, start, stop - start) == stop - start)
         view = memoryview(bytearray(min(_CHUNK_BYTES, stop - start)))
@@ -450,31 +358,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
-        if self._member:
+        if self._authenticated:
             role = server_role(status, self.path, headers.get("ETag", ""))
             proof = auth.prove(self.server.token, role, self._server_nonce, self._client_nonce)
-            self.send_header("Authentication-Info", f"proof={proof.hex()}")
+            self.send_header("Authentication-Info", authentication_info(proof))
         if self.close_connection:
             self.send_header("Connection", "close")
         self.end_headers()
         self.wfile.flush()
-
-
-def _byte_range(header: str, size: int) -> tuple[int, int] | None:
-    """The bytes [start, stop) that a Range header asks for; (size, size) where there are none of them.
-
-    None stands for no range: other units, several ranges and what is malformed are answered in full, as
-    RFC 9110 allows.
-    """
-    match = _RANGE.fullmatch(header)
-    if not match or header == "bytes=-":
-        return None
-    first, last = match.groups()
-    if not first:
-        return max(size - int(last), 0), size
-    if last and int(last) < int(first):
-        return None
-    return min(int(first), size), min(int(last) + 1, size) if last else size
 
 
 def _listen(address: tuple[str, int], backlog: int) -> socket.socket:
@@ -506,4 +397,4 @@ def _cut(connection: socket.socket) -> None:
 
 
 def _name(address: Any) -> str:
-    return f"{address[0].removeprefix('::ffff:')}:{address[1]}"
+    return format_address((address[0].removeprefix("::ffff:"), address[1]))

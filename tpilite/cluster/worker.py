@@ -4,14 +4,14 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tpilite.cluster.config import ClusterConfig
-from tpilite.cluster.slice_client import Progress, fetch_slices
+from tpilite.cluster.fetch import fetch_slices
 from tpilite.cluster.terms import is_served, security_of, terms_of
 from tpilite.collective import Solo
 from tpilite.engine.config import EngineConfig
@@ -21,7 +21,7 @@ from tpilite.net.address import Address
 from tpilite.net.group import GroupEnded
 from tpilite.net.seat import Seat, join
 from tpilite.weights.checkpoint import Checkpoint
-from tpilite.weights.slices import MANIFEST_NAME, Manifest, SliceFolder, node_folder
+from tpilite.weights.slices import MANIFEST_NAME, Manifest, Progress, SliceFolder, node_folder
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class WorkerOptions:
     rank: int | None = None
     force_download: bool = False
     once: bool = False
-    progress: Callable[[Progress], None] | None = None
+    progress: Progress | None = None
 
 
 class Worker:
