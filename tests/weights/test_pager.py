@@ -27,13 +27,13 @@ from tpilite.errors import CheckpointError, ConfigError
 from tpilite.linear.linear import Linear, as_float32
 from tpilite.linear.packing import Packed
 from tpilite.model.llama import Llama, Segment
-from tpilite.weights import loader as loader_module
 from tpilite.weights import pager as pager_module
+from tpilite.weights import part_table as loader_module
 from tpilite.weights import uncached
 from tpilite.weights.assemble import Embedding, assemble, mapped
 from tpilite.weights.checkpoint import Checkpoint
-from tpilite.weights.loader import PagedPart
 from tpilite.weights.pager import Pager
+from tpilite.weights.part_table import PagedPart
 from tpilite.weights.partition import EMBEDDING, LM_HEAD
 from tpilite.weights.uncached import UncachedFile
 

@@ -31,7 +31,7 @@ from tpilite.linear.linear import Matrix, Weights, block_rows
 from tpilite.linear.packing import ROWS
 from tpilite.machine import format_size, rss_bytes, spare_bytes
 from tpilite.weights.assemble import assemble, mapped
-from tpilite.weights.loader import Loader, PagedPart
+from tpilite.weights.part_table import Loader, PagedPart
 from tpilite.weights.partition import EMBEDDING, LM_HEAD
 from tpilite.weights.tensor_file import StoredTensor
 
