@@ -71,7 +71,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
             window=spec["window"],
             max_rows=spec["prompt"],
             part_bytes=spec["part_bytes"],
-            way=spec["way"],
+            read_method=spec["read_method"],
         ) as pager:
             weights = pager.weights
             if spec["budget"] is spec["window"] is None:  # nothing of the pager
@@ -190,7 +190,7 @@ def run(
     """`measure` in a process of its own, below the limit of a control group where this may make one."""
     spec: dict[str, Any] = {"folder": str(folder), "threads": args.threads, "prompt": args.prompt}
     spec |= {"new": args.new, "settle": 1, "layers": None, "budget": None, "window": None}
-    spec |= {"part_bytes": PART_BYTES, "way": args.way} | changes
+    spec |= {"part_bytes": PART_BYTES, "read_method": args.read_method} | changes
     command = [sys.executable, __file__, "--measure", json.dumps(spec), "--kind", kind]
     environment = dict(os.environ) | ONE_THREAD
     if limit is not None:
@@ -362,7 +362,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=64, help="tokens (%(default)s)")
     parser.add_argument("--new", type=int, default=8, help="tokens per run (%(default)s)")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--way", help="of reading: direct, nocache, advise or plain (the best there is)")
+    parser.add_argument("--read_method", help="direct, nocache, advise or plain (the best there is)")
     parser.add_argument(
         "--peers",
         nargs="+",

@@ -29,7 +29,8 @@ _INSIDE = {
     "model": "ops kv_cache llama",
     "text": "added_tokens tokenizer llama2_files llama3_files load chat",
     "net": "auth messages wire address channel handshake exchange sums group listener lobby seat",
-    "weights": "partition tensor_file uncached assemble checkpoint disk slices slicer part_table pager",
+    "weights": "partition tensor_file uncached assemble checkpoint disk slices slicer "
+    "residency part_table loader pager",
     "native": "library products exchange",
     "engine": "config sampling sequence scheduler stats step runner engine rank session",
     "cluster": "config token slice_protocol catalog slice_server slice_client fetch terms host worker",

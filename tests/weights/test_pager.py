@@ -27,14 +27,14 @@ from tpilite.errors import CheckpointError, ConfigError
 from tpilite.linear.linear import Linear, as_float32
 from tpilite.linear.packing import Packed
 from tpilite.model.llama import Llama, Segment
+from tpilite.weights import loader as loader_module
 from tpilite.weights import pager as pager_module
-from tpilite.weights import part_table as loader_module
 from tpilite.weights import uncached
 from tpilite.weights.assemble import Embedding, assemble, mapped
 from tpilite.weights.checkpoint import Checkpoint
 from tpilite.weights.pager import Pager
-from tpilite.weights.part_table import PagedPart
 from tpilite.weights.partition import EMBEDDING, LM_HEAD
+from tpilite.weights.residency import PagedPart
 from tpilite.weights.uncached import UncachedFile
 
 # Wide enough that a matrix is several of the multiplication's blocks, with sizes that do not divide evenly.
@@ -50,7 +50,7 @@ def spare(monkeypatch):
     found = [0]
     monkeypatch.setattr(pager_module, "spare_bytes", lambda: found[0])
     # Nor does a slow machine make parts come out of their packing.
-    monkeypatch.setattr(pager_module, "_TELLING_S", math.inf)
+    monkeypatch.setattr(pager_module, "_SHORTEST_MEASURED_S", math.inf)
     return found
 
 
@@ -82,8 +82,9 @@ def paged(checkpoint, **options):
     """
     with ExitStack() as stack:
         linear = stack.enter_context(Linear(2))
-        options = {"part_bytes": _PART, "base_bytes": 0, "max_rows": 5, "packs": False} | options
+        options = {"part_bytes": _PART, "base_bytes": 0, "max_rows": 5, "may_pack": False} | options
         pager = stack.enter_context(Pager(checkpoint.tensors, checkpoint.config, **options))
+        pager.start()
         yield pager, Llama(checkpoint.config, pager.weights, Solo(), linear)
     assert not any(thread.name.startswith("pager") for thread in threading.enumerate())
 
@@ -176,7 +177,7 @@ def test_the_bits_do_not_depend_on_paging(tmp_path, dtype, options, packs):
     with Checkpoint(write_checkpoint(tmp_path, config, dtype)) as checkpoint:
         if "share" in options:
             options = {"budget_bytes": budget(checkpoint, options["share"])}
-        with paged(checkpoint, packs=packs, **options) as (pager, model):
+        with paged(checkpoint, may_pack=packs, **options) as (pager, model):
             assert any(len(layer.up_proj.parts) > 2 for layer in pager.weights.layers)
             found = within(
                 lambda: logits(checkpoint, model, before=lambda i, ids: pager.begin_pass(len(ids)))
@@ -184,13 +185,13 @@ def test_the_bits_do_not_depend_on_paging(tmp_path, dtype, options, packs):
         np.testing.assert_array_equal(found, reference(checkpoint))
 
 
-@pytest.mark.parametrize("way", uncached.WAYS)
-def test_the_bits_do_not_depend_on_the_way_of_reading(checkpoint, way):
+@pytest.mark.parametrize("method", uncached.READ_METHODS)
+def test_the_bits_do_not_depend_on_the_method_of_reading(checkpoint, method):
     try:
-        UncachedFile(next(iter(checkpoint.tensors.values())).file, way).close()
+        UncachedFile(next(iter(checkpoint.tensors.values())).file, method).close()
     except CheckpointError as error:
         pytest.skip(str(error))
-    with paged(checkpoint, window=3, way=way) as (_, model):
+    with paged(checkpoint, window=3, read_method=method) as (_, model):
         np.testing.assert_array_equal(within(lambda: logits(checkpoint, model)), reference(checkpoint))
 
 
@@ -226,6 +227,7 @@ def test_a_rank_without_heads(checkpoint):
         if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
             tensors[name] = tensor.rows(0, 0)
     with Pager(tensors, checkpoint.config, window=2) as pager:
+        pager.start()
         assert pager.weights.layers[0].q_proj.n_rows == 0
         with within(pager.weights.layers[0].up_proj.parts[0].open) as rows:
             assert rows.shape[1] == 512
@@ -234,7 +236,7 @@ def test_a_rank_without_heads(checkpoint):
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.7])
 @pytest.mark.parametrize("packs", [True, False])
 def test_each_pass_reads_what_is_not_resident_once(checkpoint, share, packs, reads):
-    with paged(checkpoint, budget_bytes=budget(checkpoint, share), packs=packs) as (pager, model):
+    with paged(checkpoint, budget_bytes=budget(checkpoint, share), may_pack=packs) as (pager, model):
         total = size_of(parts_of(pager))
         marks = []
 
@@ -261,19 +263,19 @@ def test_each_pass_reads_what_is_not_resident_once(checkpoint, share, packs, rea
 
 @pytest.mark.parametrize(("times", "cached"), [(3.9, False), (4.1, True), (None, False)])
 def test_the_page_cache_is_used_where_it_has_room_for_all(checkpoint, spare, times, cached, monkeypatch):
-    ways, opened = set(), uncached._OPEN["plain"]
-    monkeypatch.setitem(uncached._OPEN, "plain", lambda file: ways.add("plain") or opened(file))
+    methods, opened = set(), uncached._OPEN["plain"]
+    monkeypatch.setitem(uncached._OPEN, "plain", lambda file: methods.add("plain") or opened(file))
     matrices = [t for name, t in checkpoint.tensors.items() if len(t.shape) == 2 and name != EMBEDDING]
     spare[0] = None if times is None else int(times * sum(tensor.nbytes for tensor in matrices))
     with paged(checkpoint, window=2) as (_, model):
         within(lambda: logits(checkpoint, model))
-    assert (ways == {"plain"}) == cached
-    with paged(checkpoint, budget_bytes=budget(checkpoint, 0.5), packs=True) as (pager, _):
+    assert (methods == {"plain"}) == cached
+    with paged(checkpoint, budget_bytes=budget(checkpoint, 0.5), may_pack=True) as (pager, _):
         assert (pager.usage().kept_bytes >= pager.usage().resident_bytes) == cached
 
 
 def test_what_does_not_fit_as_it_is_may_fit_packed(checkpoint, reads):
-    with paged(checkpoint, budget_bytes=budget(checkpoint, 0.79), packs=True) as (pager, model):
+    with paged(checkpoint, budget_bytes=budget(checkpoint, 0.79), may_pack=True) as (pager, model):
         found = within(lambda: logits(checkpoint, model, before=lambda i, ids: pager.begin_pass(len(ids))))
         usage = pager.usage()
         assert usage.resident_bytes == size_of(parts_of(pager))
@@ -288,7 +290,7 @@ def test_parts_that_cannot_be_packed_stream_until_there_is_room_for_them(checkpo
     """As many give way as do not fit unpacked, in a budget that never is exceeded."""
     tried = []
     monkeypatch.setattr(loader_module, "pack", lambda rows, memory: tried.append(rows.ctypes.data))
-    with paged(checkpoint, budget_bytes=budget(checkpoint, 0.5), packs=True) as (pager, model):
+    with paged(checkpoint, budget_bytes=budget(checkpoint, 0.5), may_pack=True) as (pager, model):
         resident = []
 
         def before(i, ids):
@@ -306,15 +308,15 @@ def test_parts_that_cannot_be_packed_stream_until_there_is_room_for_them(checkpo
 
 @pytest.mark.parametrize(("idle_share", "unpacks"), [(-1e9, True), (1e9, False)])
 def test_where_the_disk_idles_parts_are_unpacked_by_and_by(checkpoint, monkeypatch, idle_share, unpacks):
-    monkeypatch.setattr(pager_module, "_TELLING_S", 0.0)
+    monkeypatch.setattr(pager_module, "_SHORTEST_MEASURED_S", 0.0)
     monkeypatch.setattr(pager_module, "_IDLE_SHARE", idle_share)
     prompts = [[1, 2, 3], *([i] for i in range(60))]
-    with paged(checkpoint, budget_bytes=budget(checkpoint, 0.5), packs=True) as (pager, model):
+    with paged(checkpoint, budget_bytes=budget(checkpoint, 0.5), may_pack=True) as (pager, model):
         packed, kept = [], []
 
         def before(i, ids):
             pager.begin_pass(len(ids))
-            packed.append(sum(part.packs for part in parts_of(pager) if part.resident))
+            packed.append(sum(part.may_pack for part in parts_of(pager) if part.resident))
             kept.append(pager.usage().kept_bytes)
 
         found = within(lambda: logits(checkpoint, model, prompts, before))
@@ -411,7 +413,7 @@ def test_lm_head_may_be_left_out_or_used_unannounced(checkpoint):
 
 @pytest.mark.parametrize("packs", [True, False])
 def test_any_order_gives_the_right_rows(checkpoint, packs):
-    with paged(checkpoint, budget_bytes=budget(checkpoint, 0.3), packs=packs) as (pager, _):
+    with paged(checkpoint, budget_bytes=budget(checkpoint, 0.3), may_pack=packs) as (pager, _):
         parts = parts_of(pager)
         order = [*np.random.default_rng(0).permutation(len(parts)), 0, 0, len(parts) - 1, 1]
 
@@ -495,7 +497,7 @@ def test_a_window_below_two_blocks(checkpoint, window):
 @pytest.mark.parametrize("packs", [True, False])
 def test_resident_parts_give_way_to_the_caches_and_come_back(checkpoint, share, packs):
     steps = (0, 1_000_000, 2_000_000, None, 1_500_000, 0)
-    with paged(checkpoint, budget_bytes=budget(checkpoint, share), packs=packs) as (pager, model):
+    with paged(checkpoint, budget_bytes=budget(checkpoint, share), may_pack=packs) as (pager, model):
         limit = pager.cache_room_bytes
         resident, stored, largest = [], [], max(part.tensor.nbytes for part in parts_of(pager))
 
@@ -574,9 +576,9 @@ def test_a_file_truncated_between_passes(own, options):
             pager.begin_pass()
 
 
-@pytest.mark.parametrize("way", [None, "plain"])
-def test_a_file_truncated_within_a_pass(own, way):
-    with paged(own, window=2, way=way) as (pager, model):
+@pytest.mark.parametrize("method", [None, "plain"])
+def test_a_file_truncated_within_a_pass(own, method):
+    with paged(own, window=2, read_method=method) as (pager, model):
         pager.begin_pass()
         for path in own.folder.glob("*.safetensors"):
             os.truncate(path, path.stat().st_size // 2)
@@ -631,6 +633,7 @@ def test_closing_while_it_reads(checkpoint, monkeypatch):
     closed, close = [], UncachedFile.close
     monkeypatch.setattr(UncachedFile, "close", lambda self: (closed.append(self), close(self)))
     pager = Pager(checkpoint.tensors, checkpoint.config, window=2)
+    pager.start()
     assert reading.wait(_LONG_S)
     threading.Timer(0.05, go_on.set).start()
     within(pager.close)

@@ -1,4 +1,4 @@
-"""Ranges read past the page cache, by each way that this system has, against the bytes that were written."""
+"""Ranges read past the page cache, by each method of this system, against what was written."""
 
 import errno
 import mmap
@@ -10,13 +10,13 @@ import pytest
 from tpilite.errors import CheckpointError
 from tpilite.weights import uncached
 from tpilite.weights.tensor_file import TensorFile, write_tensor_file
-from tpilite.weights.uncached import BLOCK_BYTES, WAYS, UncachedFile, allocate, buffer_bytes
+from tpilite.weights.uncached import BLOCK_BYTES, READ_METHODS, UncachedFile, allocate, buffer_bytes
 
 _SIZE = 5 * BLOCK_BYTES + 1234
 
 
-@pytest.fixture(params=WAYS)
-def way(request):
+@pytest.fixture(params=READ_METHODS)
+def method(request):
     return request.param
 
 
@@ -28,16 +28,16 @@ def file(tmp_path):
         yield opened
 
 
-def _open(file, way):
+def _open(file, method):
     try:
-        return UncachedFile(file, way)
+        return UncachedFile(file, method)
     except CheckpointError as error:
         pytest.skip(str(error))
 
 
-def test_every_range_at_every_alignment(file, way):
+def test_every_range_at_every_alignment(file, method):
     content = file.path.read_bytes()
-    reader = _open(file, way)
+    reader = _open(file, method)
     edges = [0, 1, 2, 511, 4095, 4096, 4097, 8192, 12289]
     for offset in edges:
         for n_bytes in (1, 2, 4095, 4096, 4097, 8192, len(content) - offset):
@@ -47,9 +47,9 @@ def test_every_range_at_every_alignment(file, way):
     reader.close()
 
 
-def test_a_short_read_goes_on(file, way, monkeypatch):
+def test_a_short_read_goes_on(file, method, monkeypatch):
     content = file.path.read_bytes()
-    reader, preadv = _open(file, way), os.preadv
+    reader, preadv = _open(file, method), os.preadv
     monkeypatch.setattr(os, "preadv", lambda fd, buffers, at: preadv(fd, [buffers[0][:BLOCK_BYTES]], at))
     buffer = memoryview(allocate(buffer_bytes(_SIZE)))
     place = reader.read(buffer, 100, len(content) - 100)
@@ -58,19 +58,19 @@ def test_a_short_read_goes_on(file, way, monkeypatch):
 
 
 @pytest.mark.parametrize("kept", [0, 100, BLOCK_BYTES, 2 * BLOCK_BYTES, 2 * BLOCK_BYTES + 7])
-def test_a_truncated_file_is_an_error(file, way, kept):
-    reader = _open(file, way)
+def test_a_truncated_file_is_an_error(file, method, kept):
+    reader = _open(file, method)
     os.truncate(file.path, kept)
     with pytest.raises(CheckpointError, match="was truncated while it was in use: expected 9000 bytes at 50"):
         reader.read(memoryview(allocate(buffer_bytes(9000))), 50, 9000)
     reader.close()
 
 
-def test_a_disk_error_names_the_file(file, way, monkeypatch):
+def test_a_disk_error_names_the_file(file, method, monkeypatch):
     def fail(*_):
         raise OSError(errno.EIO, "Input/output error")
 
-    reader = _open(file, way)
+    reader = _open(file, method)
     monkeypatch.setattr(os, "preadv", fail)
     with pytest.raises(CheckpointError, match=r"x\.safetensors cannot be read: Input/output error"):
         reader.read(memoryview(allocate(buffer_bytes(10))), 0, 10)
@@ -81,10 +81,10 @@ def test_the_best_way_that_there_is(file, monkeypatch):
     monkeypatch.delattr(os, "O_DIRECT", raising=False)
     monkeypatch.setattr(uncached, "_F_NOCACHE", None)
     without = UncachedFile(file)
-    assert without.way == ("advise" if hasattr(os, "posix_fadvise") else "plain")
+    assert without.read_method == ("advise" if hasattr(os, "posix_fadvise") else "plain")
     monkeypatch.delattr(os, "posix_fadvise", raising=False)
     plain = UncachedFile(file)
-    assert plain.way == "plain"
+    assert plain.read_method == "plain"
     without.close()
     plain.close()
 
@@ -95,17 +95,17 @@ def test_a_file_system_that_refuses_direct_reads(file, monkeypatch):
 
     monkeypatch.setattr(os, "preadv", refuse)
     reader = UncachedFile(file)
-    assert reader.way != "direct"
+    assert reader.read_method != "direct"
     reader.close()
 
 
-def test_a_path_that_leads_to_another_file_is_not_opened(file, way):
+def test_a_path_that_leads_to_another_file_is_not_opened(file, method):
     os.replace(_copy(file.path), file.path)
-    if way in ("direct", "nocache"):
-        with pytest.raises(CheckpointError, match=f"'{way}'"):
-            UncachedFile(file, way)
+    if method in ("direct", "nocache"):
+        with pytest.raises(CheckpointError, match=f"'{method}'"):
+            UncachedFile(file, method)
     reader = UncachedFile(file)
-    assert reader.way not in ("direct", "nocache")
+    assert reader.read_method not in ("direct", "nocache")
     reader.close()
 
 

@@ -58,6 +58,7 @@ class Rank(Closing):
                 max_rows=engine.max_rows,
             )
         )
+        self._pager.start()
         self._n_rows = 0  # of the pass before
         self._network = Timed(collective)
         kv_dtype = np.float16 if engine.kv_dtype == "f16" else np.float32

@@ -11,6 +11,7 @@ import numpy as np
 from tpilite.arrays import Array
 from tpilite.linear.linear import Matrix, as_float32
 from tpilite.model.llama import LayerWeights, LlamaWeights
+from tpilite.weights.partition import FINAL_NORM, LM_HEAD, layer_tensor
 from tpilite.weights.tensor_file import StoredTensor
 
 MatrixOf = Callable[[StoredTensor, Array | None], Matrix]
@@ -32,21 +33,20 @@ def assemble(tensors: Mapping[str, StoredTensor], n_layers: int, matrix_of: Matr
         return matrix_of(tensors[f"{name}.weight"], vector(bias) if bias in tensors else None)
 
     def layer(i: int) -> LayerWeights:
-        prefix = f"model.layers.{i}"
         return LayerWeights(
-            input_layernorm=vector(f"{prefix}.input_layernorm.weight"),
-            q_proj=matrix(f"{prefix}.self_attn.q_proj"),
-            k_proj=matrix(f"{prefix}.self_attn.k_proj"),
-            v_proj=matrix(f"{prefix}.self_attn.v_proj"),
-            o_proj=matrix(f"{prefix}.self_attn.o_proj"),
-            post_attention_layernorm=vector(f"{prefix}.post_attention_layernorm.weight"),
-            gate_proj=matrix(f"{prefix}.mlp.gate_proj"),
-            up_proj=matrix(f"{prefix}.mlp.up_proj"),
-            down_proj=matrix(f"{prefix}.mlp.down_proj"),
+            input_layernorm=vector(layer_tensor(i, "input_layernorm.weight")),
+            q_proj=matrix(layer_tensor(i, "self_attn.q_proj")),
+            k_proj=matrix(layer_tensor(i, "self_attn.k_proj")),
+            v_proj=matrix(layer_tensor(i, "self_attn.v_proj")),
+            o_proj=matrix(layer_tensor(i, "self_attn.o_proj")),
+            post_attention_layernorm=vector(layer_tensor(i, "post_attention_layernorm.weight")),
+            gate_proj=matrix(layer_tensor(i, "mlp.gate_proj")),
+            up_proj=matrix(layer_tensor(i, "mlp.up_proj")),
+            down_proj=matrix(layer_tensor(i, "mlp.down_proj")),
         )
 
     layers = [layer(i) for i in range(n_layers)]
-    return LlamaWeights(layers, vector("model.norm.weight"), matrix("lm_head"))
+    return LlamaWeights(layers, vector(FINAL_NORM), matrix_of(tensors[LM_HEAD], None))
 
 
 class Embedding:

@@ -1,81 +1,52 @@
-"""The threads that bring paged weights into memory, in the order of their use, shortly before it."""
+"""The states of all paged parts, and their one owner: what is in memory, what is being read, what is next."""
 
+import enum
 import mmap
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 
 from tpilite.linear.linear import Stored, Weights
-from tpilite.linear.packing import Packed, pack, packed_bytes
-from tpilite.weights.tensor_file import StoredTensor, TensorFile
-from tpilite.weights.uncached import UncachedFile, allocate, buffer_bytes
+from tpilite.linear.packing import Packed
+from tpilite.weights.residency import (
+    PagedPart,
+    choose_evictions,
+    choose_returns,
+    choose_unpacking,
+    spread,
+)
+from tpilite.weights.tensor_file import StoredTensor
+from tpilite.weights.uncached import allocate
 
-# A second request is there when the first is done: threads that compute may let a reader wait for a core.
-_READERS = 2
 
+class Purpose(enum.Enum):
+    """What becomes of a part that is loaded."""
 
-@dataclass(eq=False)
-class PagedPart:
-    """Some rows of a matrix, kept or streamed as the pager decides."""
-
-    tensor: StoredTensor
-    index: int  # in the order of use
-    in_head: bool  # of lm_head, which a pass that wants no scores does not use
-    packs: bool  # when it is resident
-    open_by: "Callable[[PagedPart], AbstractContextManager[Weights]]" = field(repr=False)
-    resident: bool = False
-    on_its_way: bool = False  # of a resident part: being read or packed
-    array: Weights | None = field(default=None, repr=False)  # of a resident part, once it is in memory
-
-    @property
-    def n_rows(self) -> int:
-        return self.tensor.shape[0]
-
-    @property
-    def buffer_bytes(self) -> int:
-        return buffer_bytes(self.tensor.nbytes)
-
-    @property
-    def kept_bytes(self) -> int:
-        """The memory of the part when it is resident; before it is packed, the most that this may take."""
-        if isinstance(self.array, Packed):
-            return self.array.nbytes
-        if self.array is None and self.packs:
-            return packed_bytes(*self.tensor.shape)
-        return self.buffer_bytes
-
-    @property
-    def loaded_bytes(self) -> int:
-        """The memory that it takes now, as a resident one."""
-        if isinstance(self.array, Packed):
-            return self.array.nbytes
-        return 0 if self.array is None else self.tensor.nbytes
-
-    def open(self) -> AbstractContextManager[Weights]:
-        """The rows, there until the context ends. Raises `CheckpointError` where they cannot be read."""
-        return nullcontext(self.array) if self.array is not None else self.open_by(self)
+    STREAM = enum.auto()  # it is used in a slot of the window, which is free again after that
+    PACK = enum.auto()  # it is read into a slot, and kept packed, in memory of its own
+    KEEP = enum.auto()  # it is read into memory of its own, and kept as it is
 
 
 @dataclass(eq=False)
-class _Load:
-    """A part on its way into a buffer, or there."""
+class Load:
+    """A part that is being read into a buffer, or is there."""
 
     part: PagedPart
+    purpose: Purpose
     buffer: mmap.mmap
-    in_slot: bool
-    packs: bool = False  # into memory of its own; the buffer is a slot
     place: int = 0  # where in the buffer the part begins
     done: bool = False
     opened: bool = False
-    dropped: bool = False  # nobody waits for it any more
+    dropped: bool = False  # no longer in the queue
     error: BaseException | None = None
 
     def rows(self) -> Stored:
+        """The rows as they are stored, once they are read."""
         tensor = self.part.tensor
         dtype = tensor.stored_dtype
         flat = np.frombuffer(self.buffer, dtype, tensor.nbytes // dtype.itemsize, self.place)
@@ -83,197 +54,212 @@ class _Load:
         return flat.reshape(tensor.shape)
 
 
-class Loader:
-    """The threads that read parts in the order of their use, round and round, as far as there is room.
+class PartTable:
+    """The parts in the order of use. It alone changes them, and it decides what is read next.
 
-    They guess that the parts are opened in that order. Where another one is opened, what was read ahead
-    is given up and they go on from there. Errors are raised where the part is opened; opening it
-    again tries again.
+    The thread that makes the passes opens parts, and between passes says how much may be resident. The
+    loader's threads `claim` loads and `finish` them. Parts are loaded in the order of use, round and round,
+    as far as the window has free slots. Where a part is opened out of that order, what was read ahead is
+    given up and loading goes on from that part. Errors are raised where the part is opened; opening it again
+    tries again.
     """
 
-    def __init__(
-        self,
-        parts: Sequence[PagedPart],
-        n_slots: int,
-        slot_bytes: int,
-        lock: threading.Condition,
-        way: str | None,
-        gave_way: list[PagedPart],
-    ) -> None:
-        self._parts = parts
-        self._gave_way = gave_way  # where parts go that were to be resident packed and cannot be
-        self._changed = lock
-        self._way = way
-        self._opening = threading.Lock()
-        self._files: dict[TensorFile, UncachedFile] = {}
-        self._free = [allocate(slot_bytes) for _ in range(n_slots)]
-        self._loads: deque[_Load] = deque()  # in the order of use; the first may be open
-        self._n_reading = 0
-        self._reading_since_s = 0.0
-        self._next = 0
-        self._skips_head = self._closed = False
-        self.loads = self.read_bytes = self.slots_in_use = 0
-        self.load_s = self.wait_s = 0.0
+    def __init__(self) -> None:
+        self.parts: list[PagedPart] = []
+        self.window_bytes = self.filled_bytes = 0  # of all slots, and of those that are in use
+        self.wait_s = 0.0  # that `open` has waited
         self.used_s = 0.0  # when the last use of a part ended
-        self._threads = [
-            threading.Thread(target=self._run, name=f"pager-{i}", daemon=True)
-            for i in range(min(_READERS, n_slots - 1))
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._changed = threading.Condition()  # guards all of this; notified when it changes
+        self._slot_bytes = 0
+        self._free: list[mmap.mmap] = []
+        self._queue: deque[Load] = deque()  # in the order of use; the first may be open
+        self._next = 0
+        self._evicted: list[PagedPart] = []
+        self._skips_lm_head = self._closed = False
 
-    def close(self) -> None:
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-        for thread in self._threads:
-            thread.join()
-        self._free.clear()
-        self._loads.clear()
-        self.slots_in_use = 0
-        for part in self._parts:
-            part.array = None
-        for file in self._files.values():
-            file.close()
+    # Before the first pass.
 
-    def skip_head(self, skips: bool) -> None:
-        """Whether the pass that begins leaves lm_head out."""
+    def add(self, tensor: StoredTensor, of_lm_head: bool, may_pack: bool) -> PagedPart:
+        """A new part, the last one in the order of use, that streams."""
+        part = PagedPart(tensor, len(self.parts), of_lm_head, may_pack, self.open)
+        self.parts.append(part)
+        return part
+
+    def map_all(self) -> None:
+        """Makes every part resident as a memory map, which nobody has to read."""
+        for part in self.parts:
+            part.resident, part.array = True, part.tensor.array()
+
+    def keep_evenly(self, room: int) -> None:
+        """Makes parts of up to `room` bytes resident, evenly among the others."""
+        chosen = spread([part.kept_bytes for part in self.parts], room)
+        for part, resident in zip(self.parts, chosen, strict=True):
+            part.resident = resident
+
+    def add_window(self, n_slots: int, slot_bytes: int) -> None:
+        """The slots that parts are streamed through."""
+        self.window_bytes, self._slot_bytes = n_slots * slot_bytes, slot_bytes
+        self._free = [allocate(slot_bytes) for _ in range(n_slots)]
+
+    # For the thread that makes the passes.
+
+    def skip_lm_head(self, skips: bool) -> None:
+        """Says whether the pass that begins leaves lm_head out."""
         with self._changed:
-            self._skips_head = skips
+            self._skips_lm_head = skips
             self._changed.notify_all()
+
+    def fit(self, room: int) -> list[PagedPart]:
+        """Evicts resident parts, or lets evicted ones return, as `room` bytes allow; gives those evicted."""
+        with self._changed:
+            evicted = choose_evictions(self.parts, room)
+            for part in evicted:
+                self._evict(part)
+            for part in choose_returns(self.parts, self._evicted, room):
+                self._evicted.remove(part)
+                part.resident = True
+            self._changed.notify_all()
+        return evicted
+
+    def unpack_some(self, turn: int) -> None:
+        """Evicts some of the packed parts, which return unpacked."""
+        with self._changed:
+            for part in choose_unpacking(self.parts, turn):
+                part.may_pack = False
+                self._evict(part)
 
     @contextmanager
     def open(self, part: PagedPart) -> Iterator[Weights]:
-        load = self._wait_for(part)
+        """The rows of a part that is not in memory for good, waited for and there until the context ends."""
+        found = self._wait_for(part)
         try:
-            if isinstance(load, _Load):
-                load.opened = True
-                yield load.rows()
-            else:
-                yield load
+            yield found.rows() if isinstance(found, Load) else found
         finally:
             self.used_s = time.perf_counter()
-            if isinstance(load, _Load):
+            if isinstance(found, Load):
                 with self._changed:
-                    self._loads.remove(load)
-                    self._drop(load)
+                    self._queue.remove(found)
+                    self._drop(found)
 
-    def _wait_for(self, part: PagedPart) -> "_Load | Weights":
+    def close(self) -> None:
+        """Ends all waiting, and gives back the memory of all but what is being read."""
+        with self._changed:
+            self._closed = True
+            while self._queue:
+                self._drop(self._queue.popleft())
+            self._free.clear()
+            for part in self.parts:
+                part.array = None
+            self._changed.notify_all()
+
+    # For the loader's threads.
+
+    def claim(self) -> Load | None:
+        """The next load, once there is room for it; None when the table is closed."""
+        with self._changed:
+            while not self._closed:
+                load = self._plan()
+                if load is not None:
+                    self._queue.append(load)
+                    return load
+                self._changed.wait()
+        return None
+
+    def finish(self, load: Load, packed: Packed | None, error: BaseException | None) -> None:
+        """Takes back a load that was read, `packed` if that was its purpose and worth it, or that failed."""
+        part = load.part
+        with self._changed:
+            load.done, load.error = True, error
+            if load.purpose is not Purpose.STREAM:
+                part.loading = False
+                if error is None and not self._closed:
+                    self._keep(load, packed)
+            # What is kept needs no place in the queue; what was evicted meanwhile gives back its own memory.
+            leaves = part.array is not None or (load.purpose is Purpose.KEEP and error is None)
+            if leaves and not load.dropped:
+                self._queue.remove(load)
+            if leaves or load.dropped:
+                self._drop(load)
+            self._changed.notify_all()
+
+    # Under the lock.
+
+    def _wait_for(self, part: PagedPart) -> Load | Weights:
         start_s = time.perf_counter()
         with self._changed:
-            assert not any(load.opened for load in self._loads), "one part is open at a time"
-            while self._loads and self._loads[0].part is not part:
-                self._drop(self._loads.popleft())
-            if not self._loads:
-                self._next = part.index
-                self._skips_head &= not part.in_head
-                self._changed.notify_all()
+            assert self.window_bytes, "the pager was not started"
+            assert not any(load.opened for load in self._queue), "one part is open at a time"
             try:
                 while not self._closed:
                     if part.array is not None:
                         return part.array
-                    load = self._loads[0] if self._loads else None
+                    load = self._first_for(part)
                     if load is not None and load.error is not None:
-                        self._drop(self._loads.popleft())
+                        self._drop(self._queue.popleft())
                         raise load.error
                     if load is not None and load.done:
+                        load.opened = True
                         return load
                     self._changed.wait()
                 raise RuntimeError("a closed pager's part was opened")
             finally:
                 self.wait_s += time.perf_counter() - start_s
 
-    def _drop(self, load: _Load) -> None:
-        """Frees the slot of a load that has left the queue; where it is being read, its thread does that."""
-        load.dropped = True
-        if load.done and load.in_slot:
-            self._free.append(load.buffer)
-            self.slots_in_use -= 1
-            self._changed.notify_all()
-
-    def _run(self) -> None:
-        while (load := self._begin()) is not None:
-            tensor, packed = load.part.tensor, None
-            try:
-                try:
-                    file = self._file(tensor.file)
-                    load.place = file.read(memoryview(load.buffer), tensor.offset, tensor.nbytes)
-                finally:
-                    with self._changed:
-                        self._count_reading(-1)
-                if load.packs:
-                    packed = pack(load.rows(), allocate(tensor.nbytes * 3 // 4))
-            except BaseException as error:  # carried to the pass, which raises it
-                load.error = error
-            self._end(load, packed)
-
-    def _begin(self) -> _Load | None:
-        """The next load, once there is room for it; None at the end."""
-        with self._changed:
-            while not self._closed:
-                load = self._plan()
-                if load is not None:
-                    self._loads.append(load)
-                    self._count_reading(+1)
-                    return load
-                self._changed.wait()
-        return None
-
-    def _plan(self) -> _Load | None:
-        if any(load.error for load in self._loads):
+    def _first_for(self, part: PagedPart) -> Load | None:
+        """The part's load, now the first in the queue; where it has none, loading goes on from the part."""
+        load = next((load for load in self._queue if load.part is part), None)
+        if load is None and part.loading:  # its load was dropped, and yet brings it into memory
             return None
-        for _ in self._parts:
-            part = self._parts[self._next]
-            if part.array is None and not part.on_its_way and not (part.in_head and self._skips_head):
-                in_slot = part.packs or not part.resident
-                if in_slot and not self._free:
-                    return None
-                self._next = (self._next + 1) % len(self._parts)
-                part.on_its_way = part.resident
-                if not in_slot:
-                    return _Load(part, allocate(part.buffer_bytes), in_slot)
-                self.slots_in_use += 1
-                return _Load(part, self._free.pop(), in_slot, packs=part.resident)
-            self._next = (self._next + 1) % len(self._parts)
+        while self._queue and self._queue[0] is not load:
+            self._drop(self._queue.popleft())
+        if load is None:
+            self._next = part.index
+            self._skips_lm_head &= not part.of_lm_head
+            self._changed.notify_all()
+        return load
+
+    def _plan(self) -> Load | None:
+        if any(load.error for load in self._queue):
+            return None
+        for _ in self.parts:
+            part = self.parts[self._next]
+            if part.array is None and not part.loading and not (part.of_lm_head and self._skips_lm_head):
+                return self._load_of(part)
+            self._next = (self._next + 1) % len(self.parts)
         return None
 
-    def _end(self, load: _Load, packed: Packed | None) -> None:
+    def _load_of(self, part: PagedPart) -> Load | None:
+        """A load of the next part; None while it needs a slot and none is free."""
+        if part.resident and not part.may_pack:
+            load = Load(part, Purpose.KEEP, allocate(part.buffer_bytes))
+        elif self._free:
+            load = Load(part, Purpose.PACK if part.resident else Purpose.STREAM, self._free.pop())
+            self.filled_bytes += self._slot_bytes
+        else:
+            return None
+        part.loading = part.resident
+        self._next = (self._next + 1) % len(self.parts)
+        return load
+
+    def _keep(self, load: Load, packed: Packed | None) -> None:
+        """Makes the loaded rows the part's own, unless it was evicted meanwhile."""
         part = load.part
-        with self._changed:
-            self.loads += 1
-            load.done = True
-            kept: Weights | None = packed
-            if load.error is None:
-                self.read_bytes += part.tensor.nbytes
-                if not load.in_slot:
-                    kept = load.rows()
-                elif load.packs and packed is None:
-                    part.packs = False
-                    if part.resident:
-                        part.resident = False
-                        self._gave_way.append(part)
-            if load.packs or not load.in_slot:
-                part.on_its_way = False
-                if part.resident:
-                    part.array = kept
-            # What has a place of its own is not waited for here; the rest is used where it is.
-            if not load.dropped and (part.array is not None or (load.error is None and not load.in_slot)):
-                self._loads.remove(load)
-                load.dropped = True
-            if load.dropped:
-                self._drop(load)
+        if load.purpose is Purpose.PACK and packed is None:  # as it is, it may need more room than there is
+            part.may_pack = False
+            if part.resident:
+                self._evict(part)
+        elif part.resident:
+            part.array = packed if load.purpose is Purpose.PACK else load.rows()
+
+    def _evict(self, part: PagedPart) -> None:
+        part.resident, part.array = False, None
+        self._evicted.append(part)
+
+    def _drop(self, load: Load) -> None:
+        """Frees the slot of a load that has left the queue; while it is being read, `finish` does that."""
+        load.dropped = True
+        if load.done and load.purpose is not Purpose.KEEP:
+            self.filled_bytes -= self._slot_bytes
+            if not self._closed:
+                self._free.append(load.buffer)
             self._changed.notify_all()
-
-    def _count_reading(self, change: int) -> None:
-        """Keeps the time in which at least one part was being read."""
-        now_s = time.perf_counter()
-        if self._n_reading:
-            self.load_s += now_s - self._reading_since_s
-        self._n_reading += change
-        self._reading_since_s = now_s
-
-    def _file(self, file: TensorFile) -> UncachedFile:
-        with self._opening:
-            if file not in self._files:
-                self._files[file] = UncachedFile(file, self._way)
-            return self._files[file]

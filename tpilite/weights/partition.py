@@ -37,21 +37,26 @@ _COLUMN_UNITS = (32, 16, 8, 4, 2)
 _UNITS_PER_RANK = 4
 
 
+def layer_tensor(layer: int, name: str) -> str:
+    """The full name of a tensor of one layer, such as "self_attn.q_proj.weight"."""
+    return f"model.layers.{layer}.{name}"
+
+
 def attention_axes(config: LlamaConfig, layer: int) -> dict[str, str]:
     """The tensors of one layer's attention block: name to axes. The matrices come first."""
-    return _block_axes(f"model.layers.{layer}.self_attn.", _ATTENTION, config.attention_bias) | {
-        f"model.layers.{layer}.input_layernorm.weight": "D"
+    return _block_axes(layer_tensor(layer, "self_attn"), _ATTENTION, config.attention_bias) | {
+        layer_tensor(layer, "input_layernorm.weight"): "D"
     }
 
 
 def mlp_axes(config: LlamaConfig, layer: int) -> dict[str, str]:
     """The tensors of one layer's feed-forward block: name to axes. The matrices come first."""
-    return _block_axes(f"model.layers.{layer}.mlp.", _MLP, config.mlp_bias) | {
-        f"model.layers.{layer}.post_attention_layernorm.weight": "D"
+    return _block_axes(layer_tensor(layer, "mlp"), _MLP, config.mlp_bias) | {
+        layer_tensor(layer, "post_attention_layernorm.weight"): "D"
     }
 
 
-HEAD_AXES = {LM_HEAD: "VD", FINAL_NORM: "D"}
+LM_HEAD_AXES = {LM_HEAD: "VD", FINAL_NORM: "D"}
 EMBEDDING_AXES = {EMBEDDING: "VD"}
 
 
@@ -60,7 +65,7 @@ def tensor_axes(config: LlamaConfig) -> dict[str, str]:
     axes = dict(EMBEDDING_AXES)
     for layer in range(config.num_hidden_layers):
         axes |= attention_axes(config, layer) | mlp_axes(config, layer)
-    return axes | HEAD_AXES
+    return axes | LM_HEAD_AXES
 
 
 def axis_sizes(config: LlamaConfig) -> dict[str, int]:
@@ -191,10 +196,10 @@ class Partition:
         return cls(**{key: tuple(ranks) for key, ranks in value.items()})
 
 
-def _block_axes(prefix: str, matrices: dict[str, str], has_bias: bool) -> dict[str, str]:
-    axes = {f"{prefix}{name}.weight": axes for name, axes in matrices.items()}
+def _block_axes(block: str, matrices: dict[str, str], has_bias: bool) -> dict[str, str]:
+    axes = {f"{block}.{name}.weight": axes for name, axes in matrices.items()}
     if has_bias:
-        axes |= {f"{prefix}{name}.bias": axes[0] for name, axes in matrices.items()}
+        axes |= {f"{block}.{name}.bias": axes[0] for name, axes in matrices.items()}
     return axes
 
 

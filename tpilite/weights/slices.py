@@ -42,7 +42,7 @@ from tpilite.weights.disk import sync_folder
 from tpilite.weights.partition import (
     EMBEDDING,
     EMBEDDING_AXES,
-    HEAD_AXES,
+    LM_HEAD_AXES,
     Partition,
     attention_axes,
     mlp_axes,
@@ -269,7 +269,7 @@ def block_files(config: LlamaConfig) -> Iterator[tuple[str, Iterable[str]]]:
     for layer in range(config.num_hidden_layers):
         yield f"layers.{layer}.attn.safetensors", attention_axes(config, layer)
         yield f"layers.{layer}.mlp.safetensors", mlp_axes(config, layer)
-    yield _HEAD_FILE, HEAD_AXES
+    yield _HEAD_FILE, LM_HEAD_AXES
 
 
 def _files(value: Any, config: LlamaConfig, rank: int) -> dict[str, FileEntry]:

@@ -1,7 +1,7 @@
 """Ranges of a file read past the page cache, into memory that the kernel does not have to copy to.
 
 A file that is larger than memory and read in a circle never finds its pages in the cache, but pushes out
-those of everybody else. So it is read by the first of these ways that the file and the system offer:
+those of everybody else. So it is read by the first of these methods that the file and the system offer:
 
     direct   O_DIRECT: the disk writes into the buffer itself. Whole blocks are read, so the range that was
              asked for lies somewhere inside the buffer
@@ -19,7 +19,7 @@ from collections.abc import Callable
 from tpilite.errors import CheckpointError
 from tpilite.weights.tensor_file import TensorFile
 
-WAYS = ("direct", "nocache", "advise", "plain")
+READ_METHODS = ("direct", "nocache", "advise", "plain")
 
 # No disk has larger blocks; pages are larger on some machines, but direct I/O asks for blocks only.
 BLOCK_BYTES = 4096
@@ -47,17 +47,17 @@ def allocate(n_bytes: int) -> mmap.mmap:
 
 
 class UncachedFile:
-    """A tensor file opened once more, for reading by `way`: one of `WAYS`, or None for the best there is."""
+    """A tensor file opened once more, for reading by one of `READ_METHODS`; None is the best there is."""
 
-    def __init__(self, file: TensorFile, way: str | None = None) -> None:
+    def __init__(self, file: TensorFile, read_method: str | None = None) -> None:
         self._file = file
-        for self.way in WAYS if way is None else (way,):
+        for self.read_method in READ_METHODS if read_method is None else (read_method,):
             try:
-                self._fd = _OPEN[self.way](file)
+                self._fd = _OPEN[self.read_method](file)
                 return
             except (OSError, AttributeError):  # the file's system, or Python's, does not have it
                 continue
-        raise CheckpointError(f"{file.path} cannot be read by the way {way!r} on this system")
+        raise CheckpointError(f"{file.path} cannot be read by the method {read_method!r} on this system")
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -69,9 +69,9 @@ class UncachedFile:
 
         The buffer must begin at a page's start and hold `buffer_bytes(n_bytes)`.
         """
-        before = offset % BLOCK_BYTES if self.way == "direct" else 0
+        before = offset % BLOCK_BYTES if self.read_method == "direct" else 0
         needed, length = before + n_bytes, n_bytes
-        if self.way == "direct":
+        if self.read_method == "direct":
             length = -(-needed // BLOCK_BYTES) * BLOCK_BYTES
         done = 0
         while done < needed:
@@ -81,12 +81,12 @@ class UncachedFile:
                 raise CheckpointError(f"{self._file.path} cannot be read: {error.strerror}") from error
             done += n_read
             # Direct reads come in whole blocks but at the file's end.
-            if n_read == 0 or (self.way == "direct" and n_read % BLOCK_BYTES and done < needed):
+            if n_read == 0 or (self.read_method == "direct" and n_read % BLOCK_BYTES and done < needed):
                 raise CheckpointError(
                     f"{self._file.path} was truncated while it was in use: expected {n_bytes} bytes at "
                     f"{offset}, found {max(0, done - before)}; download or copy it again"
                 )
-        if self.way == "advise":
+        if self.read_method == "advise":
             os.posix_fadvise(self._fd, offset, n_bytes, os.POSIX_FADV_DONTNEED)
         return before
 
