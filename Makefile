@@ -12,6 +12,9 @@ test: .venv/tested
 chaos: .venv/tested
 	$(BIN)/python tests/chaos.py --minutes $(MINUTES)
 
+fuzz: .venv/tested
+	$(BIN)/python tests/fuzz.py
+
 lint: .venv/linted
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -35,4 +38,4 @@ lint: .venv/linted
 clean:
 	rm -rf .venv build *.egg-info
 
-.PHONY: demo test chaos lint clean
+.PHONY: demo test chaos fuzz lint clean

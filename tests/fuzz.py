@@ -1,0 +1,234 @@
+"""Mutated bytes on every port of a running cluster: nothing crashes, answers with a 500, or grows.
+
+    python tests/fuzz.py [--frames 1000000] [--requests 100000] [--seed S]
+
+A real rank 0 with its service and a real worker run on loopback. Connections send what an honest peer or
+client would send, with bits flipped, bytes cut out, repeated, or random ones put in, and close. Now and then
+the text of one seed is asked for: it must stay the same. At the end both processes live, no log has a
+traceback, no answer was a 500, and memory and open files are what they were after the first tenth. Not
+collected by pytest.
+"""
+
+import argparse
+import json
+import random
+import socket
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from nodes import TOKEN, Node, Nodes, free_ports, make_story
+
+from tpilite.errors import TpiliteError
+from tpilite.net import handshake, messages, wire
+
+_THREADS = 4
+_ANSWER_S = 0.2  # what an answer may take; a port that waits for more of a request is left alone
+_BODY = {"model": "story", "prompt": "It was", "max_tokens": 3, "seed": 1}
+_CHAT = {
+    "model": "story",
+    "messages": [{"role": "user", "content": "Hello"}],
+    "max_tokens": 3,
+    "stream": True,
+}
+
+
+def greetings() -> list[bytes]:
+    """What somebody without the token may send to a port of ranks."""
+    hello = wire.encode(messages.Hello(bytes(32)))
+    return [hello, hello + wire.encode(messages.Proof(bytes(32)))]
+
+
+def joins() -> list[bytes]:
+    """What somebody with the token may say then."""
+    join = wire.encode(messages.Join(None, {"model": "x"}))
+    others = [messages.Heartbeat(), messages.Ready({}, 9), messages.Goodbye(), messages.Barrier()]
+    return [join, *(join + wire.encode(other) for other in others)]
+
+
+def unknown(port: int) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", port), timeout=5)
+
+
+def known(port: int) -> socket.socket:
+    """A connection that has proved the token."""
+    channel = handshake.connect(("127.0.0.1", port), TOKEN, timeout_s=5)
+    return socket.socket(fileno=channel._sock.detach())
+
+
+def requests(paths: Sequence[str], bodies: Sequence[object]) -> list[bytes]:
+    """What a client may send to an HTTP server."""
+    lines = ["Host: 127.0.0.1", "Accept: */*", "Authorization: Bearer abc", "Range: bytes=0-99"]
+    found = [
+        f"{verb} {path} HTTP/1.1\r\n" + "\r\n".join(lines) + "\r\n\r\n"
+        for verb in ("GET", "HEAD")
+        for path in paths
+    ]
+    for body in bodies:
+        text = json.dumps(body)
+        head = "\r\n".join([*lines, "Content-Type: application/json", f"Content-Length: {len(text)}"])
+        found += [f"POST {path} HTTP/1.1\r\n{head}\r\n\r\n{text}" for path in paths]
+    return [request.encode() for request in found]
+
+
+def mutated(honest: bytes, choose: random.Random) -> bytes:
+    """`honest` with one to four things wrong."""
+    data = bytearray(honest)
+    for _ in range(choose.randint(1, 4)):
+        at = choose.randrange(len(data) + 1)
+        match choose.randrange(6):
+            case 0 if at < len(data):
+                data[at] ^= 1 << choose.randrange(8)
+            case 1:
+                data[at:at] = choose.randbytes(choose.randint(1, 20))
+            case 2:
+                del data[at : at + choose.randint(1, 20)]
+            case 3:
+                del data[at:]
+            case 4:
+                data[at:at] = data[max(0, at - choose.randint(1, 60)) : at]
+            case _:
+                data[at:at] = choose.choice((b"\r\n", b" ", b"\0", b"\xff" * 8, b"9" * 30, b":", b"\r\n\r\n"))
+    return bytes(data)
+
+
+class Target:
+    """A port, what honest peers send there, and what became of the mutated."""
+
+    def __init__(
+        self,
+        name: str,
+        port: int,
+        honest: Sequence[bytes],
+        n: int,
+        connect: Callable[[int], socket.socket] = unknown,
+    ) -> None:
+        self.name, self.port, self.honest, self.n, self._connect = name, port, honest, n, connect
+        self.n_sent = self.n_refused = 0
+        self.wrong: list[bytes] = []
+        self._lock = threading.Lock()
+
+    def attack(self, seed: int, until: int) -> None:
+        """Sends until `until` connections have been made."""
+        choose = random.Random(seed)
+        while True:
+            with self._lock:
+                if self.n_sent >= until:
+                    return
+                self.n_sent += 1
+            self._send(mutated(choose.choice(self.honest), choose))
+
+    def _send(self, data: bytes) -> None:
+        answer = b""
+        try:
+            with self._connect(self.port) as sock:
+                sock.sendall(data)
+                sock.shutdown(socket.SHUT_WR)
+                sock.settimeout(_ANSWER_S)
+                with suppress(OSError):
+                    while packet := sock.recv(65536):
+                        answer += packet
+        except (OSError, TpiliteError):
+            self.n_refused += 1
+        if answer.startswith(b"HTTP/1.1 500"):
+            self.wrong.append(data)
+
+
+def memory_and_files(node: Node) -> tuple[int, int]:
+    """Resident bytes and open descriptors of a process."""
+    pages = int(Path(f"/proc/{node.pid}/statm").read_text().split()[1])
+    return pages * 4096, len(list(Path(f"/proc/{node.pid}/fd").iterdir()))
+
+
+def in_threads(work: Callable[[int], None]) -> None:
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(_THREADS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def told(api_port: int) -> str:
+    """The text of one seed, by an honest client."""
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{api_port}/v1/completions",
+        json.dumps({"model": "story", "prompt": "It was", "max_tokens": 20, "seed": 7}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return str(json.load(answer)["choices"][0]["text"])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--frames", type=int, default=1_000_000)
+    parser.add_argument("--requests", type=int, default=100_000, help="on each of the two HTTP servers")
+    parser.add_argument("--seed", type=int, default=time.time_ns() % 10**9)
+    args = parser.parse_args()
+    print(f"seed {args.seed}", flush=True)
+    with tempfile.TemporaryDirectory() as temporary, Nodes(Path(temporary)) as nodes:
+        story = make_story(Path(temporary) / "story")
+        join_port, file_port, api_port = free_ports(3)
+        ports = ("--broadcast_port", join_port, "--file_port", file_port)
+        service = ("--serve", "--api_port", api_port)
+        host = nodes.start("--model_path", story.folder, "--world_size", 2, *ports, *service, token=TOKEN)
+        worker = nodes.start("--join", f"127.0.0.1:{join_port}", token=TOKEN)
+        host.wait_for_line("the page and the API are at")
+        expected = told(api_port)
+        bodies = [_BODY, _CHAT]
+        targets = [
+            Target("greetings", join_port, greetings(), args.frames // 2),
+            Target("joins", join_port, joins(), args.frames // 2, known),
+            Target("slices", file_port, requests(["/node_1/manifest.json", "/node_1"], []), args.requests),
+            Target(
+                "api",
+                api_port,
+                requests(["/", "/v1/models", "/v1/completions", "/v1/chat/completions", "/health"], bodies),
+                args.requests,
+            ),
+        ]
+        ok = True
+        for target in targets:
+            settled: dict[int, tuple[int, int]] = {}
+            started_s = time.monotonic()
+            for tenth in range(1, 11):
+                in_threads(lambda i, t=tenth, at=target: at.attack(args.seed + 100 * t + i, at.n * t // 10))
+                same = told(api_port) == expected
+                alive = host.process.poll() is None and worker.process.poll() is None
+                ok &= same and alive
+                if tenth == 1:
+                    settled = {node.pid: memory_and_files(node) for node in (host, worker)}
+                print(
+                    f"{target.name}: {target.n_sent} sent, {target.n_refused} not taken, "
+                    f"{len(target.wrong)} answered by 500, {time.monotonic() - started_s:.0f} s, "
+                    f"{'the same text' if same else 'ANOTHER TEXT'}, "
+                    + ", ".join(
+                        f"{n / 1e6:.1f} MB and {f} files" for n, f in map(memory_and_files, (host, worker))
+                    ),
+                    flush=True,
+                )
+                if not alive:
+                    break
+            for node in (host, worker):
+                (before, files_before), (after, files_after) = settled[node.pid], memory_and_files(node)
+                ok &= after < before + 10e6 and files_after <= files_before + 5
+            ok &= not target.wrong
+            for data in target.wrong[:5]:
+                print(f"answered by 500: {data!r}")
+        for node in (host, worker):
+            if "Traceback" in node.err:
+                ok = False
+                print(node.err[-5000:])
+    print("nothing wrong" if ok else "WRONG")
+    return 0 if ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
