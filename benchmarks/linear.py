@@ -31,6 +31,7 @@ from models import PRESETS
 from numpy.typing import NDArray
 
 from tpilite.config import LlamaConfig
+from tpilite.engine.compiled import new_products
 from tpilite.linear.linear import Linear, Matrix
 from tpilite.linear.plans import WAYS
 from tpilite.machine import limit_blas_threads
@@ -75,7 +76,7 @@ def main() -> None:
     parser.add_argument("--dtypes", default="bf16,f16,f32", help="(%(default)s)")
     parser.add_argument("--rows", default="1,4,16,128,512", help="of x (%(default)s)")
     parser.add_argument("--threads", default="1,2", help="(%(default)s)")
-    parser.add_argument("--ways", default="default", help="of default,bits,cast,compiled (%(default)s)")
+    parser.add_argument("--ways", default="default", help="of default,numpy,bits,cast (%(default)s)")
     parser.add_argument("--seconds", type=float, default=30.0, help="in all (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there, too")
     args = parser.parse_args()
@@ -128,7 +129,8 @@ def make_cases(args: argparse.Namespace, layers: dict[str, list[Layer]], cache: 
                 cases.append(Case("sgemm", t, n, multiplying(threads, some[0], t)))
             for dtype, its_layers in layers.items():
                 for way in args.ways.split(","):
-                    linear = Linear(n, way if way in WAYS else None, cache)
+                    products = new_products(n) if way == "default" else None
+                    linear = Linear(n, products, way=way if way in WAYS else None, cache=cache)
                     cases.append(Case(dtype, t, n, passing(linear, its_layers, t), way, linear))
     return cases
 

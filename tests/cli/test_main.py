@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from checkpoints import tiny_config, write_checkpoint
 
-from tpilite.native import products as compiled
+from tpilite.engine.compiled import why_not
 from tpilite.version import __version__
 
 NODE = [sys.executable, str(Path(__file__).parents[2] / "bin" / "tpilite-node")]
@@ -243,7 +243,7 @@ def test_ctrl_c_on_a_terminal_stops_the_answer_and_not_the_program(tmp_path: Pat
 
 
 def test_version_and_help_name_the_program() -> None:
-    products = "by NumPy" if compiled.load() is None else "compiled"
+    products = f"by NumPy ({why_not()})" if why_not() else "compiled"
     assert node("--version").stdout == f"tpilite {__version__}, products {products}\n"
     text = node("--help").stdout
     for option in ("--model_path", "--prompt", "--temperature", "--k", "--p", "--seed", "--stats"):

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
+from compiled_code import MAKERS, new_linear
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,12 +15,10 @@ from tpilite.linear import linear as module
 from tpilite.linear import plans
 from tpilite.linear.linear import InMemory, Linear, Matrix, Plan, as_float32, block_rows
 from tpilite.linear.packing import pack
-from tpilite.linear.plans import NUMPY_WAYS
+from tpilite.linear.plans import WAYS
 from tpilite.linear.team import Team
-from tpilite.native import products as compiled
 
 DTYPES = ["bf16", "f16", "f32"]
-WAYS = plans.WAYS if compiled.load() else NUMPY_WAYS
 NAN = {np.dtype(np.uint16): 0x7FC0, np.dtype(np.float16): np.nan, np.dtype(np.float32): np.nan}
 
 
@@ -93,7 +92,7 @@ def test_is_the_product_of_the_stored_values(data):
         weights.append(stored(rng, draw(st.sampled_from(DTYPES)), (n_rows, n_cols)))
         bias = draw(st.sampled_from([None, rows_of_x(rng, 1, n_rows)[0]]))
         matrices.append(Matrix(n_rows, n_cols, cut(draw, weights[-1], log), bias))
-    with Linear(draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from(WAYS))) as linear:
+    with new_linear(draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from(MAKERS))) as linear:
         results = linear(x, *matrices)
     for y, w, matrix in zip(results, weights, matrices, strict=True):
         check(y, x, w, matrix.bias)
@@ -104,7 +103,7 @@ def test_is_the_product_of_the_stored_values(data):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("t", [1, 4, 50, 120])
-@pytest.mark.parametrize("ways", [NUMPY_WAYS, *([way] for way in WAYS if way not in NUMPY_WAYS)])
+@pytest.mark.parametrize("ways", [WAYS, *([maker] for maker in MAKERS if maker not in WAYS)])
 def test_the_bits_depend_on_neither_threads_nor_numpys_way_nor_parts_nor_blocks(ways, dtype, t):
     rng = np.random.default_rng(1)
     w = stored(rng, dtype, (1304, 600))
@@ -116,14 +115,14 @@ def test_the_bits_depend_on_neither_threads_nor_numpys_way_nor_parts_nor_blocks(
     for n_threads in (1, 2, 3):
         for way in ways:
             for _ in range(3):
-                with Linear(n_threads, way) as linear:
+                with new_linear(n_threads, way) as linear:
                     results += linear(x, Matrix.of(w))
-            with Linear(n_threads, way) as linear:
+            with new_linear(n_threads, way) as linear:
                 results += linear(x, paged)
                 for part in paged.parts:
                     part.log.clear()
-    for n_bytes in (1 << 18, 1 << 22) if ways == NUMPY_WAYS else ():
-        with Linear(2, "bits") as linear:
+    for n_bytes in (1 << 18, 1 << 22) if ways == WAYS else ():
+        with Linear(2, way="bits") as linear:
             linear.plans[w.dtype] = Plan("bits", n_bytes)
             results += linear(x, Matrix.of(w))
     assert len({y.tobytes() for y in results}) == 1
@@ -137,24 +136,24 @@ def test_packed_weights_give_the_same_bits(t, scale):
     packed = pack(w, bytearray(w.nbytes * 3 // 4))
     assert packed.exceptions(0, 520)[0].size > 0
     x = rows_of_x(rng, t, 900)
-    for n_threads, way in itertools.product((1, 2), WAYS):
-        with Linear(n_threads, way) as linear:
+    for n_threads, way in itertools.product((1, 2), MAKERS):
+        with new_linear(n_threads, way) as linear:
             expected, found = (linear(x, Matrix(520, 900, (InMemory(rows),)))[0] for rows in (w, packed))
         np.testing.assert_array_equal(found, expected)
         check(found, x, w)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", MAKERS)
 @pytest.mark.parametrize("dtype", [np.uint16, np.float16])
 def test_every_value_is_widened_exactly(dtype, way):
     w = np.arange(1 << 16, dtype=np.uint16).view(dtype)[:, None]
     w = w[np.isfinite(as_float32(w))][:, None]
-    with Linear(1, way) as linear:
+    with new_linear(1, way) as linear:
         (y,) = linear(np.ones((1, 1), np.float32), Matrix.of(w))
     assert (y[0] == as_float32(w)[:, 0]).all()
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", MAKERS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("t", [1, 3])
 def test_infinities_and_nan_arrive(dtype, way, t):
@@ -164,14 +163,14 @@ def test_infinities_and_nan_arrive(dtype, way, t):
         if dtype == "bf16"
         else w.astype({"f16": np.float16, "f32": np.float32}[dtype])
     )
-    with Linear(2, way) as linear:
+    with new_linear(2, way) as linear:
         (y,) = linear(np.ones((t, 2), np.float32), Matrix.of(w))
         (z,) = linear(np.full((t, 2), np.inf, np.float32), Matrix.of(w[3:]))
     np.testing.assert_array_equal(y, [[np.inf, -np.inf, np.nan, 5]] * t)
     assert (z == np.inf).all()
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", MAKERS)
 @pytest.mark.parametrize("x_scale", [1e-30, 1e-6, 1e5, 1e30])
 @pytest.mark.parametrize("w_scale", [1e-7, 1e-4, 1e4])
 def test_float16_loses_nothing_at_either_end(way, x_scale, w_scale):
@@ -179,12 +178,12 @@ def test_float16_loses_nothing_at_either_end(way, x_scale, w_scale):
     w = stored(rng, "f16", (100, 200), w_scale)
     for t in (1, 3):
         x = rows_of_x(rng, t, 200, x_scale)
-        with Linear(1, way) as linear:
+        with new_linear(1, way) as linear:
             (y,) = linear(x, Matrix.of(w))
         check(y, x, w)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", MAKERS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("offset", [1, 2, 3, 6])
 def test_weights_may_begin_at_any_byte_of_a_read_only_file(dtype, way, offset):
@@ -195,7 +194,7 @@ def test_weights_may_begin_at_any_byte_of_a_read_only_file(dtype, way, offset):
     assert not mapped.flags.writeable
     for t in (1, 3):
         x = rows_of_x(rng, t, 77)
-        with Linear(2, way) as linear:
+        with new_linear(2, way) as linear:
             (y,) = linear(x, Matrix.of(mapped))
         check(y, x, w)
 
@@ -203,19 +202,19 @@ def test_weights_may_begin_at_any_byte_of_a_read_only_file(dtype, way, offset):
 def test_dtypes_take_turns_in_the_same_memory():
     rng = np.random.default_rng(4)
     x = rows_of_x(rng, 1, 50)
-    with Linear(1, "bits") as linear:
+    with Linear(1, way="bits") as linear:
         for dtype in ["f16", "bf16", "f16", "f32", "bf16"]:
             w = stored(rng, dtype, (30, 50))
             check(linear(x, Matrix.of(w))[0], x, w)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", MAKERS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_decoding_allocates_its_results_alone(dtype, way):
     rng = np.random.default_rng(5)
     matrices = [Matrix.of(stored(rng, dtype, (4000, 256))), Matrix.of(stored(rng, dtype, (1000, 256)))]
     x = rows_of_x(rng, 1, 256)
-    with Linear(2, way) as linear:
+    with new_linear(2, way) as linear:
         linear(x, *matrices)
         tracemalloc.start()
         try:
@@ -239,10 +238,10 @@ def test_threads_are_started_once_and_ended_by_close():
     assert threading.active_count() == before
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", MAKERS)
 def test_closed_twice_it_does_no_harm(way):
     x, w = np.ones((1, 100), np.float32), Matrix.of(np.ones((30, 100), np.float32))
-    linear = Linear(2, way)
+    linear = new_linear(2, way)
     for _ in range(2):
         linear.close()
     linear.share(1, lambda start, stop: None)
@@ -296,15 +295,14 @@ def test_interrupted_it_still_waits_for_its_threads():
 def test_an_error_closes_the_part():
     log = []
     part = Paged(np.zeros((4, 3), np.float32), log)
-    with Linear(2, "bits") as linear, pytest.raises(ValueError, match="not aligned"):
+    with Linear(2, way="bits") as linear, pytest.raises(ValueError, match="not aligned"):
         linear(np.ones((1, 2), np.float32), Matrix(4, 2, (part,)))
     assert [what for what, _ in log] == ["open", "close"]
 
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Measuring on little, for large matrices of little, as NumPy does it."""
-    monkeypatch.setattr(compiled, "load", lambda: None)
+    """Measuring on little, for large matrices of little."""
     monkeypatch.setattr(module, "_MEASURED_FROM", 1000)
     monkeypatch.setattr(module, "_MEASURED_COLS", 32)
     monkeypatch.setattr(module, "_MEASURED_BYTES", 4096)

@@ -12,26 +12,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 from c_programs import assert_prints, built
+from compiled_code import EXCHANGE, by_both, needs_exchange
 
 from tpilite.errors import PeerLost, ProtocolError
 from tpilite.native import exchange as compiled
-from tpilite.native.exchange import CompiledExchange
+from tpilite.native.exchange import CompiledExchange, sums_by
 from tpilite.net import messages, wire
 from tpilite.net.channel import Channel
 from tpilite.net.exchange import Exchange, Frames
 from tpilite.net.sums import new_sum, sum_in_rank_order
 
-_LIBRARY = compiled.load()
 _SOURCE = Path(compiled.__file__).with_name("exchange.c")
-
-compiled_only = pytest.mark.skipif(_LIBRARY is None, reason="installed without a compiler")
 
 
 def by_compiled(*args):
-    return CompiledExchange(_LIBRARY, *args)
+    return CompiledExchange(EXCHANGE, *args)
 
 
-both = pytest.mark.parametrize("new", [Exchange, pytest.param(by_compiled, marks=compiled_only)])
+both = pytest.mark.parametrize("new", by_both(Exchange, by_compiled, needs_exchange))
 
 HEAD = wire.encode(messages.Reduce("f32"), 12)
 
@@ -259,7 +257,7 @@ def test_a_sum_in_rank_order_adds_no_pairs(n):
     assert (total == 2**24).all()
 
 
-both_sums = pytest.mark.parametrize("by_c", [False, pytest.param(True, marks=compiled_only)])
+both_sums = pytest.mark.parametrize("sum_of", by_both(new_sum, sums_by(EXCHANGE), needs_exchange))
 
 
 class Peer:
@@ -290,14 +288,10 @@ class Peer:
 
 
 @contextlib.contextmanager
-def a_sum_over_two(n, by_c):
+def a_sum_over_two(n, sum_of):
     a, b = socket.socketpair()
     with contextlib.closing(Channel(a, "peer")) as channel, b:
-        sum_up = new_sum("scatter", 0, [None, channel], "f32", n)
-        assert (sum_up.compiled is not None) == (_LIBRARY is not None)
-        if not by_c:
-            sum_up.compiled = None
-        yield sum_up, Peer(b, n)
+        yield sum_of("scatter", 0, [None, channel], "f32", n), Peer(b, n)
 
 
 def check_sum(x, given, peer, first, second):
@@ -312,9 +306,9 @@ def check_sum(x, given, peer, first, second):
 
 @both_sums
 @pytest.mark.parametrize("n", [1, 2, 5, 64, 1001])
-def test_a_scattered_sum(by_c, n):
+def test_a_scattered_sum(sum_of, n):
     given = np.random.default_rng(n).standard_normal(n).astype(np.float32)
-    with a_sum_over_two(n, by_c) as (sum_up, peer):
+    with a_sum_over_two(n, sum_of) as (sum_up, peer):
         for first, second in ((2, 3), (4, 5)):  # a second time, with the same frames
             peer.send_part(first)
             peer.send_chunk(second)
@@ -325,8 +319,8 @@ def test_a_scattered_sum(by_c, n):
 
 @both_sums
 @pytest.mark.parametrize("which", [0, 1])
-def test_a_scattered_sum_whose_peer_ends(by_c, which):
-    with a_sum_over_two(10, by_c) as (sum_up, peer):
+def test_a_scattered_sum_whose_peer_ends(sum_of, which):
+    with a_sum_over_two(10, sum_of) as (sum_up, peer):
         for _ in range(which):
             peer.send_part()
         peer.sock.sendall(peer.head[:7])
@@ -336,15 +330,15 @@ def test_a_scattered_sum_whose_peer_ends(by_c, which):
 
 
 @both_sums
-def test_a_scattered_sum_on_a_closed_channel(by_c):
-    with a_sum_over_two(10, by_c) as (sum_up, _):
+def test_a_scattered_sum_on_a_closed_channel(sum_of):
+    with a_sum_over_two(10, sum_of) as (sum_up, _):
         check_closed(sum_up.peers[0][1], lambda: sum_up(np.ones(10, np.float32)))
 
 
 @both_sums
-def test_signals_in_both_exchanges_of_a_scattered_sum(by_c):
+def test_signals_in_both_exchanges_of_a_scattered_sum(sum_of):
     given = np.arange(9, dtype=np.float32)
-    with a_sum_over_two(9, by_c) as (sum_up, peer):
+    with a_sum_over_two(9, sum_of) as (sum_up, peer):
         for _ in range(2):
             x, handled = given.copy(), []
 
@@ -360,7 +354,7 @@ def test_signals_in_both_exchanges_of_a_scattered_sum(by_c):
             check_sum(x, given, peer, 3, 6)
 
 
-@compiled_only
+@needs_exchange
 def test_below_sanitizers(tmp_path):
     options = ["-fsanitize=address,undefined", "-fno-sanitize-recover", "-g", "-O1"]
     assert_prints("right\n", built(tmp_path, _SOURCE, "exchange_main.c", "cc", *options))

@@ -10,25 +10,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 from c_programs import assert_prints, built
+from compiled_code import PRODUCTS, needs_products
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tpilite.linear import linear as linear_module
 from tpilite.linear.linear import InMemory, Linear, Matrix, as_float32
 from tpilite.linear.packing import pack
+from tpilite.linear.products import Product
 from tpilite.native import products as compiled
-from tpilite.native.products import Product, Products
+from tpilite.native.bindings import Unavailable
+from tpilite.native.products import CompiledProducts
 
-_LIBRARY = compiled.load()
 _SOURCE = Path(compiled.__file__).with_name("products.c")
-
-compiled_only = pytest.mark.skipif(_LIBRARY is None, reason="installed without a compiler")
 
 
 @contextmanager
 def products(n_threads=1):
     """Closed at the end, with threads that help."""
-    found = Products(_LIBRARY, n_threads)
+    found = CompiledProducts(PRODUCTS, n_threads)
     helpers = [threading.Thread(target=found.serve, args=(0,), daemon=True) for _ in range(n_threads - 1)]
     for helper in helpers:
         helper.start()
@@ -63,7 +62,7 @@ def multiplied(found, x, *rows):
     return [whole[:, 1:-1] for whole in wholes]
 
 
-@compiled_only
+@needs_products
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_products_of_stored_rows(data):
@@ -82,7 +81,7 @@ def test_products_of_stored_rows(data):
             check(y, x, w)
 
 
-@compiled_only
+@needs_products
 @settings(max_examples=100, deadline=None)
 @given(
     seed=st.integers(0, 9),
@@ -102,7 +101,7 @@ def test_packed_rows_give_the_same_bits(seed, shape, t, n_small):
         np.testing.assert_array_equal(same, plain)
 
 
-@compiled_only
+@needs_products
 def test_weights_that_are_stored_apart_stand_in_every_row_and_column():
     rng = np.random.default_rng(0)
     w = stored(rng, "bf16", (16, 2061))
@@ -119,7 +118,7 @@ def test_weights_that_are_stored_apart_stand_in_every_row_and_column():
                 np.testing.assert_array_equal(y, np.tile(as_float32(w)[:, column], (t, 1)))
 
 
-@compiled_only
+@needs_products
 @pytest.mark.parametrize("t", [1, 3, 5])
 @pytest.mark.parametrize("n_cols", [777, 5007])
 def test_what_else_is_computed_changes_no_bit(t, n_cols):
@@ -138,10 +137,10 @@ def test_what_else_is_computed_changes_no_bit(t, n_cols):
             np.testing.assert_array_equal(np.hstack([first, second]), z)
 
 
-@compiled_only
+@needs_products
 def test_helpers_are_called_back_however_often_they_are_needed():
     x, w = np.ones((1, 64), np.float32), np.ones((256, 64), np.float32)
-    found, counts = Products(_LIBRARY, 2), []
+    found, counts = CompiledProducts(PRODUCTS, 2), []
 
     def help_out():
         while not counts or counts[-1] < 300:
@@ -158,16 +157,15 @@ def test_helpers_are_called_back_however_often_they_are_needed():
     assert counts == sorted(set(counts))
 
 
-@compiled_only
+@needs_products
 @pytest.mark.parametrize("blas_for_many", [False, True])
 def test_linear_takes_them_but_for_many_rows_where_the_blas_has_more(monkeypatch, blas_for_many):
-    monkeypatch.setattr(linear_module, "_BLAS_FOR_MANY", blas_for_many)
     rng = np.random.default_rng(2)
     w, x = stored(rng, "bf16", (64, 100)), rng.standard_normal((3, 100), np.float32)
-    taken = []
-    with Linear(2) as linear:
-        multiply = linear._products.multiply
-        monkeypatch.setattr(linear._products, "multiply", lambda *args: taken.append(1) or multiply(*args))
+    taken, found = [], CompiledProducts(PRODUCTS, 2)
+    with Linear(2, found, blas_for_many=blas_for_many) as linear:
+        multiply = found.multiply
+        monkeypatch.setattr(found, "multiply", lambda *args: taken.append(1) or multiply(*args))
         for rows, expected in ((x[:1], True), (x, not blas_for_many)):
             taken.clear()
             (y,) = linear(rows, Matrix(64, 100, (InMemory(w),)))
@@ -175,22 +173,20 @@ def test_linear_takes_them_but_for_many_rows_where_the_blas_has_more(monkeypatch
             assert taken == [1] * expected
 
 
-def test_without_a_library_numpy_does_it(monkeypatch, tmp_path):
-    assert compiled.load(tmp_path) is None
-    monkeypatch.setattr(compiled, "load", lambda: None)
-    w = stored(np.random.default_rng(3), "bf16", (24, 40))
-    with Linear(2) as linear:
-        check(linear(np.ones((1, 40), np.float32), Matrix.of(w))[0], np.ones((1, 40)), w)
+def test_a_library_that_is_not_there(tmp_path):
+    with pytest.raises(Unavailable, match="there is no _products: the package was installed without a comp"):
+        compiled.load(tmp_path)
 
 
 def test_a_library_that_cannot_be_used_is_told_of(tmp_path, caplog):
     path = tmp_path / f"_products{EXTENSION_SUFFIXES[0]}"
     path.write_bytes(b"not a library")
-    assert compiled.load(tmp_path) is None
+    with pytest.raises(Unavailable, match="cannot be used"):
+        compiled.load(tmp_path)
     assert "cannot be used" in caplog.text
 
 
-@compiled_only
+@needs_products
 def test_a_processor_without_the_instructions_is_left_to_numpy(tmp_path):
     """The same source, asked by a processor that says no."""
     source = _SOURCE.read_text().replace(
@@ -202,7 +198,8 @@ def test_a_processor_without_the_instructions_is_left_to_numpy(tmp_path):
         pytest.skip("there is no compiler now")
     library = tmp_path / f"_products{EXTENSION_SUFFIXES[0]}"
     subprocess.run(["cc", "-shared", "-fPIC", "-o", library, tmp_path / "products.c"], check=True)
-    assert compiled.load(tmp_path) is None
+    with pytest.raises(Unavailable, match="need a processor with AVX2"):
+        compiled.load(tmp_path)
 
 
 def assert_right(*command):

@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from compiled_code import EXCHANGE, by_both, needs_exchange
 
 from tpilite.errors import ConfigError, PeerLost, ProtocolError
-from tpilite.native.exchange import new_exchange
+from tpilite.native.exchange import exchanges_by
 from tpilite.net import auth, handshake, messages, wire
 from tpilite.net.address import format_address
 from tpilite.net.channel import Channel
-from tpilite.net.exchange import Frames
+from tpilite.net.exchange import Exchange, Frames, NewExchange
 from tpilite.net.handshake import accept, connect
 
 TOKEN = "a token"
@@ -225,7 +226,10 @@ def test_waiting_for_a_peer_is_told_and_ends(
         waiting.result().close()
 
 
-def test_the_same_over_tls(tls: tuple[ssl.SSLContext, ssl.SSLContext], pool: ThreadPoolExecutor) -> None:
+@pytest.mark.parametrize("new_exchange", by_both(Exchange, exchanges_by(EXCHANGE), needs_exchange))
+def test_the_same_over_tls(
+    new_exchange: NewExchange, tls: tuple[ssl.SSLContext, ssl.SSLContext], pool: ThreadPoolExecutor
+) -> None:
     with listening() as server:
         accepted = pool.submit(accept_one, server, tls=tls[0])
         client = connect(server.getsockname(), TOKEN, timeout_s=10, tls=tls[1])

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from tpilite.cluster.config import ClusterConfig
+from tpilite.engine.compiled import why_not
 from tpilite.engine.config import KV_DTYPES, EngineConfig
 from tpilite.engine.sampling import SamplingParams
 from tpilite.errors import ConfigError
-from tpilite.native import products as compiled
 from tpilite.net.sums import CODECS, WAYS
 from tpilite.serving.config import ServerConfig
 from tpilite.version import __version__
@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         "wrong with what was asked for or with a file, 3 a peer was lost or misbehaved, 130 interrupted.",
         allow_abbrev=False,
     )
-    products = "by NumPy" if compiled.load() is None else "compiled"
+    products = f"by NumPy ({why_not()})" if why_not() else "compiled"
     parser.add_argument("--version", action="version", version=f"tpilite {__version__}, products {products}")
     parser.add_argument("--verbose", action="store_true", help="log what happens in detail")
     _add_model(parser.add_argument_group("the model"))

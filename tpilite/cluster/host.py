@@ -16,6 +16,7 @@ from tpilite.cluster.config import ClusterConfig
 from tpilite.cluster.slice_server import SliceServer
 from tpilite.cluster.terms import mark_served, security_of, terms_of
 from tpilite.config import LlamaConfig
+from tpilite.engine.compiled import new_sums
 from tpilite.engine.config import EngineConfig
 from tpilite.engine.rank import Rank
 from tpilite.errors import PeerLost, SliceError
@@ -85,6 +86,7 @@ class Host(Closing):
                     timeout_s=cluster.timeout_s,
                     allreduce=cluster.allreduce,
                     payload=cluster.payload,
+                    new_sum=new_sums(),
                 )
             )
             if listening is not None:

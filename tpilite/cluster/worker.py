@@ -14,6 +14,7 @@ from tpilite.cluster.config import ClusterConfig
 from tpilite.cluster.fetch import fetch_slices
 from tpilite.cluster.terms import is_served, security_of, terms_of
 from tpilite.collective import Solo
+from tpilite.engine.compiled import new_sums
 from tpilite.engine.config import EngineConfig
 from tpilite.engine.rank import Rank
 from tpilite.errors import ConfigError, PeerLost, SliceError
@@ -93,7 +94,7 @@ class Worker:
                 Rank(slices.config, slices.tensors, first_id, Solo(), self._engine)
             )
             self._manifest = manifest
-        group = seat.wait_for_group(terms_of(manifest.fingerprint, manifest.partition))
+        group = seat.wait_for_group(terms_of(manifest.fingerprint, manifest.partition), new_sum=new_sums())
         with group:
             logger.info("rank %d of %d is at work", group.rank, group.world_size)
             self._rank.regroup(group)

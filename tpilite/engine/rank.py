@@ -10,6 +10,7 @@ import numpy as np
 from tpilite.closing import Closing
 from tpilite.collective import Collective, Timed
 from tpilite.config import LlamaConfig
+from tpilite.engine.compiled import new_products
 from tpilite.engine.config import EngineConfig
 from tpilite.engine.runner import Runner
 from tpilite.engine.stats import Usage, disk_read_bytes
@@ -45,7 +46,8 @@ class Rank(Closing):
         self._stack = ExitStack()
         limit_blas_threads()
         keep_freed_memory()
-        linear = self._stack.enter_context(Linear(engine.threads or physical_cores()))
+        n_threads = engine.threads or physical_cores()
+        linear = self._stack.enter_context(Linear(n_threads, new_products(n_threads)))
         n_bytes = sum(tensor.nbytes for tensor in tensors.values())
         if n_bytes >= _MEASURED_FROM_BYTES:  # before the pager finds out what memory there is
             linear.prepare({tensor.stored_dtype for tensor in tensors.values() if len(tensor.shape) == 2})

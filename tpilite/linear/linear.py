@@ -8,9 +8,8 @@ there between entering and leaving it: for weights in memory that is nothing; fo
 wait for the disk and the release of the memory. Parts are entered in their order, each once per use.
 
 `Linear` cuts the parts into blocks of rows. A thread takes a block, widens it to float32 in memory of its
-own that stays in the cache, and multiplies; or the compiled products do all that, where there are any. A
-sum's bits depend neither on the threads nor on the blocks; nor on the parts, if each begins at a multiple of
-`block_rows`.
+own that stays in the cache, and multiplies; or `Products` that are handed in do all that. A sum's bits depend
+neither on the threads nor on the blocks; nor on the parts, if each begins at a multiple of `block_rows`.
 """
 
 import logging
@@ -31,9 +30,9 @@ from numpy.typing import NDArray
 from tpilite.arrays import Array
 from tpilite.closing import Closing
 from tpilite.linear.packing import Packed
-from tpilite.linear.plans import BLOCK_BYTES, FEW_ROWS_BLOCK_BYTES, NUMPY_WAYS, WAYS, Notes, Plan
+from tpilite.linear.plans import BLOCK_BYTES, FEW_ROWS_BLOCK_BYTES, WAYS, Notes, Plan
+from tpilite.linear.products import Product, Products
 from tpilite.linear.team import Team
-from tpilite.native import products as compiled
 
 logger = logging.getLogger(__name__)
 
@@ -53,9 +52,9 @@ _BLOCKS_PER_THREAD = 4
 _SMALL_PRODUCT = 1_000_000
 _SMALL_ROWS = 16
 
-# Whether to leave many rows of x to NumPy also where there are compiled products. macOS's BLAS multiplies on
-# a unit of the processor that no loop of ours reaches. This is not measured at the start, as the ways of
-# NumPy are: those give the same bits, these do not.
+# Whether many rows of x are left to NumPy even where products are handed in. macOS's BLAS multiplies on a
+# unit of the processor that no loop of ours reaches. This is not measured at the start, as the ways of NumPy
+# are: those give the same bits, these do not.
 _BLAS_FOR_MANY = sys.platform == "darwin"
 
 # The biases of float32's and float16's exponents differ by this much.
@@ -146,23 +145,30 @@ def block_rows(n_cols: int, n_bytes: int = BLOCK_BYTES) -> int:
 class Linear(Closing):
     """y = x W^T + b for each of the matrices, float32, by `n_threads` threads of which the caller is one.
 
-    The threads live until `close`. One call at a time: the scratch memory belongs to the object. `way`
-    forces one of `WAYS`. Else the products are the compiled ones where there are any; and where there are
-    not, the faster way for this machine is measured when a large matrix of a dtype first comes, in 0.1 to
-    0.3 s, and noted in `cache`, a file (default: in the user's cache directory).
+    The threads live until `close`. One call at a time: the scratch memory belongs to the object. `products`
+    for as many threads are made by other code, and closed with this. Without them NumPy makes them, in the
+    `way` that is given, one of `WAYS`, or in the faster one for this machine: it is measured when a large
+    matrix of a dtype first comes, in 0.1 to 0.3 s, and noted in `cache`, a file (default: in the user's cache
+    directory).
     """
 
-    def __init__(self, n_threads: int = 1, way: str | None = None, cache: Path | None = None) -> None:
+    def __init__(
+        self,
+        n_threads: int = 1,
+        products: Products | None = None,
+        *,
+        way: str | None = None,
+        cache: Path | None = None,
+        blas_for_many: bool = _BLAS_FOR_MANY,
+    ) -> None:
         assert way is None or way in WAYS
         self.n_threads = n_threads
         self.plans: dict[np.dtype[Any], Plan] = {}  # of NumPy's products, once decided
         self._way = way
-        library = None if way in NUMPY_WAYS else compiled.load()
-        self._products = None if library is None else compiled.Products(library, n_threads)
-        self._blas_for_many = _BLAS_FOR_MANY and way is None
-        assert way != "compiled" or self._products is not None
+        self._products = products
+        self._blas_for_many = blas_for_many
         self._notes = Notes(cache, n_threads)
-        self._team = Team(n_threads, self._products)
+        self._team = Team(n_threads, products)
         self._scratch = [_Scratch() for _ in range(n_threads)]
         self._input = _Input()
         self._finite: WeakValueDictionary[int, Part] = WeakValueDictionary()
@@ -221,7 +227,7 @@ class Linear(Closing):
     def _run(self, x: "_Input", pieces: list["_Piece"]) -> None:
         """Multiplies all pieces."""
         if self._products is not None and (x.n_rows == 1 or not self._blas_for_many):
-            self._products.multiply(x.rows, [compiled.Product(piece.rows, piece.out) for piece in pieces])
+            self._products.multiply(x.rows, [Product(piece.rows, piece.out) for piece in pieces])
         else:
             self._run_blocks(x, pieces)
 
@@ -286,7 +292,7 @@ class Linear(Closing):
         if self._way is not None:
             return Plan(self._way)
         if n_weights < _MEASURED_FROM:
-            return Plan(NUMPY_WAYS[0])
+            return Plan(WAYS[0])
         plan = self._notes.read(dtype.name)
         if plan is None:
             plan = self._measure(dtype)
@@ -315,7 +321,7 @@ class Linear(Closing):
                     seconds[plan] = min(seconds[plan], time.perf_counter() - start)
             return min(plans, key=seconds.__getitem__)
 
-        way = fastest([Plan(way) for way in NUMPY_WAYS]).way
+        way = fastest([Plan(way) for way in WAYS]).way
         return fastest([Plan(way, n_bytes) for n_bytes in FEW_ROWS_BLOCK_BYTES])
 
 

@@ -19,8 +19,7 @@ BLOCK_BYTES = 1 << 20
 # microseconds before it streams, and hands the interpreter over twice.
 FEW_ROWS_BLOCK_BYTES = (1 << 18, 1 << 20, 1 << 21, 1 << 22)
 
-NUMPY_WAYS = ("bits", "cast")
-WAYS = (*NUMPY_WAYS, "compiled")
+WAYS = ("bits", "cast")
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Notes:
 
     def read(self, dtype: str) -> Plan | None:
         match self._all().get(self._key, {}).get(dtype):
-            case [str(way), int(n_bytes)] if way in NUMPY_WAYS and n_bytes in FEW_ROWS_BLOCK_BYTES:
+            case [str(way), int(n_bytes)] if way in WAYS and n_bytes in FEW_ROWS_BLOCK_BYTES:
                 return Plan(way, n_bytes)
         return None
 

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
 
-from tpilite.native.products import Products
+from tpilite.linear.products import Products
 
 
 class Team:

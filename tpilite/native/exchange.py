@@ -6,7 +6,6 @@ one call: with Python between its two exchanges, which the caches have forgotten
 """
 
 import ctypes
-import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from tpilite.arrays import Array
-from tpilite.native.library import address, load_library
-from tpilite.net.channel import TlsChannel
-from tpilite.net.exchange import Exchange, Transfer
+from tpilite.native.bindings import FOLDER, address, load_library
+from tpilite.net.channel import Channel, TlsChannel
+from tpilite.net.exchange import Exchange, NewExchange, Transfer
+from tpilite.net.sums import NewSum, ScatterSum, Sum, new_sum
 
 
 class _Transfer(ctypes.Structure):
@@ -91,23 +91,27 @@ class _Rows(ctypes.Structure):
     )
 
 
-class ScatteredSum:
-    """The scattered sum of `net.sums` in one call, float32: parts and chunks [world_size, size]."""
+class CompiledScatterSum(ScatterSum):
+    """The scattered sum in one call, where its exchanges are compiled and its numbers travel as float32."""
 
     def __init__(
-        self, scatter: CompiledExchange, gather: CompiledExchange, parts: Array, chunks: Array, rank: int
+        self, rank: int, channels: Sequence[Channel | None], payload: str, n: int, new_exchange: NewExchange
     ) -> None:
-        self._exchanges = scatter, gather
-        self._rows = [_Rows(address(rows), rows.strides[0], *rows.shape) for rows in (parts, chunks)]
-        pointers = (scatter.state, gather.state, *self._rows)
+        super().__init__(rank, channels, payload, n, new_exchange)
+        exchanges = self.scatter, self.gather
+        self._compiled = [each for each in exchanges if isinstance(each, CompiledExchange)]
+        self._in_one_call = len(self._compiled) == 2 and self.parts.dtype == np.float32
+        rows = [_Rows(address(rows), rows.strides[0], *rows.shape) for rows in (self.parts, self.chunks)]
+        pointers = (*(exchange.state for exchange in self._compiled), *rows)
         self._args = (*(ctypes.byref(pointer) for pointer in pointers), rank)
 
-    def is_open(self) -> bool:
-        return self._exchanges[0].is_open()  # the other's sockets are the same
-
     def __call__(self, x: Array) -> None:
-        function = self._exchanges[0].library.exchange_sum
-        _complete(self._exchanges, function, *self._args, address(x), x.size)
+        # The sockets of both exchanges are the same.
+        if self._in_one_call and self._compiled[0].is_open():
+            function = self._compiled[0].library.exchange_sum
+            _complete(self._compiled, function, *self._args, address(x), x.size)
+        else:
+            super().__call__(x)
 
 
 def _complete(exchanges: Sequence[CompiledExchange], function: Any, *args: Any) -> None:
@@ -128,29 +132,32 @@ def _transfers(transfers: Sequence[Transfer]) -> Any:
     )
 
 
-@functools.cache
-def load() -> ctypes.CDLL | None:
-    """The compiled library; None where there is none."""
+def load(folder: Path = FOLDER) -> ctypes.CDLL:
+    """The compiled library in `folder`. Raises `Unavailable`."""
     pointer, size, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     functions = {
         "exchange_run": (flag, pointer, flag),
         "exchange_sum": (flag, *[pointer] * 4, size, pointer, size, flag),
     }
-    return load_library(Path(__file__).parent, "_exchange", functions)
+    return load_library("_exchange", functions, folder)
 
 
-def new_exchange(sends: Sequence[Transfer], receives: Sequence[Transfer], head: bytes) -> Exchange:
-    """The fastest there is for these channels."""
-    library = load()
-    if library is None or any(isinstance(channel, TlsChannel) for channel, _ in (*sends, *receives)):
-        return Exchange(sends, receives, head)
-    return CompiledExchange(library, sends, receives, head)
+def exchanges_by(library: ctypes.CDLL) -> NewExchange:
+    """What makes compiled exchanges; those over TLS, whose bytes pass through Python, are the plain ones."""
+
+    def new_exchange(sends: Sequence[Transfer], receives: Sequence[Transfer], head: bytes) -> Exchange:
+        if any(isinstance(channel, TlsChannel) for channel, _ in (*sends, *receives)):
+            return Exchange(sends, receives, head)
+        return CompiledExchange(library, sends, receives, head)
+
+    return new_exchange
 
 
-def new_scattered_sum(
-    scatter: Exchange, gather: Exchange, parts: Array, chunks: Array, rank: int
-) -> ScatteredSum | None:
-    """None where it cannot be made."""
-    if not isinstance(scatter, CompiledExchange) or not isinstance(gather, CompiledExchange):
-        return None
-    return ScatteredSum(scatter, gather, parts, chunks, rank) if parts.dtype == np.float32 else None
+def sums_by(library: ctypes.CDLL) -> NewSum:
+    """What makes sums over compiled exchanges, the scattered one in one call."""
+    new_exchange = exchanges_by(library)
+
+    def compiled_sum(way: str, rank: int, channels: Sequence[Channel | None], payload: str, n: int) -> Sum:
+        return new_sum(way, rank, channels, payload, n, new_exchange, CompiledScatterSum)
+
+    return compiled_sum

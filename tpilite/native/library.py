@@ -1,41 +1,52 @@
-"""The compiled libraries that lie beside the modules which use them, where pip found a C compiler."""
+"""Whether compiled code is used, and what it then does instead of NumPy: decided here alone.
+
+It is used if both libraries load and this processor can run them, unless the environment has
+TPILITE_NATIVE=0.
+"""
 
 import ctypes
+import functools
 import logging
-from collections.abc import Mapping
-from importlib.machinery import EXTENSION_SUFFIXES
-from pathlib import Path
-from typing import Any
+import os
+from typing import NamedTuple
 
-from numpy.typing import NDArray
+from tpilite.linear.products import Products
+from tpilite.native import exchange, products
+from tpilite.native.bindings import Unavailable
+from tpilite.net import sums
 
 logger = logging.getLogger(__name__)
 
 
-def load_library(folder: Path, name: str, functions: Mapping[str, tuple[Any, ...]]) -> ctypes.CDLL | None:
-    """The library `name` in `folder` with these functions, each with what it returns and what it takes.
+class _Loaded(NamedTuple):
+    products: ctypes.CDLL
+    exchange: ctypes.CDLL
 
-    None where there is no such library, or none that can be used.
-    """
-    for suffix in EXTENSION_SUFFIXES:
-        path = folder / f"{name}{suffix}"
-        if path.exists():
-            break
-    else:
-        logger.debug("no %s: the package was installed without a compiler", name)
-        return None
+
+def new_products(n_threads: int) -> Products | None:
+    """Compiled products by so many threads; None where NumPy makes them."""
+    loaded, _ = _decision()
+    return None if loaded is None else products.CompiledProducts(loaded.products, n_threads)
+
+
+def new_sums() -> sums.NewSum:
+    """What makes the sums of a group."""
+    loaded, _ = _decision()
+    return sums.new_sum if loaded is None else exchange.sums_by(loaded.exchange)
+
+
+def why_not() -> str:
+    """Why NumPy does everything; empty where compiled code is used."""
+    return _decision()[1]
+
+
+@functools.cache
+def _decision() -> tuple[_Loaded | None, str]:
+    """The libraries, or None and why they are not used."""
+    if os.environ.get("TPILITE_NATIVE") == "0":
+        return None, "TPILITE_NATIVE is 0"
     try:
-        library = ctypes.CDLL(str(path))
-        for function, (returned, *taken) in functions.items():
-            getattr(library, function).restype = returned
-            getattr(library, function).argtypes = taken
-    except (OSError, AttributeError) as error:
-        logger.warning("%s cannot be used: %s", path, error)
-        return None
-    return library
-
-
-def address(array: NDArray[Any]) -> int:
-    """Where its first number lies: a third of the time that `array.ctypes` takes."""
-    number: int = array.__array_interface__["data"][0]
-    return number
+        return _Loaded(products.load(), exchange.load()), ""
+    except Unavailable as error:
+        logger.debug("%s", error)
+        return None, str(error)

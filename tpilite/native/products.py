@@ -1,24 +1,19 @@
 """The products of `products.c`, where pip found a compiler when it installed the package.
 
 For one row of x they read the weights at the memory's own rate, twice as fast as NumPy does; many rows take a
-fifth less: benchmarks/RESULTS.md has the figures. `linear` asks for them and can do without.
+fifth less: benchmarks/RESULTS.md has the figures.
 """
 
 import ctypes
-import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tpilite.arrays import Array
 from tpilite.linear.packing import Packed
-from tpilite.native.library import address, load_library
-
-logger = logging.getLogger(__name__)
-
+from tpilite.linear.products import Product
+from tpilite.native.bindings import FOLDER, Unavailable, address, load_library
 
 _DTYPES = {np.dtype(np.uint16): 0, np.dtype(np.float16): 1, np.dtype(np.float32): 2}
 _PACKED = 3
@@ -30,13 +25,6 @@ _Team = ctypes.c_void_p
 _Pieces = ctypes.c_void_p
 _Address = ctypes.c_void_p
 _Int = ctypes.c_int64
-
-
-class Product(NamedTuple):
-    """Some rows of a matrix [n, D], stored, and where their products with x [T, D] go."""
-
-    rows: NDArray[Any] | Packed
-    out: Array  # [T, n], each row's numbers side by side
 
 
 class _Piece(ctypes.Structure):
@@ -63,17 +51,16 @@ _FUNCTIONS = {
 }
 
 
-def load(folder: Path = Path(__file__).parent) -> ctypes.CDLL | None:
-    """The compiled library in `folder`; None where there is none, or not for this processor."""
-    library = load_library(folder, "_products", _FUNCTIONS)
-    if library is not None and not library.products_run_here():
-        logger.debug("no compiled products: they need a processor with AVX2")
-        return None
+def load(folder: Path = FOLDER) -> ctypes.CDLL:
+    """The compiled library in `folder`. Raises `Unavailable`, also for a processor that cannot run it."""
+    library = load_library("_products", _FUNCTIONS, folder)
+    if not library.products_run_here():
+        raise Unavailable("compiled products need a processor with AVX2 and FMA")
     return library
 
 
-class Products:
-    """Products by `n_threads` threads: the caller of `multiply` and those that are in `serve`."""
+class CompiledProducts:
+    """`Products` by a loaded library, for `n_threads` threads."""
 
     def __init__(self, library: ctypes.CDLL, n_threads: int) -> None:
         self._library = library

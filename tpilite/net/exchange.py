@@ -1,11 +1,12 @@
 """Frames that lie in one piece of memory, sent to some peers while others' come in.
 
 Ranks that all send first would block each other as soon as the kernel's buffers are full; so what it does not
-take at once goes on while the frames of the others are received. `compiled` does the same, faster.
+take at once goes on while the frames of the others are received. Compiled code may do the same, faster: it is
+handed in as a `NewExchange`.
 """
 
 import select
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -75,6 +76,10 @@ class Exchange:
             f"expected {_describe(self.head)} from {channel.peer}, found {found}; "
             "the nodes are out of step: start them again"
         )
+
+
+# What makes an exchange of what is sent, what is received and the head of all these frames.
+NewExchange = Callable[[Sequence[Transfer], Sequence[Transfer], bytes], Exchange]
 
 
 def _push(sends: list[Transfer], receiver: Channel | None) -> bool:

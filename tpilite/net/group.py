@@ -28,7 +28,7 @@ from tpilite.errors import ConfigError, PeerLost, ProtocolError, TpiliteError
 from tpilite.net import messages, wire
 from tpilite.net.channel import Channel
 from tpilite.net.exchange import Exchange
-from tpilite.net.sums import CODECS, WAYS, Sum, new_sum
+from tpilite.net.sums import CODECS, WAYS, NewSum, Sum, new_sum
 
 log = logging.getLogger(__name__)
 
@@ -133,6 +133,7 @@ class Group(Closing):
     """What the groups of rank 0 and of the workers have in common. Made by `lobby` or `local_groups`.
 
     `channels[r]` is the data connection to rank r, None for the own rank and for those not connected.
+    `new_sum` makes the sums: in NumPy, unless something faster is handed in.
     After the first failure every operation raises it again.
     """
 
@@ -144,11 +145,13 @@ class Group(Closing):
         *,
         allreduce: str = "star",
         payload: str = "f32",
+        new_sum: NewSum = new_sum,
     ) -> None:
         self.rank = rank
         self.world_size = len(channels)
         self.allreduce = allreduce
         self.payload = payload
+        self._new_sum = new_sum
         self._channels = tuple(channels)
         self._controls = dict(controls or {})
         self._failure: TpiliteError | None = None
@@ -180,7 +183,7 @@ class Group(Closing):
         if x.size == 0:
             return x
         if self._sum is None or self._sum.n != x.size:
-            self._sum = new_sum(self.way(x.size), self.rank, self._channels, self.payload, x.size)
+            self._sum = self._new_sum(self.way(x.size), self.rank, self._channels, self.payload, x.size)
         try:
             self._sum(x.reshape(-1))
         except (PeerLost, ProtocolError) as error:
@@ -387,7 +390,9 @@ class Worker(Group):
             self.fail(ProtocolError(f"expected no {type(header).__name__} from rank 0 in a running group"))
 
 
-def local_groups(world_size: int, *, allreduce: str = "star", payload: str = "f32") -> list[Group]:
+def local_groups(
+    world_size: int, *, allreduce: str = "star", payload: str = "f32", new_sum: NewSum = new_sum
+) -> list[Group]:
     """The groups of all ranks over socket pairs within this process, one per thread that uses them."""
     channels: list[list[Channel | None]] = [[None] * world_size for _ in range(world_size)]
     for low in range(world_size):
@@ -397,7 +402,8 @@ def local_groups(world_size: int, *, allreduce: str = "star", payload: str = "f3
             channels[high][low] = Channel(b, f"rank {low}")
     classes = [RankZero] + [Worker] * (world_size - 1)
     return [
-        cls(rank, channels[rank], allreduce=allreduce, payload=payload) for rank, cls in enumerate(classes)
+        cls(rank, channels[rank], allreduce=allreduce, payload=payload, new_sum=new_sum)
+        for rank, cls in enumerate(classes)
     ]
 
 

@@ -32,6 +32,7 @@ from tpilite.net.auth import Security
 from tpilite.net.channel import Channel
 from tpilite.net.group import VERDICT_S, Control, RankLost, RankZero, check_options
 from tpilite.net.listener import HANDSHAKE_S, Door
+from tpilite.net.sums import NewSum, new_sum
 
 log = logging.getLogger(__name__)
 
@@ -70,12 +71,14 @@ class Lobby(Closing):
         timeout_s: float = 10.0,
         allreduce: str = "auto",
         payload: str = "f32",
+        new_sum: NewSum = new_sum,
     ) -> None:
         check_options(allreduce, payload)
         self.world_size = world_size
         self._terms, self._info = messages.plain(dict(terms)), dict(info or {})
         self._advice = dict(advice or {})
         self._timeout_s, self._allreduce, self._payload = timeout_s, allreduce, payload
+        self._new_sum = new_sum
         self._changed = threading.Condition()
         self._members: dict[int, _Member] = {}
         self._gone: list[_Member] = []  # whose threads are still to be joined
@@ -166,7 +169,7 @@ class Lobby(Closing):
             controls = {
                 rank: member.control for rank, member in members.items() if member.control is not None
             }
-            group = RankZero(0, [None, *channels], controls, payload=self._payload)
+            group = RankZero(0, [None, *channels], controls, payload=self._payload, new_sum=self._new_sum)
             with self._changed:
                 self._group = group
                 self._forget(members)

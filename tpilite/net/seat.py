@@ -25,6 +25,7 @@ from tpilite.net.channel import Channel
 from tpilite.net.group import VERDICT_S, Control, GroupEnded, Worker, check_options
 from tpilite.net.handshake import connect, connect_until
 from tpilite.net.listener import HANDSHAKE_S, Door
+from tpilite.net.sums import NewSum, new_sum
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +115,9 @@ class Seat:
         if self._failure is not None:
             raise self._failure
 
-    def wait_for_group(self, terms: Mapping[str, Any], timeout_s: float | None = None) -> Worker:
+    def wait_for_group(
+        self, terms: Mapping[str, Any], timeout_s: float | None = None, *, new_sum: NewSum = new_sum
+    ) -> Worker:
         """Says that this node is ready under `terms`; the group, once all are.
 
         Raises `ConfigError` where the terms differ from those of rank 0, `GroupEnded` when rank 0 ends,
@@ -139,7 +142,7 @@ class Seat:
         if start is None:
             raise PeerLost(f"the group did not start within {timeout_s:g} s: other ranks are missing")
         with self._closed_on_error() as channels:
-            return self._form(start, channels)
+            return self._form(start, channels, new_sum)
 
     def close(self) -> None:
         """Leaves, if no group has formed, and frees what is held."""
@@ -152,7 +155,7 @@ class Seat:
             channel.close()
         self._attached.clear()
 
-    def _form(self, start: messages.Start, channels: list[Channel | None]) -> Worker:
+    def _form(self, start: messages.Start, channels: list[Channel | None], new_sum: NewSum) -> Worker:
         check_options(start.allreduce, start.payload)
         deadline_s = time.monotonic() + 2 * HANDSHAKE_S
         data = channels[0] = self._attach(self._address, start.epoch)
@@ -171,7 +174,7 @@ class Seat:
                 channel, channels[rank] = channels[rank], None
                 if channel is not None:
                     channel.close()
-        group = Worker(self.rank, channels, {0: self._control}, payload=start.payload)
+        group = Worker(self.rank, channels, {0: self._control}, payload=start.payload, new_sum=new_sum)
         with self._changed:
             self._group = group
         if self._failure is not None:

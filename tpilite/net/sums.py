@@ -11,19 +11,20 @@ bf16) they do not agree with each other, but still all ranks agree: who sends a 
 the rounded one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tpilite.arrays import Array
-from tpilite.native.exchange import new_exchange, new_scattered_sum
 from tpilite.net import messages, wire
 from tpilite.net.channel import Channel
-from tpilite.net.exchange import Frames
+from tpilite.net.exchange import Exchange, Frames, NewExchange
 
 WAYS = ("star", "direct", "scatter")
+
+_Channels = Sequence[Channel | None]
 
 
 class _Codec:
@@ -100,10 +101,13 @@ class Sum:
     `channels[r]` leads to rank r, None at the own place and, for a worker in a star, at all but rank 0's.
     """
 
-    def __init__(self, rank: int, channels: Sequence[Channel | None], payload: str, n: int) -> None:
+    def __init__(
+        self, rank: int, channels: _Channels, payload: str, n: int, new_exchange: NewExchange
+    ) -> None:
         self.n = n
         self.rank = rank
         self.payload = payload
+        self.new_exchange = new_exchange
         self.peers = [(r, channel) for r, channel in enumerate(channels) if channel is not None]
         # Ranks begin with their successors, so that not all of them send to rank 0 at the same time. In the
         # opposite order the frames come.
@@ -126,12 +130,16 @@ class _StarHub(Sum):
     Receiving whoever is ready first, by a selector, was no faster for 4 ranks and slower for 8.
     """
 
-    def __init__(self, rank: int, channels: Sequence[Channel | None], payload: str, n: int) -> None:
-        super().__init__(rank, channels, payload, n)
+    def __init__(
+        self, rank: int, channels: _Channels, payload: str, n: int, new_exchange: NewExchange
+    ) -> None:
+        super().__init__(rank, channels, payload, n, new_exchange)
         frames = self.frames(1, n)
         self.payload_row = frames.payloads[0]
-        self.receives = [new_exchange([], [(channel, frames[0])], frames.head) for _, channel in self.peers]
-        self.send = new_exchange([(channel, frames[0]) for _, channel in self.peers], [], frames.head)
+        self.receives = [
+            self.new_exchange([], [(channel, frames[0])], frames.head) for _, channel in self.peers
+        ]
+        self.send = self.new_exchange([(channel, frames[0]) for _, channel in self.peers], [], frames.head)
 
     def __call__(self, x: Array) -> None:
         codec, row = self.codec, self.payload_row
@@ -147,11 +155,13 @@ class _StarHub(Sum):
 class _StarLeaf(Sum):
     """A worker of the star."""
 
-    def __init__(self, rank: int, channels: Sequence[Channel | None], payload: str, n: int) -> None:
-        super().__init__(rank, channels, payload, n)
+    def __init__(
+        self, rank: int, channels: _Channels, payload: str, n: int, new_exchange: NewExchange
+    ) -> None:
+        super().__init__(rank, channels, payload, n, new_exchange)
         frames, (_, hub) = self.frames(2, n), self.peers[0]
         self.sent, self.received = frames.payloads
-        self.exchange = new_exchange([(hub, frames[0])], [(hub, frames[1])], frames.head)
+        self.exchange = self.new_exchange([(hub, frames[0])], [(hub, frames[1])], frames.head)
 
     def __call__(self, x: Array) -> None:
         self.codec.narrow(x, self.sent)
@@ -160,11 +170,13 @@ class _StarLeaf(Sum):
 
 
 class _Direct(Sum):
-    def __init__(self, rank: int, channels: Sequence[Channel | None], payload: str, n: int) -> None:
-        super().__init__(rank, channels, payload, n)
+    def __init__(
+        self, rank: int, channels: _Channels, payload: str, n: int, new_exchange: NewExchange
+    ) -> None:
+        super().__init__(rank, channels, payload, n, new_exchange)
         frames = self.frames(len(channels), n)
         self.parts, self.mine = frames.payloads, frames.payloads[rank]
-        self.exchange = new_exchange(
+        self.exchange = self.new_exchange(
             [(channel, frames[rank]) for _, channel in self.targets],
             [(channel, frames[r]) for r, channel in self.sources],
             frames.head,
@@ -176,7 +188,7 @@ class _Direct(Sum):
         sum_in_rank_order(self.codec.widen(self.parts), x)
 
 
-class _Scatter(Sum):
+class ScatterSum(Sum):
     """Receives in the order in which the parts come, as all ranks begin with their successors.
 
     So what came first is in its place when the last comes, which takes two thirds of the time above the bound
@@ -184,29 +196,28 @@ class _Scatter(Sum):
     one size.
     """
 
-    def __init__(self, rank: int, channels: Sequence[Channel | None], payload: str, n: int) -> None:
-        super().__init__(rank, channels, payload, n)
+    def __init__(
+        self, rank: int, channels: _Channels, payload: str, n: int, new_exchange: NewExchange
+    ) -> None:
+        super().__init__(rank, channels, payload, n, new_exchange)
         world_size = len(channels)
         size = -(-n // world_size)
         parts, chunks = self.frames(world_size, size), self.frames(world_size, size)
         self.parts, self.chunks = parts.payloads, chunks.payloads
         self.total = np.empty(size, np.float32)
         self.padded = np.zeros(parts.payloads.size, np.float32)
-        self.scatter = new_exchange(
+        self.scatter = self.new_exchange(
             [(channel, chunks[r]) for r, channel in self.targets],
             [(channel, parts[r]) for r, channel in self.sources],
             parts.head,
         )
-        self.gather = new_exchange(
+        self.gather = self.new_exchange(
             [(channel, chunks[rank]) for _, channel in self.targets],
             [(channel, chunks[r]) for r, channel in self.sources],
             parts.head,
         )
-        self.compiled = new_scattered_sum(self.scatter, self.gather, self.parts, self.chunks, rank)
 
     def __call__(self, x: Array) -> None:
-        if self.compiled is not None and self.compiled.is_open():
-            return self.compiled(x)
         codec, rank, fits = self.codec, self.rank, x.size == self.chunks.size
         if not fits:
             self.padded[: x.size] = x
@@ -230,7 +241,20 @@ def sum_in_rank_order(parts: Array, total: Array) -> None:
         np.copyto(total, np.add.accumulate(parts)[-1])
 
 
-def new_sum(way: str, rank: int, channels: Sequence[Channel | None], payload: str, n: int) -> Sum:
+def new_sum(
+    way: str,
+    rank: int,
+    channels: _Channels,
+    payload: str,
+    n: int,
+    new_exchange: NewExchange = Exchange,
+    scatter_sum: type[ScatterSum] = ScatterSum,
+) -> Sum:
     """What sums `n` numbers in this way: one of WAYS, where all but the star need channels to all ranks."""
-    cls: type[Sum] = {"star": _StarLeaf if rank else _StarHub, "direct": _Direct, "scatter": _Scatter}[way]
-    return cls(rank, channels, payload, n)
+    star = _StarLeaf if rank else _StarHub
+    cls: type[Sum] = {"star": star, "direct": _Direct, "scatter": scatter_sum}[way]
+    return cls(rank, channels, payload, n, new_exchange)
+
+
+# What makes a sum of the first five arguments of `new_sum`: itself, or what does the same by compiled code.
+NewSum = Callable[[str, int, _Channels, str, int], Sum]

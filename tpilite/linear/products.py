@@ -1,0 +1,36 @@
+"""What `Linear` asks of code that makes products faster than NumPy, where such code is handed in."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+from numpy.typing import NDArray
+
+from tpilite.arrays import Array
+from tpilite.linear.packing import Packed
+
+
+class Product(NamedTuple):
+    """Some rows of a matrix [n, D], stored, and where their products with x [T, D] go."""
+
+    rows: NDArray[Any] | Packed
+    out: Array  # [T, n], each row's numbers side by side
+
+
+class Products(Protocol):
+    """Products by several threads: the caller of `multiply` and those that are in `serve`."""
+
+    def multiply(self, x: Array, products: Sequence[Product]) -> None:  # [T, D]
+        """Each product's `out` = x rows^T."""
+        ...
+
+    def serve(self, n_recalls: int) -> int:
+        """Helps until there have been other than `n_recalls` recalls, and says how many there have been."""
+        ...
+
+    def recall(self) -> None:
+        """Brings every thread back from `serve`."""
+        ...
+
+    def close(self) -> None:
+        """Gives the memory back. No thread may be in `serve`, nor call anything here again."""
+        ...
