@@ -287,7 +287,7 @@ def test_what_does_not_fit_as_it_is_may_fit_packed(checkpoint, reads):
 
 
 def test_parts_that_cannot_be_packed_stream_until_there_is_room_for_them(checkpoint, monkeypatch):
-    """As many give way as do not fit unpacked, in a budget that never is exceeded."""
+    """As many are evicted as do not fit unpacked, in a budget that is never exceeded."""
     tried = []
     monkeypatch.setattr(loader_module, "pack", lambda rows, memory: tried.append(rows.ctypes.data))
     with paged(checkpoint, budget_bytes=budget(checkpoint, 0.5), may_pack=True) as (pager, model):
@@ -446,6 +446,41 @@ def test_a_time_line_of_what_is_in_memory(checkpoint, tmp_path):
     assert 0 < int(rows[-1]["read_bytes"]) <= pager.usage().read_bytes
 
 
+@pytest.mark.parametrize("evicts", [False, True])
+def test_a_part_that_is_opened_while_it_is_read_for_something_else(checkpoint, monkeypatch, evicts):
+    """Its load was given up for another order of use, or it was evicted while it was read: its rows come."""
+    reading, go_on, read = threading.Event(), threading.Event(), UncachedFile.read
+    held = []
+
+    def hold_one(self, buffer, offset, n_bytes):
+        if held and offset == held[0].tensor.offset and not reading.is_set():
+            reading.set()
+            assert go_on.wait(_LONG_S)
+        return read(self, buffer, offset, n_bytes)
+
+    monkeypatch.setattr(UncachedFile, "read", hold_one)
+    with paged(checkpoint, budget_bytes=budget(checkpoint, 0.5)) as (pager, _):
+        parts = parts_of(pager)
+        held.append(next(part for part in parts[10:] if part.resident))
+
+        def walk():
+            for part in parts[: held[0].index]:
+                with part.open():
+                    pass
+            assert reading.wait(_LONG_S)
+            if evicts:
+                pager.begin_pass(cache_bytes=pager.cache_room_bytes)
+                assert not held[0].resident
+            else:
+                with next(part for part in parts[-5:] if not part.resident).open():
+                    pass
+            threading.Timer(0.3, go_on.set).start()
+            with held[0].open() as rows:
+                np.testing.assert_array_equal(rows, held[0].tensor.array())
+
+        within(walk)
+
+
 def test_two_parts_are_not_open_at_once(checkpoint):
     with paged(checkpoint, window=3) as (pager, _):
         first, second = parts_of(pager)[:2]
@@ -495,7 +530,7 @@ def test_a_window_below_two_blocks(checkpoint, window):
 
 @pytest.mark.parametrize("share", [0.5, 2.0])
 @pytest.mark.parametrize("packs", [True, False])
-def test_resident_parts_give_way_to_the_caches_and_come_back(checkpoint, share, packs):
+def test_resident_parts_are_evicted_for_the_caches_and_return(checkpoint, share, packs):
     steps = (0, 1_000_000, 2_000_000, None, 1_500_000, 0)
     with paged(checkpoint, budget_bytes=budget(checkpoint, share), may_pack=packs) as (pager, model):
         limit = pager.cache_room_bytes
@@ -521,7 +556,7 @@ def test_resident_parts_give_way_to_the_caches_and_come_back(checkpoint, share, 
     assert stored[-1] == stored[0] or (share > 1 and stored[-1] >= 0.9 * stored[0])
 
 
-def test_resident_parts_give_way_evenly(checkpoint):
+def test_resident_parts_are_evicted_evenly(checkpoint):
     with paged(checkpoint, budget_bytes=budget(checkpoint, 2.0)) as (pager, _):
         parts = parts_of(pager)
         pager.begin_pass(cache_bytes=pager.cache_room_bytes - size_of(parts) // 2)

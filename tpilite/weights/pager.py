@@ -322,7 +322,7 @@ def _read_method(n_bytes: int) -> str | None:
     """How to read: through the page cache where the machine has room for all of it, and more to spare.
 
     Then the disk is read once: the kernel keeps what this process may not, and takes it back when somebody
-    needs the memory. Elsewhere pages that are read in a circle are never found again: None, the best way.
+    needs the memory. Elsewhere None, the best there is: pages that are read in a circle are not found again.
     """
     spare = spare_bytes()
     return _CACHED if spare is not None and spare >= _CACHED_TIMES * n_bytes else None
