@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 # In the environment of a process with threads of its own: its BLAS has no more.
-ONE_THREAD = {f"{name}_NUM_THREADS": "1" for name in ("OPENBLAS", "VECLIB_MAXIMUM")}
+ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "VECLIB_MAXIMUM_THREADS": "1"}
 
 Tokens = Callable[[list[int], int], Iterator[int]]  # prompt, number of new ones -> each as it is made
 

@@ -39,8 +39,9 @@ _INSIDE = {
     "cli": "memory_report local terminal hub configs options main __main__",
     "shipped": "",
 }
-# `local` hands its own environment on to the ranks that it starts; `library` asks whether it may use itself.
-_MAY_READ_ENVIRONMENT = {"cli.configs", "cli.local", "native.library"}
+# `local` hands its own environment on to the ranks that it starts; `library` asks whether it may use itself;
+# `__main__` tells the BLAS its threads.
+_MAY_READ_ENVIRONMENT = {"cli.configs", "cli.local", "native.library", "__main__"}
 _FILES_AND_SOCKETS = {"mmap", "socket", "ssl", "http", "socketserver", "urllib", "msgpack", "safetensors"}
 
 

@@ -26,6 +26,9 @@ class LLM(Session, Closing):
     now, or "unlimited". What does not fit is read from the disk in every pass. `memory_window` instead
     keeps at most so many blocks of weights in memory.
 
+    The BLAS of this process is held to one thread, beside which ours work. Accelerate, NumPy's on a Mac, must
+    be told before NumPy is imported: set VECLIB_MAXIMUM_THREADS=1, as `tpilite-node` does.
+
     Raises `CheckpointError` and `ConfigError` for a folder that cannot be used.
     """
 

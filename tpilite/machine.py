@@ -4,9 +4,9 @@ A process is bounded by the machine's free memory and by the limits of the contr
 of version 1 or 2, at any level of their tree: the tightest one counts.
 
 The BLAS is held to one thread: the threads that share the work are `linear`'s own. A BLAS reads its thread
-count from the environment when it is loaded, which bin/tpilite-node sees to. In a program that has imported
-NumPy already, the loaded OpenBLAS is asked by its own function instead. Other libraries (Accelerate on
-macOS) decide for themselves there.
+count from the environment when it is loaded, which `__main__` sees to. In a program that has imported NumPy
+already, the loaded OpenBLAS is asked by its own function instead. Accelerate (macOS) cannot be asked then:
+its function, from macOS 15 on, holds for the calling thread alone.
 """
 
 import ctypes

@@ -248,3 +248,23 @@ def test_version_and_help_name_the_program() -> None:
     text = node("--help").stdout
     for option in ("--model_path", "--prompt", "--temperature", "--k", "--p", "--seed", "--stats"):
         assert option in text
+
+
+@pytest.mark.parametrize("program", [NODE, [sys.executable, "-m", "tpilite"]])
+def test_a_blas_is_told_its_threads_before_numpy_is_imported(tmp_path: Path, program: list[str]) -> None:
+    (tmp_path / "numpy.py").write_text("import os; raise SystemExit(os.environ['VECLIB_MAXIMUM_THREADS'])")
+    for said, expected in (({}, "1"), ({"VECLIB_MAXIMUM_THREADS": "3"}, "3")):
+        environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(tmp_path), **said}
+        done = subprocess.run(
+            program, capture_output=True, text=True, check=False, timeout=60, env=environment
+        )
+        assert done.stderr.strip() == expected
+
+
+def test_a_package_that_is_missing_is_named_in_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "msgpack.py").write_text("raise ModuleNotFoundError(name='msgpack')")
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(tmp_path)}
+    done = node("--version", env=environment)
+    assert done.returncode == 2
+    assert "the package msgpack is missing" in done.stderr
+    assert "Traceback" not in done.stderr
