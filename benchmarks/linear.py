@@ -32,7 +32,8 @@ from numpy.typing import NDArray
 
 from tpilite.config import LlamaConfig
 from tpilite.engine.compiled import new_products
-from tpilite.linear.linear import Linear, Matrix
+from tpilite.linear.linear import Linear
+from tpilite.linear.matrix import Matrix
 from tpilite.linear.plans import WAYS
 from tpilite.machine import limit_blas_threads
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tpilite.linear.linear import as_float32
+from tpilite.linear.matrix import as_float32
 
 
 def widened(found, start, stop):

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from tpilite.linear import linear as module
 from tpilite.linear import plans
-from tpilite.linear.linear import InMemory, Linear, Matrix, Plan, as_float32, block_rows
+from tpilite.linear.linear import Linear
+from tpilite.linear.matrix import InMemory, Matrix, as_float32, block_rows
 from tpilite.linear.packing import pack
-from tpilite.linear.plans import WAYS
-from tpilite.linear.team import Team
+from tpilite.linear.plans import WAYS, Plan
+from tpilite.linear.thread_pool import Team
 
 DTYPES = ["bf16", "f16", "f32"]
 NAN = {np.dtype(np.uint16): 0x7FC0, np.dtype(np.float16): np.nan, np.dtype(np.float32): np.nan}

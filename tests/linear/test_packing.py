@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from packed_rows import widened
 
-from tpilite.linear.linear import as_float32
+from tpilite.linear.matrix import as_float32
 from tpilite.linear.packing import ROWS, pack, packed_bytes
 
 

@@ -15,7 +15,8 @@ from safetensors.numpy import load_file
 from tpilite.collective import Message, Solo
 from tpilite.config import LlamaConfig
 from tpilite.errors import PeerLost
-from tpilite.linear.linear import Linear, Matrix, as_float32
+from tpilite.linear.linear import Linear
+from tpilite.linear.matrix import Matrix, as_float32
 from tpilite.model import llama as model_module
 from tpilite.model.llama import LayerWeights, Llama, LlamaWeights, Segment, attend
 from tpilite.weights.partition import Partition

@@ -14,7 +14,8 @@ from compiled_code import PRODUCTS, needs_products
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tpilite.linear.linear import InMemory, Linear, Matrix, as_float32
+from tpilite.linear.linear import Linear
+from tpilite.linear.matrix import InMemory, Matrix, as_float32
 from tpilite.linear.packing import pack
 from tpilite.linear.products import Product
 from tpilite.native import products as compiled

@@ -24,7 +24,8 @@ from packed_rows import widened
 from tpilite.cli.memory_report import MemoryReport
 from tpilite.collective import Solo
 from tpilite.errors import CheckpointError, ConfigError
-from tpilite.linear.linear import Linear, as_float32
+from tpilite.linear.linear import Linear
+from tpilite.linear.matrix import as_float32
 from tpilite.linear.packing import Packed
 from tpilite.model.llama import Llama, Segment
 from tpilite.weights import loader as loader_module

@@ -19,7 +19,7 @@ import numpy as np
 from tpilite.arrays import Array
 from tpilite.collective import Collective
 from tpilite.config import LlamaConfig
-from tpilite.linear.linear import FLOAT16_LIFT, Matrix, float16_bits
+from tpilite.linear.matrix import FLOAT16_LIFT, Matrix, float16_bits
 from tpilite.model.kv_cache import Kept, KVCache
 from tpilite.model.ops import rms_norm, rope_frequencies, rope_table, rotate, softmax, swiglu
 

@@ -21,7 +21,7 @@ from tpilite.arrays import Array
 from tpilite.closing import Closing
 from tpilite.config import LlamaConfig
 from tpilite.errors import ConfigError
-from tpilite.linear.linear import Matrix
+from tpilite.linear.matrix import Matrix
 from tpilite.machine import format_size, rss_bytes, spare_bytes
 from tpilite.model.llama import LlamaWeights
 from tpilite.weights.assemble import assemble, mapped

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tpilite.linear.linear import Stored, Weights
+from tpilite.linear.matrix import Stored, Weights
 from tpilite.linear.packing import Packed
 from tpilite.weights.residency import (
     PagedPart,

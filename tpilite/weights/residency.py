@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
-from tpilite.linear.linear import Weights, block_rows
+from tpilite.linear.matrix import Weights, block_rows
 from tpilite.linear.packing import ROWS, Packed, packed_bytes
 from tpilite.weights.tensor_file import StoredTensor
 from tpilite.weights.uncached import buffer_bytes

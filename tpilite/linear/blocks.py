@@ -1,0 +1,175 @@
+"""What a thread multiplies at a time: some rows of a matrix, widened to float32 in memory of its own."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tpilite.arrays import Array
+from tpilite.linear.matrix import Part, Stored, Weights, float16_bits
+from tpilite.linear.packing import Packed
+
+# Products of up to so many multiplications take OpenBLAS's way for small matrices, which lays out nothing and
+# is up to three times faster for few rows. A matrix goes all this way or all the other, since they differ
+# in the last bits. Where there is no such way, the smaller products cost nothing.
+_SMALL_PRODUCT = 1_000_000
+SMALL_ROWS = 16
+
+_SIXTEEN = np.uint32(16)
+
+
+class Input:
+    """The rows x of one call as the products take them, in memory that is kept between calls."""
+
+    def __init__(self) -> None:
+        self._memory: dict[int, Array] = {}  # by gap
+        self._lifted: dict[int, tuple[Array, int]] = {}  # of this call
+        self._exponent: int | None = None
+        self.rows: Array  # [T, D]
+
+    def set(self, x: Array) -> None:
+        self.rows = np.ascontiguousarray(x)
+        self._lifted.clear()
+        self._exponent = None
+
+    @property
+    def n_rows(self) -> int:
+        return self.rows.shape[0]
+
+    def lifted(self, gap: int) -> tuple[Array, int]:
+        """x times a power of two, 2**`gap` if there is room for it, as columns; and how many bits less it is.
+
+        The sums alone could be lifted instead, but then products of small numbers would lose bits.
+        """
+        if 0 not in self._lifted:
+            columns = self._room(0)
+            _copy_transposed(self.rows, columns)
+            self._lifted[0] = columns, 0
+        if gap not in self._lifted:
+            columns, lifted = self._lifted[0][0], self._room(gap)
+            if self._exponent is None:
+                _, self._exponent = math.frexp(max(columns.max(), -columns.min()))
+            bits = min(gap, 126 - self._exponent)
+            np.multiply(columns, np.float32(2.0**bits), out=lifted)
+            self._lifted[gap] = lifted, gap - bits
+        return self._lifted[gap]
+
+    def _room(self, gap: int) -> Array:  # -> [D, T]
+        if gap not in self._memory or self._memory[gap].size < self.rows.size:
+            self._memory[gap] = np.empty(self.rows.size, np.float32)
+        return self._memory[gap][: self.rows.size].reshape(self.rows.shape[::-1])
+
+
+class Scratch:
+    """One thread's memory, as much as the largest block so far took."""
+
+    def __init__(self) -> None:
+        self._wide = np.empty(0, np.uint8)
+        self._sums = np.empty(0, np.float32)
+
+    def reserve(self, n_weights: int, n_sums: int, packed: bool) -> None:
+        n_bytes = (8 if packed else 4) * n_weights + 4  # the last few for `wide` with an offset
+        if self._wide.size < n_bytes:
+            memory = np.empty(n_bytes + 63, np.uint8)
+            self._wide = memory[-memory.ctypes.data % 64 :][:n_bytes]
+        if self._sums.size < n_sums:
+            self._sums = np.empty(n_sums, np.float32)
+
+    def wide(self, n_weights: int, offset: int = 0) -> NDArray[np.uint32]:
+        """So many numbers of four bytes, `offset` bytes behind the beginning, which is a cache line's."""
+        return self._wide[offset : offset + 4 * n_weights].view(np.uint32)
+
+    def unpacked(self, n_rows: int, n_cols: int) -> tuple[Stored, Stored]:
+        """Memory for bfloat16 [n_rows, n_cols], and for three quarters of it: behind what `wide` gives."""
+        n = n_rows * n_cols
+        memory = self._wide[4 * n + 4 :].view(np.uint16)
+        return memory[:n].reshape(n_rows, n_cols), memory[n : n + 3 * n // 4]
+
+    def sums(self, n_rows: int, n_cols: int) -> Array:
+        return self._sums[: n_rows * n_cols].reshape(n_rows, n_cols)
+
+
+class Piece(NamedTuple):
+    """A part that is in memory, and where its products go."""
+
+    part: Part
+    rows: Weights
+    out: Array  # [T, n_rows]
+
+
+class Block(NamedTuple):
+    """What one thread multiplies at a time: some rows of a part, with x in columns."""
+
+    rows: Weights
+    start: int
+    stop: int
+    way: str
+    columns: Array  # [D, T]
+    missing_bits: int  # the sums' exponents are too small by so many
+    out: Array  # [T, stop - start]
+
+
+def multiply(block: Block, scratch: Scratch) -> None:
+    """out = x rows^T: [n, D] -> [T, n]."""
+    n, columns, out = block.stop - block.start, block.columns, block.out
+    n_cols, n_x = columns.shape
+    small_rows = _SMALL_PRODUCT // (n_cols * n_x)
+    small = small_rows >= SMALL_ROWS
+    enough = small or n_x == 1 or n >= SMALL_ROWS
+    if isinstance(block.rows, Packed):
+        bits, spare = scratch.unpacked(n, n_cols)
+        block.rows.unpack(block.start, block.stop, bits, spare)
+        weights = _widen(bits, block.way, scratch)
+        places, values = block.rows.exceptions(block.start, block.stop)
+        if len(places):
+            weights.reshape(-1)[places] = values
+    else:
+        weights = block.rows[block.start : block.stop]
+        if weights.dtype != np.float32 or not weights.flags.aligned or not enough:
+            weights = _widen(weights, block.way, scratch)
+    if n_x == 1:
+        np.dot(weights, columns[:, 0], out=out[0])
+    elif small:
+        # All products in one call: the interpreter is handed over once, not once for each.
+        sums = scratch.sums(n, n_x)
+        step = small_rows // 8 * 8
+        whole = n // step * step
+        shape = (n // step, step)
+        np.matmul(weights[:whole].reshape(*shape, n_cols), columns, out=sums[:whole].reshape(*shape, n_x))
+        np.matmul(weights[whole:], columns, out=sums[whole:])
+        _copy_transposed(sums, out)
+    else:
+        if not enough:  # what is left in the scratch memory makes up the rows
+            weights = scratch.wide(SMALL_ROWS * n_cols).view(np.float32).reshape(SMALL_ROWS, n_cols)
+        sums = scratch.sums(len(weights), n_x)
+        np.matmul(weights, columns, out=sums)
+        _copy_transposed(sums[:n], out)
+    if block.missing_bits:
+        out *= np.float32(2.0**block.missing_bits)
+
+
+def _copy_transposed(source: Array, target: Array) -> None:  # [n, m] -> [m, n]
+    """In strips as wide as a cache line, which is three times as fast: each line is written once."""
+    step = 16 if source.shape[1] > 16 else len(source)
+    for start in range(0, len(source), max(1, step)):
+        target[:, start : start + step] = source[start : start + step].T
+
+
+def _widen(rows: Stored, way: str, scratch: Scratch) -> Array:  # [n, D] -> [n, D]
+    """The values of the rows, exactly; those of float16 by `bits` are too small by its exponent gap."""
+    wide = scratch.wide(rows.size)
+    flat = rows.reshape(-1)
+    if rows.dtype == np.uint16 and way == "bits":
+        # Each value is written as an integer of four bytes two bytes further on: there it is the upper half
+        # of its float32, and its zeros are the lower half of the next. NumPy casts to odd addresses as fast.
+        wide[0] = 0
+        np.copyto(scratch.wide(rows.size, offset=2), flat)
+    elif rows.dtype == np.uint16:
+        np.copyto(wide, flat)
+        np.left_shift(wide, _SIXTEEN, out=wide)
+    elif rows.dtype == np.float16 and way == "bits":
+        float16_bits(flat, wide.view(np.float32))
+    else:
+        np.copyto(wide.view(np.float32), flat)
+    return wide.view(np.float32).reshape(rows.shape)
