@@ -4,19 +4,24 @@ import functools
 import io
 import json
 import socket
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import sentencepiece
 from checkpoints import tiny_config, write_checkpoint
 
+from tpilite.engine.sampling import SamplingParams
 from tpilite.engine.session import Session
+from tpilite.errors import PeerLost
 from tpilite.llm import LLM
 from tpilite.serving.config import ServerConfig
 from tpilite.serving.server import Server
-from tpilite.serving.service import Service
+from tpilite.serving.service import Recovery, Service
 from tpilite.weights.partition import LM_HEAD
 from tpilite.weights.tensor_file import TensorFile
 
@@ -27,6 +32,9 @@ SENTENCES = [
     "One day the hare asked: where does the river end? It ends in the sea, said the fox!",
     "They walked and walked, 12 days and 345 steps, until they saw the big blue sea.",
 ] * 5
+HELLO: Any = [{"role": "user", "content": "Where does the river end?"}]
+CONFIG = ServerConfig(port=0, model_name="tiny", max_waiting=2, defaults=SamplingParams(seed=1))
+JSON = b"Host: localhost\r\nContent-Type: application/json\r\n"
 # In the manner of Llama 2, in one line.
 TEMPLATE = (
     "{% for m in messages %}"
@@ -94,3 +102,84 @@ def exchange(port: int, request: bytes, *, until: bytes = b"", timeout_s: float 
         while (piece := connection.recv(65536)) and not (until and until in answer + piece):
             answer += piece
         return answer + piece
+
+
+def client_of(server: Server, **options: Any) -> Any:
+    """OpenAI's client of a server; skips the test where it is missing."""
+    openai = pytest.importorskip("openai", reason="needs OpenAI's client: pip install openai")
+    options = {"api_key": "none", "max_retries": 0, "timeout": 30} | options
+    return openai.OpenAI(base_url=f"{server.url}/v1", **options)
+
+
+class Gate:
+    """Holds an engine before each pass until the test lets it go."""
+
+    def __init__(self, session: LLM) -> None:
+        self._passes = threading.Semaphore(0)
+        self._is_open = False
+        self.n_steps = 0
+        self._step = session.engine.step
+        session.engine.step = self._held  # type: ignore[method-assign]
+
+    def _held(self) -> Any:
+        if not self._is_open:
+            assert self._passes.acquire(timeout=30)
+        self.n_steps += 1
+        return self._step()
+
+    def let(self, n: int = 1) -> None:
+        self._passes.release(n)
+
+    def open(self) -> None:
+        self._is_open = True
+        self._passes.release(1000)
+
+
+def eventually(condition: Callable[[], Any]) -> Any:
+    for _ in range(1000):
+        if value := condition():
+            return value
+        time.sleep(0.01)
+    pytest.fail("it did not come true within 10 s")
+
+
+def get(server: Server, path: str, headers: bytes = b"") -> tuple[int, dict[str, str], bytes]:
+    return split(
+        exchange(server.port, b"GET %s HTTP/1.0\r\nHost: localhost\r\n%s\r\n" % (path.encode(), headers))
+    )
+
+
+def post(server: Server, path: str, body: Any, headers: bytes = JSON) -> tuple[int, dict[str, str], Any]:
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    head = b"POST %s HTTP/1.0\r\n%sContent-Length: %d\r\n\r\n" % (path.encode(), headers, len(raw))
+    status, found, answer = split(exchange(server.port, head + raw))
+    return status, found, json.loads(answer)
+
+
+def split(answer: bytes) -> tuple[int, dict[str, str], bytes]:
+    head, _, body = answer.partition(b"\r\n\r\n")
+    first, *lines = head.decode().split("\r\n")
+    return int(first.split()[1]), {k.lower(): v for k, _, v in (x.partition(": ") for x in lines)}, body
+
+
+def health(server: Server) -> dict[str, Any]:
+    return json.loads(get(server, "/health")[2])
+
+
+def figures(server: Server) -> dict[str, Any]:
+    return json.loads(get(server, "/v1/cluster")[2])["figures"]
+
+
+def lossy(session: LLM, monkeypatch: pytest.MonkeyPatch, recover: Callable[[PeerLost], None]) -> Recovery:
+    """A session that loses a rank in its third pass."""
+    run, n_runs = session.engine.runner.run, iter(range(1000))
+
+    def losing(step: Any, x: Any = None) -> Any:
+        if next(n_runs) == 2:
+            raise PeerLost("rank 1 (pi-two) is gone")
+        return run(step, x)
+
+    monkeypatch.setattr(session.engine.runner, "run", losing)
+    recovery = Recovery(recover)
+    session.engine._recover = recovery
+    return recovery
