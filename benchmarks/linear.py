@@ -5,7 +5,7 @@
 One sample is one call: the matrices of a layer of the model's shape that share an x (q, k, v; o; gate, up;
 down), of random weights. Several layers take turns, so that no cache holds them, and so do the cases. A rate
 is that of a layer whose calls take the median of their samples each, or the quartiles.
-`read` is the reading alone of the first dtype's weights, in NumPy's fastest way; `sgemm` the product of the
+`read` is the reading alone of the first dtype's weights, as fast as NumPy can; `sgemm` the product of the
 same shapes in float32, each thread by one BLAS call per matrix on its share of the matrix's rows.
 
 On Linux a sample counts only if no thread of this process waited for a CPU for more than 3 % of it: on a busy
@@ -34,7 +34,7 @@ from tpilite.config import LlamaConfig
 from tpilite.engine.compiled import new_products
 from tpilite.linear.linear import Linear
 from tpilite.linear.matrix import Matrix
-from tpilite.linear.plans import WAYS
+from tpilite.linear.plans import KERNELS
 from tpilite.machine import limit_blas_threads
 
 N_LAYERS = 4
@@ -53,7 +53,7 @@ class Case:
     rows: int
     threads: int
     run: Callable[[int, int], object]
-    way: str = ""
+    kernel: str = ""
     linear: Linear | None = None
     samples: dict[int, list[tuple[float, float]]] = field(default_factory=lambda: defaultdict(list))
 
@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--dtypes", default="bf16,f16,f32", help="(%(default)s)")
     parser.add_argument("--rows", default="1,4,16,128,512", help="of x (%(default)s)")
     parser.add_argument("--threads", default="1,2", help="(%(default)s)")
-    parser.add_argument("--ways", default="default", help="of default,numpy,bits,cast (%(default)s)")
+    parser.add_argument("--kernels", default="default", help="of default,numpy,bits,cast (%(default)s)")
     parser.add_argument("--seconds", type=float, default=30.0, help="in all (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there, too")
     args = parser.parse_args()
@@ -129,10 +129,10 @@ def make_cases(args: argparse.Namespace, layers: dict[str, list[Layer]], cache: 
             if t >= SGEMM_ROWS:
                 cases.append(Case("sgemm", t, n, multiplying(threads, some[0], t)))
             for dtype, its_layers in layers.items():
-                for way in args.ways.split(","):
-                    products = new_products(n) if way == "default" else None
-                    linear = Linear(n, products, way=way if way in WAYS else None, cache=cache)
-                    cases.append(Case(dtype, t, n, passing(linear, its_layers, t), way, linear))
+                for kernel in args.kernels.split(","):
+                    products = new_products(n) if kernel == "default" else None
+                    linear = Linear(n, products, kernel=kernel if kernel in KERNELS else None, cache=cache)
+                    cases.append(Case(dtype, t, n, passing(linear, its_layers, t), kernel, linear))
     return cases
 
 
@@ -200,7 +200,7 @@ def row(case: Case, cases: list[Case], sizes: list[int], read_dtype: str) -> dic
     n, n_all = (sum(map(len, lists)) for lists in (map(case.counting, case.samples), case.samples.values()))
     found = asdict(replace(case, run=None, linear=None, samples={}))  # type: ignore[arg-type]
     found |= {"weights_per_s": rate, "quartiles": [low, high], "samples": n, "disturbed": n_all - n}
-    text = f"{case.threads} threads  {case.what:>5} {case.way:<9}"
+    text = f"{case.threads} threads  {case.what:>5} {case.kernel:<9}"
     text += f" {case.rows:4d} rows" if case.rows else " " * 10
     text += f" {rate / 1e9:7.3f} ({low / 1e9:.3f} to {high / 1e9:.3f}) 10^9 weights/s"
 
@@ -209,18 +209,18 @@ def row(case: Case, cases: list[Case], sizes: list[int], read_dtype: str) -> dic
         return other.rates(sizes)[1]
 
     if case.rows <= 1:
-        found["bytes_per_s"] = rate * BYTES[case.what if case.way else read_dtype]
+        found["bytes_per_s"] = rate * BYTES[case.what if case.kernel else read_dtype]
         text += f", {found['bytes_per_s'] / 1e9:.1f} GB/s"
-        if case.way:
+        if case.kernel:
             found["of_read"] = found["bytes_per_s"] / (beside("read", 0) * BYTES[read_dtype])
             text += f", {found['of_read']:.2f} of reading"
     else:
         found["flops"] = 2 * case.rows * rate
         text += f", {found['flops'] / 1e9:.0f} GFLOP/s"
-        if case.way and case.rows >= SGEMM_ROWS:
+        if case.kernel and case.rows >= SGEMM_ROWS:
             found["of_sgemm"] = rate / beside("sgemm", case.rows)
             text += f", {found['of_sgemm']:.2f} of sgemm"
-    if case.way:
+    if case.kernel:
         found["plan"] = [str(plan) for plan in case.linear.plans.values()] if case.linear else []
     print(f"{text}  [{n} of {n_all}]")
     return found

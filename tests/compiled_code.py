@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from tpilite.linear.linear import Linear
-from tpilite.linear.plans import WAYS
+from tpilite.linear.plans import KERNELS
 from tpilite.native import exchange, products
 from tpilite.native.bindings import Unavailable
 from tpilite.native.products import CompiledProducts
@@ -31,13 +31,13 @@ def by_both(numpy: object, compiled: object, needs: pytest.MarkDecorator) -> lis
     return [pytest.param(numpy, id="numpy"), pytest.param(compiled, id="compiled", marks=needs)]
 
 
-# Everything that makes products: NumPy in each of its ways, and compiled code.
-MAKERS = [*WAYS, *(["compiled"] if PRODUCTS else [])]
+# Everything that makes products: NumPy by each of its kernels, and compiled code.
+MAKERS = [*KERNELS, *(["compiled"] if PRODUCTS else [])]
 
 
 def new_linear(n_threads: int, maker: str | None = None) -> Linear:
-    """A `Linear` whose products one of MAKERS makes, on macOS too; None: NumPy in its fastest way."""
+    """A `Linear` whose products one of MAKERS makes, on macOS too; None: NumPy by its fastest kernel."""
     if maker == "compiled":
         assert PRODUCTS is not None
         return Linear(n_threads, CompiledProducts(PRODUCTS, n_threads), blas_for_many=False)
-    return Linear(n_threads, way=maker)
+    return Linear(n_threads, kernel=maker)

@@ -16,8 +16,8 @@ from tpilite.linear import plans
 from tpilite.linear.linear import Linear
 from tpilite.linear.matrix import InMemory, Matrix, as_float32, block_rows
 from tpilite.linear.packing import pack
-from tpilite.linear.plans import WAYS, Plan
-from tpilite.linear.thread_pool import Team
+from tpilite.linear.plans import KERNELS, Plan
+from tpilite.linear.thread_pool import ThreadPool
 
 DTYPES = ["bf16", "f16", "f32"]
 NAN = {np.dtype(np.uint16): 0x7FC0, np.dtype(np.float16): np.nan, np.dtype(np.float32): np.nan}
@@ -104,8 +104,8 @@ def test_is_the_product_of_the_stored_values(data):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("t", [1, 4, 50, 120])
-@pytest.mark.parametrize("ways", [WAYS, *([maker] for maker in MAKERS if maker not in WAYS)])
-def test_the_bits_depend_on_neither_threads_nor_numpys_way_nor_parts_nor_blocks(ways, dtype, t):
+@pytest.mark.parametrize("makers", [KERNELS, *([maker] for maker in MAKERS if maker not in KERNELS)])
+def test_the_bits_depend_on_neither_threads_nor_numpys_way_nor_parts_nor_blocks(makers, dtype, t):
     rng = np.random.default_rng(1)
     w = stored(rng, dtype, (1304, 600))
     x = rows_of_x(rng, t, 600)
@@ -114,16 +114,16 @@ def test_the_bits_depend_on_neither_threads_nor_numpys_way_nor_parts_nor_blocks(
     assert [part.n_rows for part in paged.parts] == [432, 432, 432, 8]
     results = []
     for n_threads in (1, 2, 3):
-        for way in ways:
+        for maker in makers:
             for _ in range(3):
-                with new_linear(n_threads, way) as linear:
+                with new_linear(n_threads, maker) as linear:
                     results += linear(x, Matrix.of(w))
-            with new_linear(n_threads, way) as linear:
+            with new_linear(n_threads, maker) as linear:
                 results += linear(x, paged)
                 for part in paged.parts:
                     part.log.clear()
-    for n_bytes in (1 << 18, 1 << 22) if ways == WAYS else ():
-        with Linear(2, way="bits") as linear:
+    for n_bytes in (1 << 18, 1 << 22) if makers == KERNELS else ():
+        with Linear(2, kernel="bits") as linear:
             linear.plans[w.dtype] = Plan("bits", n_bytes)
             results += linear(x, Matrix.of(w))
     assert len({y.tobytes() for y in results}) == 1
@@ -137,57 +137,57 @@ def test_packed_weights_give_the_same_bits(t, scale):
     packed = pack(w, bytearray(w.nbytes * 3 // 4))
     assert packed.exceptions(0, 520)[0].size > 0
     x = rows_of_x(rng, t, 900)
-    for n_threads, way in itertools.product((1, 2), MAKERS):
-        with new_linear(n_threads, way) as linear:
+    for n_threads, maker in itertools.product((1, 2), MAKERS):
+        with new_linear(n_threads, maker) as linear:
             expected, found = (linear(x, Matrix(520, 900, (InMemory(rows),)))[0] for rows in (w, packed))
         np.testing.assert_array_equal(found, expected)
         check(found, x, w)
 
 
-@pytest.mark.parametrize("way", MAKERS)
+@pytest.mark.parametrize("maker", MAKERS)
 @pytest.mark.parametrize("dtype", [np.uint16, np.float16])
-def test_every_value_is_widened_exactly(dtype, way):
+def test_every_value_is_widened_exactly(dtype, maker):
     w = np.arange(1 << 16, dtype=np.uint16).view(dtype)[:, None]
     w = w[np.isfinite(as_float32(w))][:, None]
-    with new_linear(1, way) as linear:
+    with new_linear(1, maker) as linear:
         (y,) = linear(np.ones((1, 1), np.float32), Matrix.of(w))
     assert (y[0] == as_float32(w)[:, 0]).all()
 
 
-@pytest.mark.parametrize("way", MAKERS)
+@pytest.mark.parametrize("maker", MAKERS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("t", [1, 3])
-def test_infinities_and_nan_arrive(dtype, way, t):
+def test_infinities_and_nan_arrive(dtype, maker, t):
     w = np.array([[1, np.inf], [-np.inf, 1], [np.nan, 0], [2, 3]], np.float32)
     w = (
         (w.view(np.uint32) >> 16).astype(np.uint16)
         if dtype == "bf16"
         else w.astype({"f16": np.float16, "f32": np.float32}[dtype])
     )
-    with new_linear(2, way) as linear:
+    with new_linear(2, maker) as linear:
         (y,) = linear(np.ones((t, 2), np.float32), Matrix.of(w))
         (z,) = linear(np.full((t, 2), np.inf, np.float32), Matrix.of(w[3:]))
     np.testing.assert_array_equal(y, [[np.inf, -np.inf, np.nan, 5]] * t)
     assert (z == np.inf).all()
 
 
-@pytest.mark.parametrize("way", MAKERS)
+@pytest.mark.parametrize("maker", MAKERS)
 @pytest.mark.parametrize("x_scale", [1e-30, 1e-6, 1e5, 1e30])
 @pytest.mark.parametrize("w_scale", [1e-7, 1e-4, 1e4])
-def test_float16_loses_nothing_at_either_end(way, x_scale, w_scale):
+def test_float16_loses_nothing_at_either_end(maker, x_scale, w_scale):
     rng = np.random.default_rng(2)
     w = stored(rng, "f16", (100, 200), w_scale)
     for t in (1, 3):
         x = rows_of_x(rng, t, 200, x_scale)
-        with new_linear(1, way) as linear:
+        with new_linear(1, maker) as linear:
             (y,) = linear(x, Matrix.of(w))
         check(y, x, w)
 
 
-@pytest.mark.parametrize("way", MAKERS)
+@pytest.mark.parametrize("maker", MAKERS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("offset", [1, 2, 3, 6])
-def test_weights_may_begin_at_any_byte_of_a_read_only_file(dtype, way, offset):
+def test_weights_may_begin_at_any_byte_of_a_read_only_file(dtype, maker, offset):
     rng = np.random.default_rng(3)
     w = stored(rng, dtype, (90, 77))
     file = bytes(offset) + w.tobytes()
@@ -195,7 +195,7 @@ def test_weights_may_begin_at_any_byte_of_a_read_only_file(dtype, way, offset):
     assert not mapped.flags.writeable
     for t in (1, 3):
         x = rows_of_x(rng, t, 77)
-        with new_linear(2, way) as linear:
+        with new_linear(2, maker) as linear:
             (y,) = linear(x, Matrix.of(mapped))
         check(y, x, w)
 
@@ -203,19 +203,19 @@ def test_weights_may_begin_at_any_byte_of_a_read_only_file(dtype, way, offset):
 def test_dtypes_take_turns_in_the_same_memory():
     rng = np.random.default_rng(4)
     x = rows_of_x(rng, 1, 50)
-    with Linear(1, way="bits") as linear:
+    with Linear(1, kernel="bits") as linear:
         for dtype in ["f16", "bf16", "f16", "f32", "bf16"]:
             w = stored(rng, dtype, (30, 50))
             check(linear(x, Matrix.of(w))[0], x, w)
 
 
-@pytest.mark.parametrize("way", MAKERS)
+@pytest.mark.parametrize("maker", MAKERS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_decoding_allocates_its_results_alone(dtype, way):
+def test_decoding_allocates_its_results_alone(dtype, maker):
     rng = np.random.default_rng(5)
     matrices = [Matrix.of(stored(rng, dtype, (4000, 256))), Matrix.of(stored(rng, dtype, (1000, 256)))]
     x = rows_of_x(rng, 1, 256)
-    with new_linear(2, way) as linear:
+    with new_linear(2, maker) as linear:
         linear(x, *matrices)
         tracemalloc.start()
         try:
@@ -239,15 +239,15 @@ def test_threads_are_started_once_and_ended_by_close():
     assert threading.active_count() == before
 
 
-@pytest.mark.parametrize("way", MAKERS)
-def test_closed_twice_it_does_no_harm(way):
+@pytest.mark.parametrize("maker", MAKERS)
+def test_closed_twice_it_does_no_harm(maker):
     x, w = np.ones((1, 100), np.float32), Matrix.of(np.ones((30, 100), np.float32))
-    linear = new_linear(2, way)
+    linear = new_linear(2, maker)
     for _ in range(2):
         linear.close()
     linear.share(1, lambda start, stop: None)
-    assert linear._team._products is None
-    if way != "compiled":
+    assert linear._pool._products is None
+    if maker != "compiled":
         assert (linear(x, w)[0] == 100).all()
 
 
@@ -259,7 +259,7 @@ def test_one_thread_is_the_callers():
 
 @pytest.mark.parametrize("failing", [0, 1, 2])
 def test_an_error_in_any_thread_reaches_the_caller_once_all_are_done(failing):
-    team = Team(3)
+    pool = ThreadPool(3)
     done = []
 
     def work(thread):
@@ -268,15 +268,15 @@ def test_an_error_in_any_thread_reaches_the_caller_once_all_are_done(failing):
         done.append(thread)
 
     with pytest.raises(ValueError, match="what happened"):
-        team.run(work)
+        pool.run(work)
     assert sorted(done) == sorted({0, 1, 2} - {failing})
-    team.run(done.append)
+    pool.run(done.append)
     assert len(done) == 5
-    team.close()
+    pool.close()
 
 
 def test_interrupted_it_still_waits_for_its_threads():
-    team = Team(2)
+    pool = ThreadPool(2)
     release, done = threading.Event(), []
 
     def work(thread):
@@ -288,15 +288,15 @@ def test_interrupted_it_still_waits_for_its_threads():
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        team.run(work)
+        pool.run(work)
     assert done == [1]
-    team.close()
+    pool.close()
 
 
 def test_an_error_closes_the_part():
     log = []
     part = Paged(np.zeros((4, 3), np.float32), log)
-    with Linear(2, way="bits") as linear, pytest.raises(ValueError, match="not aligned"):
+    with Linear(2, kernel="bits") as linear, pytest.raises(ValueError, match="not aligned"):
         linear(np.ones((1, 2), np.float32), Matrix(4, 2, (part,)))
     assert [what for what, _ in log] == ["open", "close"]
 
@@ -323,7 +323,7 @@ def plan_of(path, dtype="bf16", **options):
 def test_what_was_measured_is_noted_for_the_next_time(quick, tmp_path, monkeypatch, dtype):
     path = tmp_path / "cache" / "linear.json"
     plan = plan_of(path, dtype)
-    assert plan.way in WAYS
+    assert plan.kernel in KERNELS
     monkeypatch.setattr(Linear, "_measure", None)
     assert plan_of(path, dtype) == plan
 
@@ -366,7 +366,7 @@ def test_a_place_that_cannot_be_written_does_not_matter(quick, tmp_path):
 def test_small_matrices_and_a_forced_way_measure_nothing(tmp_path):
     path = tmp_path / "linear.json"
     assert plan_of(path) is None
-    assert plan_of(path, way="cast") is None
+    assert plan_of(path, kernel="cast") is None
     assert not path.exists()
 
 

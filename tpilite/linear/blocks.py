@@ -10,9 +10,9 @@ from tpilite.arrays import Array
 from tpilite.linear.matrix import Part, Stored, Weights, float16_bits
 from tpilite.linear.packing import Packed
 
-# Products of up to so many multiplications take OpenBLAS's way for small matrices, which lays out nothing and
-# is up to three times faster for few rows. A matrix goes all this way or all the other, since they differ
-# in the last bits. Where there is no such way, the smaller products cost nothing.
+# For products of up to so many multiplications OpenBLAS has code for small matrices, which copies nothing and
+# is up to three times faster for few rows. All blocks of a matrix take this code or none does, since it gives
+# other last bits. Where a BLAS has no such code, the smaller products cost nothing.
 _SMALL_PRODUCT = 1_000_000
 SMALL_ROWS = 16
 
@@ -24,36 +24,38 @@ class Input:
 
     def __init__(self) -> None:
         self._memory: dict[int, Array] = {}  # by gap
-        self._lifted: dict[int, tuple[Array, int]] = {}  # of this call
+        self._scaled: dict[int, tuple[Array, int]] = {}  # of this call
         self._exponent: int | None = None
         self.rows: Array  # [T, D]
 
     def set(self, x: Array) -> None:
         self.rows = np.ascontiguousarray(x)
-        self._lifted.clear()
+        self._scaled.clear()
         self._exponent = None
 
     @property
     def n_rows(self) -> int:
         return self.rows.shape[0]
 
-    def lifted(self, gap: int) -> tuple[Array, int]:
-        """x times a power of two, 2**`gap` if there is room for it, as columns; and how many bits less it is.
+    def scaled(self, gap: int) -> tuple[Array, int]:
+        """Columns [D, T] of x for weights that are too small by 2**gap, and how much the sums still lack.
 
-        The sums alone could be lifted instead, but then products of small numbers would lose bits.
+        The columns are x * 2**gap. Where that would overflow, they are x * 2**n for the largest n that fits,
+        and the second value is gap - n: the sums must be multiplied by two to that power. To multiply the
+        sums by all of 2**gap would be simpler, but products of small numbers would have lost bits before.
         """
-        if 0 not in self._lifted:
+        if 0 not in self._scaled:
             columns = self._room(0)
             _copy_transposed(self.rows, columns)
-            self._lifted[0] = columns, 0
-        if gap not in self._lifted:
-            columns, lifted = self._lifted[0][0], self._room(gap)
+            self._scaled[0] = columns, 0
+        if gap not in self._scaled:
+            columns, out = self._scaled[0][0], self._room(gap)
             if self._exponent is None:
                 _, self._exponent = math.frexp(max(columns.max(), -columns.min()))
             bits = min(gap, 126 - self._exponent)
-            np.multiply(columns, np.float32(2.0**bits), out=lifted)
-            self._lifted[gap] = lifted, gap - bits
-        return self._lifted[gap]
+            np.multiply(columns, np.float32(2.0**bits), out=out)
+            self._scaled[gap] = out, gap - bits
+        return self._scaled[gap]
 
     def _room(self, gap: int) -> Array:  # -> [D, T]
         if gap not in self._memory or self._memory[gap].size < self.rows.size:
@@ -104,7 +106,7 @@ class Block(NamedTuple):
     rows: Weights
     start: int
     stop: int
-    way: str
+    kernel: str
     columns: Array  # [D, T]
     missing_bits: int  # the sums' exponents are too small by so many
     out: Array  # [T, stop - start]
@@ -120,14 +122,14 @@ def multiply(block: Block, scratch: Scratch) -> None:
     if isinstance(block.rows, Packed):
         bits, spare = scratch.unpacked(n, n_cols)
         block.rows.unpack(block.start, block.stop, bits, spare)
-        weights = _widen(bits, block.way, scratch)
+        weights = _widen(bits, block.kernel, scratch)
         places, values = block.rows.exceptions(block.start, block.stop)
         if len(places):
             weights.reshape(-1)[places] = values
     else:
         weights = block.rows[block.start : block.stop]
         if weights.dtype != np.float32 or not weights.flags.aligned or not enough:
-            weights = _widen(weights, block.way, scratch)
+            weights = _widen(weights, block.kernel, scratch)
     if n_x == 1:
         np.dot(weights, columns[:, 0], out=out[0])
     elif small:
@@ -156,11 +158,11 @@ def _copy_transposed(source: Array, target: Array) -> None:  # [n, m] -> [m, n]
         target[:, start : start + step] = source[start : start + step].T
 
 
-def _widen(rows: Stored, way: str, scratch: Scratch) -> Array:  # [n, D] -> [n, D]
-    """The values of the rows, exactly; those of float16 by `bits` are too small by its exponent gap."""
+def _widen(rows: Stored, kernel: str, scratch: Scratch) -> Array:  # [n, D] -> [n, D]
+    """The values of the rows, exactly; the kernel `bits` leaves float16 too small, as `float16_bits` does."""
     wide = scratch.wide(rows.size)
     flat = rows.reshape(-1)
-    if rows.dtype == np.uint16 and way == "bits":
+    if rows.dtype == np.uint16 and kernel == "bits":
         # Each value is written as an integer of four bytes two bytes further on: there it is the upper half
         # of its float32, and its zeros are the lower half of the next. NumPy casts to odd addresses as fast.
         wide[0] = 0
@@ -168,7 +170,7 @@ def _widen(rows: Stored, way: str, scratch: Scratch) -> Array:  # [n, D] -> [n, 
     elif rows.dtype == np.uint16:
         np.copyto(wide, flat)
         np.left_shift(wide, _SIXTEEN, out=wide)
-    elif rows.dtype == np.float16 and way == "bits":
+    elif rows.dtype == np.float16 and kernel == "bits":
         float16_bits(flat, wide.view(np.float32))
     else:
         np.copyto(wide.view(np.float32), flat)

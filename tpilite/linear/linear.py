@@ -23,9 +23,9 @@ from tpilite.closing import Closing
 from tpilite.linear.blocks import SMALL_ROWS, Block, Input, Piece, Scratch, multiply
 from tpilite.linear.matrix import FLOAT16_EXPONENT_GAP, InMemory, Matrix, Part, Stored, Weights, block_rows
 from tpilite.linear.packing import Packed
-from tpilite.linear.plans import FEW_ROWS_BLOCK_BYTES, WAYS, Notes, Plan
+from tpilite.linear.plans import FEW_ROWS_BLOCK_BYTES, KERNELS, Notes, Plan
 from tpilite.linear.products import Product, Products
-from tpilite.linear.thread_pool import Team
+from tpilite.linear.thread_pool import ThreadPool
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ _BLOCK_BYTES_OF_MANY = 1 << 22
 _BLOCKS_PER_THREAD = 4
 
 # Whether many rows of x are left to NumPy even where products are handed in. macOS's BLAS multiplies on a
-# unit of the processor that no loop of ours reaches. This is not measured at the start, as the ways of NumPy
+# unit of the processor that no loop of ours reaches. This is not measured at the start, as NumPy's kernels
 # are: those give the same bits, these do not.
 _BLAS_FOR_MANY = sys.platform == "darwin"
 
@@ -52,11 +52,12 @@ _MEASURE_S = 0.05  # per question, of which there are two per dtype
 class Linear(Closing):
     """y = x W^T + b for each of the matrices, float32, by `n_threads` threads of which the caller is one.
 
-    The threads live until `close`. One call at a time: the scratch memory belongs to the object. `products`
-    for as many threads are made by other code, and closed with this. Without them NumPy makes them, in the
-    `way` that is given, one of `WAYS`, or in the faster one for this machine: it is measured when a large
-    matrix of a dtype first comes, in 0.1 to 0.3 s, and noted in `cache`, a file (default: in the user's cache
-    directory).
+    The threads live until `close`. One call at a time: the scratch memory belongs to the object.
+
+    Where `products` are given, which must be for as many threads, they do the work and are closed with this.
+    Else NumPy does it by `kernel`, one of `KERNELS`, or by the faster one for this machine: that is measured
+    when a large matrix of a dtype first comes, in 0.1 to 0.3 s, and noted in the file `cache` (default: one
+    in the user's cache directory).
     """
 
     def __init__(
@@ -64,18 +65,18 @@ class Linear(Closing):
         n_threads: int = 1,
         products: Products | None = None,
         *,
-        way: str | None = None,
+        kernel: str | None = None,
         cache: Path | None = None,
         blas_for_many: bool = _BLAS_FOR_MANY,
     ) -> None:
-        assert way is None or way in WAYS
+        assert kernel is None or kernel in KERNELS
         self.n_threads = n_threads
         self.plans: dict[np.dtype[Any], Plan] = {}  # of NumPy's products, once decided
-        self._way = way
+        self._kernel = kernel
         self._products = products
         self._blas_for_many = blas_for_many
         self._notes = Notes(cache, n_threads)
-        self._team = Team(n_threads, products)
+        self._pool = ThreadPool(n_threads, products)
         self._scratch = [Scratch() for _ in range(n_threads)]
         self._input = Input()
         self._finite: WeakValueDictionary[int, Part] = WeakValueDictionary()
@@ -88,7 +89,7 @@ class Linear(Closing):
 
     def close(self) -> None:
         """Ends the threads."""
-        self._team.close()
+        self._pool.close()
         if self._products is not None:
             self._products.close()
             self._products = None
@@ -109,7 +110,7 @@ class Linear(Closing):
     def share(self, n: int, work: Callable[[int, int], None]) -> None:
         """Calls `work(start, stop)` on ranges that make up 0 to n, each in a thread of its own."""
         size = -(-n // self.n_threads)
-        self._team.run(lambda thread: work(min(thread * size, n), min((thread + 1) * size, n)))
+        self._pool.run(lambda thread: work(min(thread * size, n), min((thread + 1) * size, n)))
 
     def _multiply(self, x: Array, matrices: tuple[Matrix, ...], results: list[Array]) -> None:
         """What is in memory goes first, all at once: meanwhile the disk brings the paged parts."""
@@ -145,8 +146,8 @@ class Linear(Closing):
         for part, rows, out in pieces:
             n_rows, n_cols = rows.shape
             plan = self._plan(_BFLOAT16 if isinstance(rows, Packed) else rows.dtype, n_weights)
-            way, gap = self._how(part, rows, plan)
-            columns, missing_bits = x.lifted(gap)
+            kernel, gap = self._kernel_for(part, rows, plan)
+            columns, missing_bits = x.scaled(gap)
             most = plan.block_bytes if x.n_rows < _MANY_ROWS else _BLOCK_BYTES_OF_MANY
             n_bytes = min(most, 4 * n_weights // (self.n_threads * _BLOCKS_PER_THREAD))
             step = block_rows(n_cols, max(n_bytes, FEW_ROWS_BLOCK_BYTES[0]))
@@ -155,7 +156,7 @@ class Linear(Closing):
                 scratch.reserve(room * n_cols, room * x.n_rows, isinstance(rows, Packed))
             for start in range(0, n_rows, step):
                 stop = min(start + step, n_rows)
-                blocks.append(Block(rows, start, stop, way, columns, missing_bits, out[:, start:stop]))
+                blocks.append(Block(rows, start, stop, kernel, columns, missing_bits, out[:, start:stop]))
 
         def work(thread: int) -> None:
             scratch = self._scratch[thread]
@@ -168,15 +169,15 @@ class Linear(Closing):
                         return
                     multiply(block, scratch)
 
-        self._team.run(work)
+        self._pool.run(work)
 
-    def _how(self, part: Part, rows: Weights, plan: Plan) -> tuple[str, int]:
-        """The way to widen the rows, and by what power of two they are then too small."""
+    def _kernel_for(self, part: Part, rows: Weights, plan: Plan) -> tuple[str, int]:
+        """The kernel that widens the rows, and `gap`: it leaves them too small by the factor 2**gap."""
         if isinstance(rows, Packed):
-            return plan.way, rows.gap
-        if rows.dtype == np.float16 and plan.way == "bits":
+            return plan.kernel, rows.gap
+        if rows.dtype == np.float16 and plan.kernel == "bits":
             return ("bits", FLOAT16_EXPONENT_GAP) if self._is_finite(part, rows) else ("cast", 0)
-        return plan.way, 0
+        return plan.kernel, 0
 
     def _is_finite(self, part: Part, rows: Stored) -> bool:
         """Whether float16 rows have neither infinities nor NaN, which `bits` would take for numbers.
@@ -196,10 +197,10 @@ class Linear(Closing):
     def _plan(self, dtype: np.dtype[Any], n_weights: int) -> Plan:
         if (plan := self.plans.get(dtype)) is not None:
             return plan
-        if self._way is not None:
-            return Plan(self._way)
+        if self._kernel is not None:
+            return Plan(self._kernel)
         if n_weights < _MEASURED_FROM:
-            return Plan(WAYS[0])
+            return Plan(KERNELS[0])
         plan = self._notes.read(dtype.name)
         if plan is None:
             plan = self._measure(dtype)
@@ -209,7 +210,7 @@ class Linear(Closing):
         return plan
 
     def _measure(self, dtype: np.dtype[Any]) -> Plan:
-        """The fastest plan, on more weights than caches hold: the way, then the size of the blocks."""
+        """The fastest plan, on more weights than caches hold: the kernel, then the size of the blocks."""
         values = np.linspace(-0.1, 0.1, 4093, dtype=np.float32)
         few = values.view(np.uint16)[1::2] if dtype == np.uint16 else values.astype(dtype)
         stored = np.resize(few, (_MEASURED_BYTES // dtype.itemsize // _MEASURED_COLS, _MEASURED_COLS))
@@ -228,5 +229,5 @@ class Linear(Closing):
                     seconds[plan] = min(seconds[plan], time.perf_counter() - start)
             return min(plans, key=seconds.__getitem__)
 
-        way = fastest([Plan(way) for way in WAYS]).way
-        return fastest([Plan(way, n_bytes) for n_bytes in FEW_ROWS_BLOCK_BYTES])
+        kernel = fastest([Plan(kernel) for kernel in KERNELS]).kernel
+        return fastest([Plan(kernel, n_bytes) for n_bytes in FEW_ROWS_BLOCK_BYTES])

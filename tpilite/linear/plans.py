@@ -19,7 +19,7 @@ BLOCK_BYTES = 1 << 20
 # microseconds before it streams, and hands the interpreter over twice.
 FEW_ROWS_BLOCK_BYTES = (1 << 18, 1 << 20, 1 << 21, 1 << 22)
 
-WAYS = ("bits", "cast")
+KERNELS = ("bits", "cast")
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Plan:
     float16 by three integer operations, where NumPy's cast is slow (without hardware for it).
     """
 
-    way: str
+    kernel: str
     block_bytes: int = BLOCK_BYTES
 
 
@@ -43,8 +43,8 @@ class Notes:
 
     def read(self, dtype: str) -> Plan | None:
         match self._all().get(self._key, {}).get(dtype):
-            case [str(way), int(n_bytes)] if way in WAYS and n_bytes in FEW_ROWS_BLOCK_BYTES:
-                return Plan(way, n_bytes)
+            case [str(kernel), int(n_bytes)] if kernel in KERNELS and n_bytes in FEW_ROWS_BLOCK_BYTES:
+                return Plan(kernel, n_bytes)
         return None
 
     def write(self, dtype: str, plan: Plan) -> None:

@@ -1,4 +1,4 @@
-"""Who shares the work: threads that wait for it, awake while a pass goes on."""
+"""Threads that share the work of one call, and wait for the next."""
 
 import itertools
 import threading
@@ -9,10 +9,10 @@ from queue import Empty, SimpleQueue
 from tpilite.linear.products import Products
 
 
-class Team:
-    """Threads that wait for work: `run` returns when every one of them and the caller have done theirs.
+class ThreadPool:
+    """`n_threads` threads, of which the caller of `run` is one.
 
-    Meanwhile they help with the compiled products, where there are any.
+    Where there are `products`, the other threads help to make them while they wait for work.
     """
 
     def __init__(self, n_threads: int, products: Products | None = None) -> None:
@@ -28,6 +28,7 @@ class Team:
             thread.start()
 
     def close(self) -> None:
+        """Ends the threads."""
         self._send(None)
         self._call()
         for thread in self._threads:
@@ -49,11 +50,12 @@ class Team:
                 raise error
 
     def _send(self, job: "_Job | None") -> None:
-        # One C call, which no Ctrl-C can cut in half: who joins must know who has begun.
+        # One C call, which no Ctrl-C can interrupt: either all threads get the job or none does, so that
+        # `join` knows how many to wait for.
         deque(map(SimpleQueue.put, self._inboxes, itertools.repeat(job)), maxlen=0)
 
     def _call(self) -> None:
-        """Makes the threads look into their inboxes; once too often does no harm."""
+        """Makes the threads look into their inboxes; a call too many does no harm."""
         if self._products is not None:
             self._products.recall()
 
