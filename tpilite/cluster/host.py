@@ -21,7 +21,7 @@ from tpilite.engine.config import EngineConfig
 from tpilite.engine.rank import Rank
 from tpilite.errors import PeerLost, SliceError
 from tpilite.net.group import RankLost, RankZero
-from tpilite.net.lobby import Lobby
+from tpilite.net.rendezvous import Lobby
 from tpilite.weights.checkpoint import Checkpoint
 from tpilite.weights.partition import EMBEDDING, Partition
 from tpilite.weights.slicer import ensure_slices

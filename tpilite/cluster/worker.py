@@ -20,7 +20,7 @@ from tpilite.engine.rank import Rank
 from tpilite.errors import ConfigError, PeerLost, SliceError
 from tpilite.net.address import Address
 from tpilite.net.group import GroupEnded
-from tpilite.net.seat import Seat, join
+from tpilite.net.membership import Seat, join
 from tpilite.weights.checkpoint import Checkpoint
 from tpilite.weights.slices import MANIFEST_NAME, Manifest, Progress, SliceFolder, node_folder
 

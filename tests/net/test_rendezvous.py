@@ -22,8 +22,8 @@ from tpilite.net import auth, handshake, messages
 from tpilite.net import listener as door
 from tpilite.net.auth import Security
 from tpilite.net.group import Group, GroupEnded, RankLost, RankZero
-from tpilite.net.lobby import Lobby
-from tpilite.net.seat import Seat, join
+from tpilite.net.membership import Seat, join
+from tpilite.net.rendezvous import Lobby
 
 SECURITY = Security("a token")
 TERMS = {"config": "c0ffee", "dtype": "bf16", "partition": [1, 1, 2]}
@@ -395,7 +395,7 @@ import sys
 from tpilite.errors import PeerLost
 from tpilite.net.auth import Security
 from tpilite.net.group import GroupEnded
-from tpilite.net.seat import join
+from tpilite.net.membership import join
 import numpy as np
 
 while True:
