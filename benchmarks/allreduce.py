@@ -46,10 +46,11 @@ from wires import Wires, end_with_parent
 
 from tpilite.collective import Message
 from tpilite.net.channel import Channel
-from tpilite.net.group import Group, RankZero, Worker
-from tpilite.net.sums import CODECS, WAYS
+from tpilite.net.codecs import CODECS
+from tpilite.net.group import Group, MemberGroup, RootGroup
+from tpilite.net.sums import ALGORITHMS
 
-_WAYS = (*WAYS, "auto", "plain-direct", "plain-scatter")
+_ALGORITHMS = (*ALGORITHMS, "auto", "plain-direct", "plain-scatter")
 
 
 def main() -> None:
@@ -58,7 +59,7 @@ def main() -> None:
     )
     parser.add_argument("--ranks", default="2,4,8")
     parser.add_argument("--kib", default="16,32")
-    parser.add_argument("--ways", default="star", help=f"of {', '.join(_WAYS)}; separated by commas")
+    parser.add_argument("--ways", default="star", help=f"of {', '.join(_ALGORITHMS)}; separated by commas")
     parser.add_argument("--payload", default="f32", choices=("f32", "f16", "bf16"))
     parser.add_argument("--delay_ms", type=float, default=0.0, help="one way, over wires")
     parser.add_argument("--rate_mbit", type=float, default=0.0, help="of each rank's wire")
@@ -280,7 +281,7 @@ def group_of(rank: int, ends: list[list[socket.socket | None]], payload: str) ->
         if other != rank:
             close_all(row)
     channels = [None if sock is None else Channel(sock, f"rank {r}") for r, sock in enumerate(ends[rank])]
-    return (Worker if rank else RankZero)(rank, channels, payload=payload)
+    return (MemberGroup if rank else RootGroup)(rank, channels, payload=payload)
 
 
 def close_all(socks: list[socket.socket | None]) -> None:

@@ -28,8 +28,8 @@ _INSIDE = {
     "linear": "packing products plans matrix blocks thread_pool linear",
     "model": "ops kv_cache llama",
     "text": "added_tokens tokenizer llama2_files llama3_files load chat",
-    "net": "auth messages wire address channel handshake exchange sums group listener rendezvous "
-    "membership",
+    "net": "auth messages wire address channel handshake control exchange codecs sums measure group listener "
+    "members rendezvous membership",
     "weights": "partition tensor_file uncached assemble checkpoint disk slices slicer "
     "residency part_table loader pager",
     "native": "bindings products exchange library",

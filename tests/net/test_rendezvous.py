@@ -1,4 +1,4 @@
-"""Groups forming over loopback: joining, terms, strangers at the door, silence, loss and coming back."""
+"""Groups forming over loopback: joining, terms, silence, loss and coming back."""
 
 import contextlib
 import logging
@@ -19,11 +19,11 @@ import pytest
 from tpilite.collective import Message
 from tpilite.errors import ConfigError, PeerLost, ProtocolError
 from tpilite.net import auth, handshake, messages
-from tpilite.net import listener as door
+from tpilite.net import listener as listening
 from tpilite.net.auth import Security
-from tpilite.net.group import Group, GroupEnded, RankLost, RankZero
-from tpilite.net.membership import Seat, join
-from tpilite.net.rendezvous import Lobby
+from tpilite.net.group import Group, GroupEnded, RankLost, RootGroup
+from tpilite.net.membership import Membership, join
+from tpilite.net.rendezvous import Rendezvous
 
 SECURITY = Security("a token")
 TERMS = {"config": "c0ffee", "dtype": "bf16", "partition": [1, 1, 2]}
@@ -32,35 +32,36 @@ TERMS = {"config": "c0ffee", "dtype": "bf16", "partition": [1, 1, 2]}
 SHORT_S, LONG_S = 1.0, 60.0
 
 
-def lobby_of(world_size: int, **options: Any) -> Lobby:
-    options = {"terms": TERMS, "timeout_s": LONG_S, "allreduce": "star", **options}
-    return Lobby(("127.0.0.1", 0), options.pop("security", SECURITY), world_size=world_size, **options)
+def rendezvous_of(world_size: int, **options: Any) -> Rendezvous:
+    options = {"terms": TERMS, "timeout_s": LONG_S, "allreduce": "star", "payload": "f32", **options}
+    where, security = options.pop("address", ("127.0.0.1", 0)), options.pop("security", SECURITY)
+    return Rendezvous(where, security, world_size=world_size, **options)
 
 
-def address(lobby: Lobby) -> tuple[str, int]:
-    return "127.0.0.1", lobby.port
+def address(rendezvous: Rendezvous) -> tuple[str, int]:
+    return "127.0.0.1", rendezvous.port
 
 
 def sum_of_ranks(group: Group) -> Any:
     return group.all_reduce(np.full((2, 50), group.rank + 1, np.float32))
 
 
-def work_once(lobby: Lobby, rank: int | None = None, security: Security = SECURITY) -> Any:
-    with join(address(lobby), security, rank=rank, terms={"dtype": "bf16"}) as seat:
-        with seat.wait_for_group(TERMS) as group:
+def work_once(rendezvous: Rendezvous, rank: int | None = None, security: Security = SECURITY) -> Any:
+    with join(address(rendezvous), security, rank=rank, terms={"dtype": "bf16"}) as membership:
+        with membership.wait_for_group(TERMS) as group:
             result = sum_of_ranks(group)
             assert group.broadcast(None).header == {"n": 1}
             with pytest.raises(GroupEnded, match="rank 0 ended the session"):
                 group.broadcast(None)
-        return seat.rank, result, group.has_mesh, group.allreduce
+        return membership.rank, result, group.has_mesh, group.allreduce
 
 
 @pytest.mark.parametrize("allreduce", ["star", "direct", "scatter", "auto"])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_a_group_forms_works_and_ends(world_size: int, allreduce: str, pool: ThreadPoolExecutor) -> None:
-    with lobby_of(world_size, allreduce=allreduce, info={"file_port": 29600}) as lobby:
-        working = [pool.submit(work_once, lobby) for _ in range(1, world_size)]
-        with lobby.wait_for_group(LONG_S) as group:
+    with rendezvous_of(world_size, allreduce=allreduce, info={"file_port": 29600}) as rendezvous:
+        working = [pool.submit(work_once, rendezvous) for _ in range(1, world_size)]
+        with rendezvous.wait_for_group(LONG_S) as group:
             total = sum_of_ranks(group)
             group.broadcast(Message({"n": 1}))
         workers = [future.result() for future in working]
@@ -75,11 +76,11 @@ def test_a_group_forms_works_and_ends(world_size: int, allreduce: str, pool: Thr
 def test_ranks_that_are_asked_for_are_given_and_the_rest_goes_to_the_others(
     pool: ThreadPoolExecutor,
 ) -> None:
-    with lobby_of(4) as lobby:
-        asking = pool.submit(work_once, lobby, 2)
-        until(lambda: lobby.states[2] == "ready")
-        others = [pool.submit(work_once, lobby) for _ in range(2)]
-        with lobby.wait_for_group(LONG_S) as group:
+    with rendezvous_of(4) as rendezvous:
+        asking = pool.submit(work_once, rendezvous, 2)
+        until(lambda: rendezvous.states[2] == "ready")
+        others = [pool.submit(work_once, rendezvous) for _ in range(2)]
+        with rendezvous.wait_for_group(LONG_S) as group:
             sum_of_ranks(group)
             group.broadcast(Message({"n": 1}))
         assert asking.result()[0] == 2
@@ -96,16 +97,16 @@ def until(condition: Callable[[], bool]) -> None:
 def test_a_joiner_learns_what_it_needs_and_prepares_longer_than_silence_may_last(
     pool: ThreadPoolExecutor,
 ) -> None:
-    with lobby_of(2, timeout_s=SHORT_S, info={"file_port": 29600, "manifest": "ab12"}) as lobby:
-        forming = pool.submit(lobby.wait_for_group, LONG_S)
-        with join(address(lobby), SECURITY) as seat:
-            assert (seat.rank, seat.world_size) == (1, 2)
-            assert seat.info == {"file_port": 29600, "manifest": "ab12"}
-            assert lobby.states == {1: "preparing"}
+    with rendezvous_of(2, timeout_s=SHORT_S, info={"file_port": 29600, "manifest": "ab12"}) as rendezvous:
+        forming = pool.submit(rendezvous.wait_for_group, LONG_S)
+        with join(address(rendezvous), SECURITY) as membership:
+            assert (membership.rank, membership.world_size) == (1, 2)
+            assert membership.info == {"file_port": 29600, "manifest": "ab12"}
+            assert rendezvous.states == {1: "preparing"}
             time.sleep(2 * SHORT_S)
-            seat.check()
-            with seat.wait_for_group(TERMS) as group, forming.result() as hub:
-                assert lobby.states == {1: "missing"}  # of the next group
+            membership.check()
+            with membership.wait_for_group(TERMS) as group, forming.result() as hub:
+                assert rendezvous.states == {1: "missing"}  # of the next group
                 sent = pool.submit(hub.broadcast, Message({"n": 2}))
                 assert group.broadcast(None).header == {"n": 2}
                 sent.result()
@@ -118,53 +119,53 @@ DIFFERENCE = (
 
 
 def test_other_terms_are_told_to_both_sides_when_joining(caplog: pytest.LogCaptureFixture) -> None:
-    with lobby_of(2, advice={"dtype": "take other slices"}) as lobby:
+    with rendezvous_of(2, advice={"dtype": "take other slices"}) as rendezvous:
         with pytest.raises(ConfigError, match=r"rank 0 at .* refuses this node: " + DIFFERENCE):
-            join(address(lobby), SECURITY, terms={"dtype": "f16", "partition": (2, 1, 1)})
-        assert lobby.states == {1: "missing"}
+            join(address(rendezvous), SECURITY, terms={"dtype": "f16", "partition": (2, 1, 1)})
+        assert rendezvous.states == {1: "missing"}
     (text,) = [record.getMessage() for record in caplog.records]
     assert text.startswith("refused 127.0.0.1:")
     assert text.endswith("on the joining node (start both with the same)")
 
 
 def test_other_terms_are_told_to_both_sides_when_ready(caplog: pytest.LogCaptureFixture) -> None:
-    with lobby_of(2, advice={"dtype": "take other slices"}) as lobby:
-        with join(address(lobby), SECURITY) as seat:
+    with rendezvous_of(2, advice={"dtype": "take other slices"}) as rendezvous:
+        with join(address(rendezvous), SECURITY) as membership:
             with pytest.raises(ConfigError, match="rank 0 refuses this node: " + DIFFERENCE):
-                seat.wait_for_group({**TERMS, "dtype": "f16", "partition": (2, 1, 1)})
-        with join(address(lobby), SECURITY) as seat:
+                membership.wait_for_group({**TERMS, "dtype": "f16", "partition": (2, 1, 1)})
+        with join(address(rendezvous), SECURITY) as membership:
             with pytest.raises(ConfigError, match=r"config is 'c0ffee' on rank 0 and nothing on the joining"):
-                seat.wait_for_group({"dtype": "bf16", "partition": (1, 1, 2)})
+                membership.wait_for_group({"dtype": "bf16", "partition": (1, 1, 2)})
     texts = [record.getMessage() for record in caplog.records]
     assert any(text.startswith("refused rank 1 at 127.0.0.1: dtype is 'bf16'") for text in texts)
 
 
 def test_a_rank_that_does_not_exist() -> None:
-    with lobby_of(3) as lobby:
+    with rendezvous_of(3) as rendezvous:
         for rank in (0, 3, -1):
             with pytest.raises(
                 ConfigError, match=f"expected a rank of 1 to 2 in a cluster of 3, found {rank}"
             ):
-                join(address(lobby), SECURITY, rank=rank)
+                join(address(rendezvous), SECURITY, rank=rank)
 
 
 def test_a_taken_rank_and_a_full_cluster_can_be_waited_for(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    with lobby_of(2) as lobby:
-        seat = join(address(lobby), SECURITY)
+    with rendezvous_of(2) as rendezvous:
+        membership = join(address(rendezvous), SECURITY)
         with pytest.raises(PeerLost, match=r"has no place for this node: rank 1 is taken by a node at 127"):
-            join(address(lobby), SECURITY, rank=1, timeout_s=0.2)
+            join(address(rendezvous), SECURITY, rank=1, timeout_s=0.2)
         with pytest.raises(PeerLost, match="has no place for this node: no rank of 2 is free"):
-            join(address(lobby), SECURITY, timeout_s=0.2)
-        seat.close()
-        until(lambda: lobby.states[1] == "missing")
-        join(address(lobby), SECURITY, rank=1).close()
+            join(address(rendezvous), SECURITY, timeout_s=0.2)
+        membership.close()
+        until(lambda: rendezvous.states[1] == "missing")
+        join(address(rendezvous), SECURITY, rank=1).close()
 
 
 def test_another_token(caplog: pytest.LogCaptureFixture) -> None:
-    with lobby_of(2) as lobby:
+    with rendezvous_of(2) as rendezvous:
         with pytest.raises(ConfigError, match="did not accept the token"):
-            join(address(lobby), Security("another"))
+            join(address(rendezvous), Security("another"))
         until(lambda: bool(caplog.records))
         assert "does not know the token; start it with that of this node" in caplog.text
         assert "a token" not in caplog.text + repr(SECURITY)
@@ -174,18 +175,19 @@ def test_another_token(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_waiting_names_who_is_missing_and_gives_up() -> None:
     told: list[dict[int, str]] = []
-    with lobby_of(3) as lobby, join(address(lobby), SECURITY, rank=2):
+    with rendezvous_of(3) as rendezvous, join(address(rendezvous), SECURITY, rank=2):
         with pytest.raises(PeerLost, match="gave up waiting: rank 1 is missing, rank 2 is preparing"):
-            lobby.wait_for_group(0.1, told.append)
+            rendezvous.wait_for_group(0.1, told.append)
     assert told == [{1: "missing", 2: "preparing"}]
 
 
 def test_rank_0_that_ends_tells_those_who_wait() -> None:
-    lobby = lobby_of(2)
-    with join(address(lobby), SECURITY) as seat:
-        lobby.close()
+    rendezvous = rendezvous_of(2)
+    rendezvous.open()
+    with join(address(rendezvous), SECURITY) as membership:
+        rendezvous.close()
         with pytest.raises(GroupEnded, match="rank 0 ended the session"):
-            seat.wait_for_group(TERMS)
+            membership.wait_for_group(TERMS)
 
 
 def test_a_worker_waits_for_rank_0_to_start(pool: ThreadPoolExecutor) -> None:
@@ -193,64 +195,68 @@ def test_a_worker_waits_for_rank_0_to_start(pool: ThreadPoolExecutor) -> None:
         place = server.getsockname()
     joining = pool.submit(join, place, SECURITY)
     time.sleep(0.15)
-    with Lobby(place, SECURITY, world_size=2, terms=TERMS) as lobby:
-        with joining.result() as seat:
-            assert lobby.states[seat.rank] == "preparing"
+    with rendezvous_of(2, address=place) as rendezvous:
+        with joining.result() as membership:
+            assert rendezvous.states[membership.rank] == "preparing"
 
 
-# Strangers
+# Connections without a token
 
 
-def test_strangers_do_not_keep_a_group_from_forming(
+def test_unauthenticated_connections_do_not_keep_a_group_from_forming(
     pool: ThreadPoolExecutor, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with lobby_of(3) as lobby, contextlib.ExitStack() as stack:
+    with rendezvous_of(3) as rendezvous, contextlib.ExitStack() as stack:
         silent = [
-            stack.enter_context(contextlib.closing(socket.create_connection(address(lobby))))
+            stack.enter_context(contextlib.closing(socket.create_connection(address(rendezvous))))
             for _ in range(80)
         ]
         for i, sock in enumerate(silent):
             with contextlib.suppress(OSError):  # the oldest are closed already
                 sock.sendall([b"GET / HTTP/1.1\r\n\r\n", b"T", b"", bytes(1000)][i % 4])
-        for header in (messages.Ready({}, 1), messages.Attach(1, 1), messages.Attach(lobby._epoch, 1)):
-            insider = handshake.connect(address(lobby), SECURITY.token, timeout_s=LONG_S)
+        for header in (
+            messages.Ready({}, 1),
+            messages.Attach(1, 1),
+            messages.Attach(rendezvous._members._epoch, 1),
+        ):
+            insider = handshake.connect(address(rendezvous), SECURITY.token, timeout_s=LONG_S)
             insider.send(header)
             with pytest.raises(PeerLost):
                 insider.receive(time.monotonic() + LONG_S)
             insider.close()
-        working = [pool.submit(work_once, lobby) for _ in range(2)]
-        with lobby.wait_for_group(LONG_S) as group:
+        working = [pool.submit(work_once, rendezvous) for _ in range(2)]
+        with rendezvous.wait_for_group(LONG_S) as group:
             sum_of_ranks(group)
             group.broadcast(Message({"n": 1}))
         for future in working:
             future.result()
-        assert len(lobby._door._threads) <= door._MAX_UNPROVEN
-    lines = [record for record in caplog.records if "connection of a stranger" in record.getMessage()]
-    assert 1 <= len(lines) <= door._LOG_LINES
+        assert len(rendezvous._listener._threads) <= listening.MAX_UNAUTHENTICATED
+    lines = [record for record in caplog.records if "unauthenticated connection" in record.getMessage()]
+    assert 1 <= len(lines) <= listening.LOG_LINES
 
 
 def test_a_port_that_is_taken() -> None:
-    with lobby_of(2) as lobby:
+    with rendezvous_of(2) as rendezvous:
         with pytest.raises(
             ConfigError,
             match=r"cannot listen on 127\.0\.0\.1:\d+: Address already in use; .*--broadcast_port",
         ):
-            Lobby(address(lobby), SECURITY, world_size=2, terms={})
+            rendezvous_of(2, address=address(rendezvous)).open()
 
 
 # Loss
 
 
 class Cluster:
-    """A lobby and its formed group, with workers' seats and groups in the hands of the test."""
+    """A rendezvous and its formed group, with workers' memberships and groups in the hands of the test."""
 
     def __init__(self, world_size: int, **options: Any) -> None:
         self.stack = contextlib.ExitStack()
         self.pool = self.stack.enter_context(ThreadPoolExecutor(2 * world_size))
-        self.lobby = self.stack.enter_context(lobby_of(world_size, **options))
-        self.seats: dict[int, Seat] = {}
+        self.rendezvous = self.stack.enter_context(rendezvous_of(world_size, **options))
+        self.memberships: dict[int, Membership] = {}
         self.workers: dict[int, Group] = {}
-        self.hub: RankZero = self.form(range(1, world_size))
+        self.hub: RootGroup = self.form(range(1, world_size))
 
     def __enter__(self) -> "Cluster":
         return self
@@ -258,15 +264,17 @@ class Cluster:
     def __exit__(self, *_: object) -> None:
         self.stack.close()
 
-    def form(self, ranks: Any) -> RankZero:
+    def form(self, ranks: Any) -> RootGroup:
         """Joins these ranks, and forms the group of all."""
 
         def enter(rank: int) -> None:
-            self.seats[rank] = self.stack.enter_context(join(address(self.lobby), SECURITY, rank=rank))
-            self.workers[rank] = self.stack.enter_context(self.seats[rank].wait_for_group(TERMS))
+            self.memberships[rank] = self.stack.enter_context(
+                join(address(self.rendezvous), SECURITY, rank=rank)
+            )
+            self.workers[rank] = self.stack.enter_context(self.memberships[rank].wait_for_group(TERMS))
 
         entering = [self.pool.submit(enter, rank) for rank in ranks]
-        self.hub = self.stack.enter_context(self.lobby.wait_for_group(LONG_S))
+        self.hub = self.stack.enter_context(self.rendezvous.wait_for_group(LONG_S))
         for future in entering:
             future.result()
         return self.hub
@@ -378,15 +386,15 @@ def test_a_worker_that_sees_another_one_lost_tells_rank_0_which() -> None:
 def test_while_a_group_runs_nobody_else_gets_in_but_the_lost_rank_does_after() -> None:
     with Cluster(3) as cluster:
         with pytest.raises(PeerLost, match="no place for this node: all 3 ranks are taken"):
-            join(address(cluster.lobby), SECURITY, timeout_s=0.2)
+            join(address(cluster.rendezvous), SECURITY, timeout_s=0.2)
         cluster.workers[2].close()
         until(lambda: cluster.hub.failure is not None)
         # A node without a rank gets the lost one; the place of rank 1 is kept for rank 1.
-        with join(address(cluster.lobby), SECURITY) as seat:
-            assert seat.rank == 2
+        with join(address(cluster.rendezvous), SECURITY) as membership:
+            assert membership.rank == 2
             with pytest.raises(PeerLost, match="no rank of 3 is free"):
-                join(address(cluster.lobby), SECURITY, timeout_s=0.2)
-            with join(address(cluster.lobby), SECURITY, rank=1) as other:
+                join(address(cluster.rendezvous), SECURITY, timeout_s=0.2)
+            with join(address(cluster.rendezvous), SECURITY, rank=1) as other:
                 assert other.rank == 1
 
 
@@ -400,8 +408,8 @@ import numpy as np
 
 while True:
     try:
-        with join(("127.0.0.1", int(sys.argv[1])), Security("a token"), rank=int(sys.argv[2])) as seat:
-            with seat.wait_for_group({}) as group:
+        with join(("127.0.0.1", int(sys.argv[1])), Security("a token"), rank=int(sys.argv[2])) as membership:
+            with membership.wait_for_group({}) as group:
                 while True:
                     n = group.broadcast(None).header["n"]
                     group.all_reduce(np.full(n, group.rank + 1, np.float32))
@@ -413,8 +421,8 @@ while True:
 
 
 @contextlib.contextmanager
-def worker_process(lobby: Lobby, rank: int) -> Iterator["subprocess.Popen[str]"]:
-    command = [sys.executable, "-c", WORKER, str(lobby.port), str(rank)]
+def worker_process(rendezvous: Rendezvous, rank: int) -> Iterator["subprocess.Popen[str]"]:
+    command = [sys.executable, "-c", WORKER, str(rendezvous.port), str(rank)]
     root = Path(__file__).resolve().parents[2]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root)
     with process:
@@ -425,13 +433,16 @@ def worker_process(lobby: Lobby, rank: int) -> Iterator["subprocess.Popen[str]"]
 
 
 def test_processes_that_are_killed_and_frozen() -> None:
-    with lobby_of(3, terms={}, timeout_s=1.0, allreduce="auto") as lobby, contextlib.ExitStack() as stack:
-        workers = {rank: stack.enter_context(worker_process(lobby, rank)) for rank in (1, 2)}
+    with (
+        rendezvous_of(3, terms={}, timeout_s=1.0, allreduce="auto") as rendezvous,
+        contextlib.ExitStack() as stack,
+    ):
+        workers = {rank: stack.enter_context(worker_process(rendezvous, rank)) for rank in (1, 2)}
         for harm, text in (
             (signal.SIGKILL, "rank 2 at .*(closed|broke)"),
             (signal.SIGSTOP, "was silent for 1 s"),
         ):
-            with lobby.wait_for_group(LONG_S) as group:
+            with rendezvous.wait_for_group(LONG_S) as group:
                 group.broadcast(Message({"n": 100}))
                 assert (group.all_reduce(np.ones(100, np.float32)) == 6).all()
                 workers[2].send_signal(harm)
@@ -441,8 +452,8 @@ def test_processes_that_are_killed_and_frozen() -> None:
             assert workers[1].stdout is not None
             assert "rank 2" in workers[1].stdout.readline()
             workers[2].kill()
-            workers[2] = stack.enter_context(worker_process(lobby, 2))
-        with lobby.wait_for_group(LONG_S):
+            workers[2] = stack.enter_context(worker_process(rendezvous, 2))
+        with rendezvous.wait_for_group(LONG_S):
             pass
         assert [worker.wait(30) for worker in workers.values()] == [0, 0]
 
@@ -454,11 +465,11 @@ def ask_for_sums(group: Group) -> None:
 
 
 def test_a_worker_lost_while_it_prepares_leaves_its_place(caplog: pytest.LogCaptureFixture) -> None:
-    with lobby_of(2, timeout_s=SHORT_S) as lobby:
-        member = handshake.connect(address(lobby), SECURITY.token, timeout_s=LONG_S)
+    with rendezvous_of(2, timeout_s=SHORT_S) as rendezvous:
+        member = handshake.connect(address(rendezvous), SECURITY.token, timeout_s=LONG_S)
         member.send(messages.Join(None, {}))
         assert member.expect(messages.Welcome)[0] == messages.Welcome(1, 2, SHORT_S, {})
-        until(lambda: lobby.states[1] == "missing")
+        until(lambda: rendezvous.states[1] == "missing")
         assert "rank 1 at 127.0.0.1" in caplog.text
         assert "was silent for 1 s" in caplog.text
         member.close()
@@ -467,9 +478,9 @@ def test_a_worker_lost_while_it_prepares_leaves_its_place(caplog: pytest.LogCapt
 def test_a_worker_that_does_not_attach_does_not_stop_the_others(
     pool: ThreadPoolExecutor, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with lobby_of(2, timeout_s=SHORT_S) as lobby:
-        forming = pool.submit(lobby.wait_for_group, LONG_S)
-        stuck = handshake.connect(address(lobby), SECURITY.token, timeout_s=LONG_S)
+    with rendezvous_of(2, timeout_s=SHORT_S) as rendezvous:
+        forming = pool.submit(rendezvous.wait_for_group, LONG_S)
+        stuck = handshake.connect(address(rendezvous), SECURITY.token, timeout_s=LONG_S)
         stuck.send(messages.Join(1, {}))
         stuck.expect(messages.Welcome)
         stuck.send(messages.Ready(TERMS, 0))
@@ -479,7 +490,7 @@ def test_a_worker_that_does_not_attach_does_not_stop_the_others(
             header, _ = stuck.receive(time.monotonic() + LONG_S)
         assert header.reason == "rank 1 did not open its data connection"
         stuck.close()
-        working = pool.submit(work_once, lobby)
+        working = pool.submit(work_once, rendezvous)
         with forming.result() as group:
             sum_of_ranks(group)
             group.broadcast(Message({"n": 1}))
@@ -508,9 +519,9 @@ def test_a_rank_0_that_makes_no_sense(sent: messages.Header, text: str, pool: Th
 
     with socket.create_server(("127.0.0.1", 0)) as server:
         serving = pool.submit(rank_0, server)
-        with join(server.getsockname(), SECURITY) as seat:
+        with join(server.getsockname(), SECURITY) as membership:
             with pytest.raises((ProtocolError, PeerLost, ConfigError), match=text):
-                seat.wait_for_group(TERMS)
+                membership.wait_for_group(TERMS)
         serving.result()
 
 
@@ -524,9 +535,9 @@ def test_a_group_over_tls(
     theirs = (
         own if workers_have_certificates else Security("a token", None, auth.client_tls(cert, None, None))
     )
-    with lobby_of(3, security=own, allreduce="direct") as lobby:
-        working = [pool.submit(work_once, lobby, None, theirs) for _ in range(2)]
-        with lobby.wait_for_group(LONG_S) as group:
+    with rendezvous_of(3, security=own, allreduce="direct") as rendezvous:
+        working = [pool.submit(work_once, rendezvous, None, theirs) for _ in range(2)]
+        with rendezvous.wait_for_group(LONG_S) as group:
             total = sum_of_ranks(group)
             group.broadcast(Message({"n": 1}))
         for future in working:

@@ -10,7 +10,8 @@ from tpilite.engine.compiled import why_not
 from tpilite.engine.config import KV_DTYPES, EngineConfig
 from tpilite.engine.sampling import SamplingParams
 from tpilite.errors import ConfigError
-from tpilite.net.sums import CODECS, WAYS
+from tpilite.net.codecs import CODECS
+from tpilite.net.sums import ALGORITHMS
 from tpilite.serving.config import ServerConfig
 from tpilite.version import __version__
 
@@ -132,7 +133,7 @@ def _add_network(group: _Group) -> None:
     add(
         "--allreduce",
         default=defaults.allreduce,
-        choices=("auto", *WAYS),
+        choices=("auto", *ALGORITHMS),
         help="how ranks sum (%(default)s)",
     )
     add(

@@ -20,8 +20,8 @@ from tpilite.engine.compiled import new_sums
 from tpilite.engine.config import EngineConfig
 from tpilite.engine.rank import Rank
 from tpilite.errors import PeerLost, SliceError
-from tpilite.net.group import RankLost, RankZero
-from tpilite.net.rendezvous import Lobby
+from tpilite.net.group import RankLost, RootGroup
+from tpilite.net.rendezvous import Rendezvous
 from tpilite.weights.checkpoint import Checkpoint
 from tpilite.weights.partition import EMBEDDING, Partition
 from tpilite.weights.slicer import ensure_slices
@@ -70,8 +70,8 @@ class Host(Closing):
             self._server = stack.enter_context(
                 SliceServer(dict.fromkeys(others), cluster.token, cluster.file_port, tls=security.server_tls)
             )
-            self._lobby = stack.enter_context(
-                Lobby(
+            self._rendezvous = stack.enter_context(
+                Rendezvous(
                     ("", cluster.broadcast_port),
                     security,
                     world_size=cluster.world_size,
@@ -104,12 +104,12 @@ class Host(Closing):
     @property
     def broadcast_port(self) -> int:
         """Where workers join."""
-        return self._lobby.port
+        return self._rendezvous.port
 
     @property
     def states(self) -> Mapping[int, str]:
         """Of every rank above 0: "missing", "preparing" or "ready"."""
-        return self._lobby.states
+        return self._rendezvous.states
 
     def recover(self, lost: PeerLost) -> None:
         """Waits until the group is whole again, to go on in it. Raises `PeerLost` if that takes too long."""
@@ -117,16 +117,16 @@ class Host(Closing):
         logger.warning("the text goes on when %s is back; what has ended there must be started again", who)
         self.rank.regroup(self._whole_group(self._cluster.rejoin_timeout_s))
 
-    def _whole_group(self, timeout_s: float | None) -> RankZero:
+    def _whole_group(self, timeout_s: float | None) -> RootGroup:
         """The group of all ranks; says who is waited for."""
         started_s = time.monotonic()
         told, told_s = "", started_s
         while True:
             left_s = _SETTLE_S if timeout_s is None else started_s + timeout_s - time.monotonic()
             try:
-                return self._lobby.wait_for_group(min(_SETTLE_S, left_s), on_change=lambda _: None)
+                return self._rendezvous.wait_for_group(min(_SETTLE_S, left_s), on_change=lambda _: None)
             except PeerLost:
-                now_s, waiting = time.monotonic(), _describe(self._lobby.states)
+                now_s, waiting = time.monotonic(), _describe(self._rendezvous.states)
                 if timeout_s is not None and left_s <= _SETTLE_S:
                     raise PeerLost(
                         f"gave up after {timeout_s:g} s: {waiting}; --rejoin_timeout sets how long to wait"

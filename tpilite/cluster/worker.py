@@ -20,7 +20,7 @@ from tpilite.engine.rank import Rank
 from tpilite.errors import ConfigError, PeerLost, SliceError
 from tpilite.net.address import Address
 from tpilite.net.group import GroupEnded
-from tpilite.net.membership import Seat, join
+from tpilite.net.membership import Membership, join
 from tpilite.weights.checkpoint import Checkpoint
 from tpilite.weights.slices import MANIFEST_NAME, Manifest, Progress, SliceFolder, node_folder
 
@@ -68,9 +68,9 @@ class Worker:
         with self._held:
             while True:
                 try:
-                    with self._join(wish) as seat:
-                        wish = seat.rank
-                        self._work(seat)
+                    with self._join(wish) as membership:
+                        wish = membership.rank
+                        self._work(membership)
                 except GroupEnded as ended:
                     logger.info("%s", ended)
                     if self._options.once:
@@ -79,71 +79,73 @@ class Worker:
                 except PeerLost as lost:
                     logger.warning("%s; joining again", lost)
 
-    def _work(self, seat: Seat) -> None:
-        folder = self._save_dir(seat.info)
+    def _work(self, membership: Membership) -> None:
+        folder = self._save_dir(membership.info)
         try:
-            manifest = self._fetch(seat, folder)
+            manifest = self._fetch(membership, folder)
         except PeerLost:
-            seat.check()  # knows better why, if rank 0 has ended the session
+            membership.check()  # knows better why, if rank 0 has ended the session
             raise
         if self._rank is None or manifest != self._manifest:
             self._held.close()
-            slices = self._held.enter_context(SliceFolder(node_folder(folder, seat.rank)))
-            first_id = slices.partition.vocab_range(seat.rank).start
+            slices = self._held.enter_context(SliceFolder(node_folder(folder, membership.rank)))
+            first_id = slices.partition.vocab_range(membership.rank).start
             self._rank = self._held.enter_context(
                 Rank(slices.config, slices.tensors, first_id, Solo(), self._engine)
             )
             self._manifest = manifest
-        group = seat.wait_for_group(terms_of(manifest.fingerprint, manifest.partition), new_sum=new_sums())
+        group = membership.wait_for_group(
+            terms_of(manifest.fingerprint, manifest.partition), new_sum=new_sums()
+        )
         with group:
             logger.info("rank %d of %d is at work", group.rank, group.world_size)
             self._rank.regroup(group)
             self._rank.runner.serve()
 
-    def _join(self, wish: int | None) -> Seat:
-        """A seat, for the rank whose slices are here already where that can be had."""
+    def _join(self, wish: int | None) -> Membership:
+        """A membership, for the rank whose slices are here already where that can be had."""
         if wish != self._options.rank:
             try:
                 return self._ask(wish, timeout_s=_PREFER_S)
             # Another one may have that place by now, or rank 0 was started for fewer ranks.
             except (PeerLost, ConfigError) as refused:
                 logger.debug("%s", refused)
-        seat = self._ask(self._options.rank)
-        held = self._held_ranks(self._save_dir(seat.info))
-        if self._options.rank is not None or seat.rank in held:
-            return seat
+        membership = self._ask(self._options.rank)
+        held = self._held_ranks(self._save_dir(membership.info))
+        if self._options.rank is not None or membership.rank in held:
+            return membership
         for rank in held:
-            seat.close()
+            membership.close()
             try:
                 return self._ask(rank, timeout_s=_PREFER_S)
             except (PeerLost, ConfigError):
-                seat = self._ask(None)
-        return seat
+                membership = self._ask(None)
+        return membership
 
-    def _ask(self, rank: int | None, timeout_s: float | None = None) -> Seat:
+    def _ask(self, rank: int | None, timeout_s: float | None = None) -> Membership:
         return join(self._address, self._security, terms=self._terms, rank=rank, timeout_s=timeout_s)
 
-    def _fetch(self, seat: Seat, folder: Path) -> Manifest:
+    def _fetch(self, membership: Membership, folder: Path) -> Manifest:
         """The manifest of this rank's slices, which are on this disk now."""
-        node = node_folder(folder, seat.rank)
-        terms = {name: seat.info.get(name) for name in ("model", "partition")}
+        node = node_folder(folder, membership.rank)
+        terms = {name: membership.info.get(name) for name in ("model", "partition")}
         found = Manifest.read(node) if (node / MANIFEST_NAME).exists() and not self._force else None
         fits = found is None or terms_of(found.fingerprint, found.partition) == terms
-        shared = is_served(folder, seat.info.get("mark"))  # by rank 0, which is to make slices that fit
+        shared = is_served(folder, membership.info.get("mark"))  # by rank 0, which is to make slices that fit
         # In the cache, a folder's name says what belongs into it: what does not is simply replaced.
         if not fits and self._options.save_dir is not None and not shared:
             raise SliceError(
                 f"{node} holds slices of another model, world size or ratio than rank 0's: "
                 "replace them with --force_download, or give another --save_dir"
             )
-        if seat.rank not in seat.info.get("served", ()):
+        if membership.rank not in membership.info.get("served", ()):
             if found is None or not fits:
-                raise SliceError(f"rank 0 has no slices for rank {seat.rank}: bring them to {node}")
+                raise SliceError(f"rank 0 has no slices for rank {membership.rank}: bring them to {node}")
             return found
         fetch_slices(
             self._address[0],
-            _port(seat.info),
-            seat.rank,
+            _port(membership.info),
+            membership.rank,
             self._cluster.token,
             folder,
             force=self._force,

@@ -33,3 +33,8 @@ def format_address(address: Sequence[Any]) -> str:
     """What `parse_address` reads back, of a socket's address too."""
     host, port = address[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def plain_host(host: str) -> str:
+    """The host of a socket's address, an IPv4 one as such also where an IPv6 socket wraps it."""
+    return host.removeprefix("::ffff:")

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from tpilite.errors import PeerLost, ProtocolError
 from tpilite.net import messages, wire
+from tpilite.net.address import plain_host
 
 log = logging.getLogger(__name__)
 
@@ -52,13 +53,12 @@ class Channel:
 
     @property
     def local_host(self) -> str:
-        return str(self._sock.getsockname()[0]).removeprefix("::ffff:")
+        return plain_host(str(self._sock.getsockname()[0]))
 
     @property
     def peer_host(self) -> str:
-        """The peer's address, an IPv4 one as such also where an IPv6 socket wraps it."""
         try:
-            return str(self._sock.getpeername()[0]).removeprefix("::ffff:")
+            return plain_host(str(self._sock.getpeername()[0]))
         except OSError as error:
             raise self.lost(error, self._decoder) from error
 

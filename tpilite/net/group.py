@@ -7,15 +7,13 @@ thread of each side tells the other that its process lives. A slow rank is waite
 one ends the group: its thread shuts the data connections down, and whoever waits on them gets `RankLost`.
 """
 
-import bisect
 import contextlib
 import logging
 import math
 import socket
-import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,21 +25,15 @@ from tpilite.collective import Message
 from tpilite.errors import ConfigError, PeerLost, ProtocolError, TpiliteError
 from tpilite.net import messages, wire
 from tpilite.net.channel import Channel
+from tpilite.net.codecs import CODECS
+from tpilite.net.control import VERDICT_S, Control
 from tpilite.net.exchange import Exchange
-from tpilite.net.sums import CODECS, WAYS, NewSum, Sum, new_sum
+from tpilite.net.measure import Costs, cheapest, measure
+from tpilite.net.sums import ALGORITHMS, STAR, NewSum, Sum, new_sum
 
 log = logging.getLogger(__name__)
 
 _DTYPES = frozenset(["|b1", "|u1", "|i1", "<u2", "<i2", "<f2", "<u4", "<i4", "<f4", "<u8", "<i8", "<f8"])
-
-# Heartbeats per timeout: three may get lost in a stall of the sender before it counts as silent.
-_BEATS = 4
-# Both connections of a dead process end in the same moment; the control connection knows the reason.
-VERDICT_S = 1.0
-# The sums of a decoding step have 8 to 32 KiB, a prompt's have megabytes, which the last two foretell. From
-# 16 and 128 KiB alone, one of 32 KiB was foretold by up to a fifth too much, for some ways more than others.
-_MEASURED_BYTES = (1 << 14, 1 << 15, 1 << 16)
-_MEASURED_S = 0.15
 
 
 class RankLost(PeerLost):
@@ -56,81 +48,8 @@ class GroupEnded(PeerLost):
     """The other side ended the session; nothing failed."""
 
 
-class Control:
-    """A connection kept alive by a thread of its own, which hands on whatever else comes on it.
-
-    `on_message` and `on_end` are called from that thread; `on_end` once, and not after a last word of ours.
-    """
-
-    def __init__(
-        self,
-        channel: Channel,
-        timeout_s: float,
-        on_message: Callable[[messages.Header], None],
-        on_end: Callable[[TpiliteError], None],
-    ) -> None:
-        self.channel = channel
-        self.alive = True
-        self._timeout_s = timeout_s
-        self._on_message, self._on_end = on_message, on_end
-        self._sending = threading.Lock()
-        self._ending = False
-        self._thread = threading.Thread(target=self._run, name=f"control {channel.peer}", daemon=True)
-
-    def start(self) -> None:
-        """Begins to listen and to send heartbeats."""
-        self._thread.start()
-
-    def send(self, header: messages.Header) -> None:
-        # Even a frozen peer's kernel takes these few bytes; the deadline is for one that took many.
-        with self._sending:
-            self.channel.send(header, deadline_s=time.monotonic() + VERDICT_S)
-
-    def say(self, last_word: messages.Header | None) -> None:
-        """Sends what ends the connection, if the peer still takes it; its end is then no failure."""
-        if not self._ending:
-            self._ending = True
-            if last_word is not None:
-                with contextlib.suppress(PeerLost):
-                    self.send(last_word)
-
-    def shutdown(self) -> None:
-        """Ends the connection without waiting, from any thread."""
-        self._ending = True
-        self.channel.shutdown("this node ended the connection")
-
-    def close(self, deadline_s: float) -> None:
-        """Gives the peer until the deadline to end the connection first, then ends it and the thread."""
-        self._thread.join(max(0.0, deadline_s - time.monotonic()))
-        self.shutdown()
-        self._thread.join()
-        self.channel.close()
-
-    def _run(self) -> None:
-        interval_s = self._timeout_s / _BEATS
-        heard_s = sent_s = time.monotonic()
-        try:
-            while True:
-                now_s = time.monotonic()
-                if self.channel.wait_readable(sent_s + interval_s - now_s):
-                    header, _ = self.channel.receive(time.monotonic() + self._timeout_s)
-                    heard_s = time.monotonic()
-                    if not isinstance(header, messages.Heartbeat):
-                        self._on_message(header)
-                elif now_s - heard_s > self._timeout_s and not self.channel.wait_readable(0):
-                    raise PeerLost(f"{self.channel.peer} was silent for {self._timeout_s:g} s")
-                if time.monotonic() - sent_s >= interval_s:
-                    self.send(messages.Heartbeat())
-                    sent_s = time.monotonic()
-        except (PeerLost, ProtocolError) as error:
-            self.alive = False
-            if not self._ending:
-                self._ending = True
-                self._on_end(error)
-
-
 class Group(Closing):
-    """What the groups of rank 0 and of the workers have in common. Made by `lobby` or `local_groups`.
+    """What `RootGroup` and `MemberGroup` have in common, made when a group forms or by `local_groups`.
 
     `channels[r]` is the data connection to rank r, None for the own rank and for those not connected.
     `new_sum` makes the sums: in NumPy, unless something faster is handed in.
@@ -143,7 +62,7 @@ class Group(Closing):
         channels: Sequence[Channel | None],
         controls: Mapping[int, Control] | None = None,
         *,
-        allreduce: str = "star",
+        allreduce: str = STAR,
         payload: str = "f32",
         new_sum: NewSum = new_sum,
     ) -> None:
@@ -160,8 +79,7 @@ class Group(Closing):
         self._noticed = threading.Event()  # by the thread that calls the operations
         self._lock = threading.Lock()
         self._telling = threading.Lock()  # held until all ranks are told why the group failed
-        # Seconds of a sum of each of _MEASURED_BYTES in each way, where they were measured.
-        self._costs: dict[str, list[float]] = {}
+        self._costs: Costs = {}  # where they were measured
         self._sum: Sum | None = None
 
     @property
@@ -183,36 +101,33 @@ class Group(Closing):
         if x.size == 0:
             return x
         if self._sum is None or self._sum.n != x.size:
-            self._sum = self._new_sum(self.way(x.size), self.rank, self._channels, self.payload, x.size)
+            self._sum = self._new_sum(self.algorithm(x.size), self.rank, self._channels, self.payload, x.size)
         try:
             self._sum(x.reshape(-1))
         except (PeerLost, ProtocolError) as error:
             raise self._failed(error) from error
         return x
 
-    def _measure(self) -> None:
-        """Finds out what each way takes here, for sums of each size."""
-        costs: dict[str, list[float]] = {way: [] for way in WAYS}
-        for way in WAYS:
-            for n_bytes in reversed(_MEASURED_BYTES):  # the largest opens TCP's windows for all
-                self.allreduce, self._sum = way, None
-                costs[way].insert(0, self._time_one(np.zeros(n_bytes // 4, np.float32)))
-        # All ranks choose by what rank 0 found.
-        self._costs = dict(self.broadcast(None if self.rank else Message(costs)).header)
-
     def settle(self, allreduce: str) -> None:
         """Decides how sums are made: the last step of forming, which every rank calls with the same."""
         if allreduce == "auto":
-            self._measure()
+            self._costs = measure(self, self._use)
+        self._use(allreduce)
+
+    def algorithm(self, n: int) -> str:
+        """How `n` numbers are summed."""
+        return self.allreduce if self.allreduce != "auto" else cheapest(self._costs, 4 * n)
+
+    def _use(self, allreduce: str) -> None:
         self.allreduce, self._sum = allreduce, None
 
-    def way(self, n: int) -> str:
-        """How `n` numbers are summed."""
-        if self.allreduce != "auto":
-            return self.allreduce
-        return min(WAYS, key=lambda way: _foretell(self._costs[way], 4 * n))
-
     def broadcast(self, message: Message | None) -> Message:
+        raise NotImplementedError
+
+    def gather(self, message: Message) -> list[Message] | None:
+        raise NotImplementedError
+
+    def barrier(self) -> None:
         raise NotImplementedError
 
     def fail(self, error: TpiliteError) -> None:
@@ -241,28 +156,6 @@ class Group(Closing):
         for channel in self._channels:
             if channel is not None:
                 channel.close()
-
-    def _time_one(self, x: Array) -> float:
-        """Seconds for one sum, the median of as many pairs as rank 0 finds right.
-
-        Pairs, as a rank that begins late finds the others' parts there already, ends early and so waits for
-        them in the next sum: one of the two takes up to twice the time, the other next to none.
-        """
-
-        def timed() -> float:
-            started_s = time.perf_counter()
-            self.all_reduce(x)
-            self.all_reduce(x)
-            return (time.perf_counter() - started_s) / 2
-
-        timed()
-        guess_s = timed()
-        if self.rank:
-            n_pairs = int(self.broadcast(None).header["n"])
-        else:
-            n_pairs = min(15, max(3, int(_MEASURED_S / guess_s / 2)))
-            self.broadcast(Message({"n": n_pairs}))
-        return statistics.median(timed() for _ in range(n_pairs))
 
     def _set_failure(self, error: TpiliteError) -> bool:
         """Whether this is the first one."""
@@ -314,7 +207,7 @@ class Group(Closing):
         return channel
 
 
-class RankZero(Group):
+class RootGroup(Group):
     """The group as rank 0 sees it."""
 
     def broadcast(self, message: Message | None) -> Message:
@@ -357,7 +250,7 @@ class RankZero(Group):
         Exchange([(self.channel(r), frame) for r in range(1, self.world_size)], [], head)()
 
 
-class Worker(Group):
+class MemberGroup(Group):
     """The group as a rank above 0 sees it."""
 
     def broadcast(self, message: Message | None) -> Message:
@@ -391,7 +284,7 @@ class Worker(Group):
 
 
 def local_groups(
-    world_size: int, *, allreduce: str = "star", payload: str = "f32", new_sum: NewSum = new_sum
+    world_size: int, *, allreduce: str = STAR, payload: str = "f32", new_sum: NewSum = new_sum
 ) -> list[Group]:
     """The groups of all ranks over socket pairs within this process, one per thread that uses them."""
     channels: list[list[Channel | None]] = [[None] * world_size for _ in range(world_size)]
@@ -400,24 +293,17 @@ def local_groups(
             a, b = socket.socketpair()
             channels[low][high] = Channel(a, f"rank {high}")
             channels[high][low] = Channel(b, f"rank {low}")
-    classes = [RankZero] + [Worker] * (world_size - 1)
+    classes = [RootGroup] + [MemberGroup] * (world_size - 1)
     return [
         cls(rank, channels[rank], allreduce=allreduce, payload=payload, new_sum=new_sum)
         for rank, cls in enumerate(classes)
     ]
 
 
-def _foretell(measured_s: Sequence[float], n_bytes: int) -> float:
-    """Seconds of a sum: on the line through the two measured ones that it lies between or beyond."""
-    i = bisect.bisect(_MEASURED_BYTES[1:-1], n_bytes)
-    (x0, x1), (y0, y1) = _MEASURED_BYTES[i : i + 2], measured_s[i : i + 2]
-    return y0 + max(0.0, y1 - y0) * (n_bytes - x0) / (x1 - x0)
-
-
 def check_options(allreduce: str, payload: str) -> None:
     """Raises `ConfigError` for ways and payloads that do not exist."""
-    if allreduce not in (*WAYS, "auto"):
-        raise ConfigError(f"expected --allreduce to be {', '.join(WAYS)} or auto, found {allreduce!r}")
+    if allreduce not in (*ALGORITHMS, "auto"):
+        raise ConfigError(f"expected --allreduce to be {', '.join(ALGORITHMS)} or auto, found {allreduce!r}")
     if payload not in CODECS:
         raise ConfigError(f"expected the payload to be one of {', '.join(CODECS)}, found {payload!r}")
 

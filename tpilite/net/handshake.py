@@ -18,6 +18,8 @@ from tpilite.net.channel import Channel, TlsChannel
 
 log = logging.getLogger(__name__)
 
+# A handshake is three short packets each way; a sleeping Wi-Fi card needs a second or two more.
+HANDSHAKE_S = 5.0
 # A connection attempt to a machine that is switched off ends after minutes by itself; home networks answer
 # in milliseconds, Wi-Fi that wakes up in a second or two.
 CONNECT_TIMEOUT_S = 5.0

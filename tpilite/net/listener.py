@@ -1,7 +1,7 @@
-"""A listening socket behind which only those come who prove the cluster's token.
+"""A port behind which only those come who prove the cluster's token.
 
-Every connection has its own thread until it has proved itself; time, number and message sizes are limited,
-so that strangers, port scanners and clients that trickle bytes cost the cluster next to nothing.
+Every connection has its own thread until it has proved itself. Time, number and message sizes are limited, so
+that port scanners and clients that trickle bytes cost the cluster next to nothing.
 """
 
 import contextlib
@@ -13,150 +13,209 @@ import threading
 import time
 from collections.abc import Callable
 
-from tpilite.errors import ConfigError, PeerLost, ProtocolError, TpiliteError
+from tpilite.closing import Closing
+from tpilite.errors import ConfigError, PeerLost, ProtocolError
 from tpilite.net import messages
-from tpilite.net.address import Address, format_address
+from tpilite.net.address import Address, format_address, plain_host
 from tpilite.net.auth import Security
 from tpilite.net.channel import Channel
-from tpilite.net.handshake import accept
+from tpilite.net.handshake import HANDSHAKE_S, accept
 
 log = logging.getLogger(__name__)
 
-# A handshake is three short packets each way; a sleeping Wi-Fi card needs a second or two more.
-HANDSHAKE_S = 5.0
-# Connections that have not proved the token yet. A cluster has fewer nodes; when there are more, the
-# oldest is closed, so that strangers who just hold connections open keep nobody out.
-_MAX_UNPROVEN = 32
-# One line for each stranger, but no more than these in a window: a port scan must not fill a disk.
-_LOG_LINES, _LOG_WINDOW_S = 5, 60.0
+# A cluster has fewer nodes than this that connect at the same moment.
+MAX_UNAUTHENTICATED = 32
+# One line for each, but no more than these in a window: a port scan must not fill a disk.
+LOG_LINES, _LOG_WINDOW_S = 5, 60.0
 _ACCEPT_PAUSE_S = 0.1
 
 
-class Door:
+class Listener(Closing):
     """A listening socket that hands on who proved the token, with the first message that came then.
 
-    `on_guest` is called in a thread of its own for each and owns the channel; what it raises closes it.
+    `on_peer` is called in a thread of its own for each and owns the channel; what it raises closes it.
     """
 
     def __init__(
-        self, address: Address, security: Security, on_guest: Callable[[Channel, messages.Header], None]
+        self, address: Address, security: Security, on_peer: Callable[[Channel, messages.Header], None]
     ) -> None:
-        self._security, self._on_guest = security, on_guest
-        self._listener = _listen(address)
-        self._listener.setblocking(False)
-        self.port = int(self._listener.getsockname()[1])
-        self._wake, self._woken = socket.socketpair()
+        self._address, self._security, self._on_peer = address, security, on_peer
+        self._socket: socket.socket | None = None
+        self._unauthenticated, self._refusals = Unauthenticated(), RefusalLog()
         self._lock = threading.Lock()
-        self._unproven: dict[threading.Thread, socket.socket] = {}
         self._threads: set[threading.Thread] = set()
-        self._log_window_s, self._n_logged = 0.0, 0
-        self._thread = threading.Thread(target=self._run, name=f"door {self.port}", daemon=True)
+
+    @property
+    def port(self) -> int:
+        assert self._socket is not None, "open() comes first"
+        return int(self._socket.getsockname()[1])
+
+    def open(self) -> None:
+        """Listens, from now on. Raises `ConfigError` where the address cannot be had."""
+        self._socket = listen(self._address, "--broadcast_port")
+        self._wake, self._woken = socket.socketpair()
+        self._thread = threading.Thread(target=self._run, name=f"listener {self.port}", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
+        """Closes the port and the connections that are not handed on yet, and joins all threads."""
+        if self._socket is None:
+            return
         self._wake.close()
         self._thread.join()
+        self._unauthenticated.end()
         with self._lock:
             threads = list(self._threads)
-            for handle in self._unproven.values():
-                _shutdown(handle)
         for thread in threads:
             thread.join()
-        self._listener.close()
+        self._socket.close()
         self._woken.close()
 
     def _run(self) -> None:
+        assert self._socket is not None
         poll = select.poll()
-        poll.register(self._listener, select.POLLIN)
+        poll.register(self._socket, select.POLLIN)
         poll.register(self._woken, select.POLLIN)
         while True:
             if any(fd == self._woken.fileno() for fd, _ in poll.poll()):
                 return
             try:
-                sock, handle, address = self._accept()
-            except BlockingIOError:  # the stranger has gone again
+                sock, handle, address = _accept(self._socket)
+            except BlockingIOError:  # it has gone again
                 continue
             except OSError as error:  # no file descriptors are left, for which there is only waiting
-                self._log("a stranger", error)
+                self._refusals.add("a new one", error.strerror or error)
                 time.sleep(_ACCEPT_PAUSE_S)
                 continue
-            peer = format_address((address[0].removeprefix("::ffff:"), address[1]))
+            peer = format_address((plain_host(address[0]), address[1]))
             thread = threading.Thread(target=self._serve, args=(sock, handle, peer), name=peer, daemon=True)
+            self._unauthenticated.add(handle)
             with self._lock:
-                while len(self._unproven) >= _MAX_UNPROVEN:
-                    oldest = next(iter(self._unproven))
-                    _shutdown(self._unproven.pop(oldest))
-                self._unproven[thread] = handle
                 self._threads.add(thread)
             thread.start()
-
-    def _accept(self) -> tuple[socket.socket, socket.socket, Address]:
-        """A connection, a second handle by which it can be ended whoever holds the first, and its address."""
-        sock, address = self._listener.accept()
-        try:
-            return sock, sock.dup(), address
-        except OSError:
-            sock.close()
-            raise
 
     def _serve(self, sock: socket.socket, handle: socket.socket, peer: str) -> None:
         deadline_s = time.monotonic() + HANDSHAKE_S
         tls = self._security.server_tls
-        me = threading.current_thread()
         try:
             channel = accept(sock, peer, self._security.token, timeout_s=HANDSHAKE_S, tls=tls)
             try:
                 header, _ = channel.receive(deadline_s)
-                with self._lock:
-                    self._unproven.pop(me, None)
-                self._on_guest(channel, header)
+                self._unauthenticated.remove(handle)
+                self._on_peer(channel, header)
             except BaseException:
                 channel.close()
                 raise
         except (PeerLost, ProtocolError) as error:
-            self._log(peer, error)
+            self._refusals.add(peer, error)
         finally:
-            with self._lock:
-                self._unproven.pop(me, None)
-                self._threads.discard(me)
+            self._unauthenticated.remove(handle)
             handle.close()
+            with self._lock:
+                self._threads.discard(threading.current_thread())
 
-    def _log(self, peer: str, error: TpiliteError | OSError) -> None:
+
+class Unauthenticated:
+    """The connections that have not proved the token yet: a limited number, for any thread to ask.
+
+    When there are more, the oldest is ended: those who just hold connections open keep nobody out.
+    """
+
+    def __init__(self, limit: int = MAX_UNAUTHENTICATED) -> None:
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._since_s: dict[socket.socket, float] = {}  # the oldest first
+
+    def add(self, sock: socket.socket) -> None:
+        """Counts this connection, and ends the oldest ones where the limit asks for it."""
+        with self._lock:
+            while len(self._since_s) >= self._limit:
+                oldest = next(iter(self._since_s))
+                del self._since_s[oldest]
+                shut_down(oldest)
+            self._since_s[sock] = time.monotonic()
+
+    def remove(self, sock: socket.socket) -> None:
+        """Counts a connection no more: it has proved the token, or is about to be closed."""
+        with self._lock:
+            self._since_s.pop(sock, None)
+
+    def end(self, older_than_s: float = 0.0) -> None:
+        """Ends those that have had this long, which their threads then notice."""
         with self._lock:
             now_s = time.monotonic()
-            if now_s - self._log_window_s > _LOG_WINDOW_S:
-                if self._n_logged > _LOG_LINES:
-                    log.warning("closed %d more connections of strangers", self._n_logged - _LOG_LINES)
-                self._log_window_s, self._n_logged = now_s, 0
-            self._n_logged += 1
-            if self._n_logged <= _LOG_LINES:
-                about = "" if peer in str(error) else f"{peer}: "
-                log.warning("closed the connection of a stranger: %s%s", about, error)
+            for sock, since_s in self._since_s.items():
+                if now_s - since_s >= older_than_s:
+                    shut_down(sock)
 
 
-def _listen(address: Address) -> socket.socket:
-    """A listening socket; with an empty host for IPv4 and IPv6, where the machine has both."""
+class RefusalLog:
+    """Why connections were ended that had not proved the token, in a limited number of lines."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._window_s, self._n_lines = 0.0, 0
+
+    def add(self, peer: str, reason: object) -> None:
+        """Logs a warning, unless there were enough of late; how many were left out is said later."""
+        with self._lock:
+            now_s = time.monotonic()
+            if now_s - self._window_s > _LOG_WINDOW_S:
+                if self._n_lines > LOG_LINES:
+                    log.warning("closed %d more unauthenticated connections", self._n_lines - LOG_LINES)
+                self._window_s, self._n_lines = now_s, 0
+            self._n_lines += 1
+            if self._n_lines <= LOG_LINES:
+                about = "" if peer in str(reason) else f"{peer}: "
+                log.warning("closed an unauthenticated connection: %s%s", about, reason)
+
+
+def listen(address: Address, option: str) -> socket.socket:
+    """A listening socket that does not block; with an empty host for IPv4 and IPv6, where there are both.
+
+    Raises `ConfigError`, which names the `option` that chooses another port.
+    """
     host, port = address
     try:
-        if not host and socket.has_dualstack_ipv6():
-            try:
-                return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
-            except OSError:  # IPv6 is built in, but switched off here
-                return socket.create_server(("", port))
-        family = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][
-            0
-        ]
-        return socket.create_server((host, port), family=family)
+        sock = _bound(host, port)
     except OSError as error:
         # `create_server` adds to the text what is said here already; a name's error has no such number.
         number = error.errno or 0
         reason = os.strerror(number) if number > 0 else error
         raise ConfigError(
             f"cannot listen on {format_address(address) if host else f'port {port}'}: {reason}; "
-            "is another node running here? --broadcast_port chooses another port"
+            f"is another node running here? {option} chooses another port"
         ) from error
+    # A peer that is gone between poll and accept would block the thread that accepts.
+    sock.setblocking(False)
+    return sock
 
 
-def _shutdown(sock: socket.socket) -> None:
+def shut_down(sock: socket.socket) -> None:
+    """Ends a connection that another thread is using: its reads and writes there fail at once."""
     with contextlib.suppress(OSError):  # it has gone by itself
-        sock.shutdown(socket.SHUT_RDWR)
+        # Not an SSLSocket's own shutdown, which would send the rest of a record in the clear.
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    backlog = 128  # a cluster's nodes come back at the same moment
+    if not host and socket.has_dualstack_ipv6():
+        try:
+            return socket.create_server(
+                ("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=backlog
+            )
+        except OSError:  # IPv6 is built in, but switched off here
+            return socket.create_server(("", port), backlog=backlog)
+    info = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    return socket.create_server((host, port), family=info[0][0], backlog=backlog)
+
+
+def _accept(server: socket.socket) -> tuple[socket.socket, socket.socket, Address]:
+    """A connection, a second handle by which it can be ended whoever holds the first, and its address."""
+    sock, address = server.accept()
+    try:
+        return sock, sock.dup(), address
+    except OSError:
+        sock.close()
+        raise

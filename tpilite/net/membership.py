@@ -1,11 +1,11 @@
-"""A worker's way into a group: join, prepare, be ready. The pieces of the loop that its program runs:
+"""How a group forms, as a worker sees it: join, prepare, be ready. Its program runs a loop of these pieces:
 
 while True:
     try:
-        with join(address, security, terms=known, rank=rank) as seat:
-            rank = seat.rank                                # the next time, for the same place
-            ...                                             # prepare, with seat.rank and seat.info
-            with seat.wait_for_group(terms) as group: ...
+        with join(address, security, terms=known, rank=rank) as membership:
+            rank = membership.rank                          # the next time, for the same place
+            ...                                             # prepare, by membership.rank and .info
+            with membership.wait_for_group(terms) as group: ...
     except GroupEnded: ...                                  # a clean end: wait for the next, or leave
     except PeerLost: ...                                    # somebody was lost: join again
 """
@@ -22,14 +22,15 @@ from tpilite.net import messages
 from tpilite.net.address import Address
 from tpilite.net.auth import Security
 from tpilite.net.channel import Channel
-from tpilite.net.group import VERDICT_S, Control, GroupEnded, Worker, check_options
-from tpilite.net.handshake import connect, connect_until
-from tpilite.net.listener import HANDSHAKE_S, Door
-from tpilite.net.sums import NewSum, new_sum
+from tpilite.net.control import VERDICT_S, Control
+from tpilite.net.group import GroupEnded, MemberGroup, check_options
+from tpilite.net.handshake import HANDSHAKE_S, connect, connect_until
+from tpilite.net.listener import Listener
+from tpilite.net.sums import STAR, NewSum, new_sum
 
 log = logging.getLogger(__name__)
 
-# Between two requests for a place that is taken: soon enough after a loss, easy on rank 0 otherwise.
+# Between two requests for a rank that is taken: soon enough after a loss, easy on rank 0 otherwise.
 _RETRY_S = 1.0
 
 
@@ -40,8 +41,8 @@ def join(
     terms: Mapping[str, Any] | None = None,
     rank: int | None = None,
     timeout_s: float | None = None,
-) -> "Seat":
-    """A seat in the cluster of rank 0 at `address`; waits until it answers and has a place, and says so.
+) -> "Membership":
+    """An open membership in the cluster of rank 0 at `address`; waits until that answers and has a place.
 
     Raises `PeerLost` after `timeout_s` (None: never) and `ConfigError` for what waiting does not change.
     """
@@ -54,7 +55,9 @@ def join(
             channel.send(messages.Join(rank, dict(terms or {})), deadline_s=answer_s)
             reply, _ = channel.receive(answer_s)
             if isinstance(reply, messages.Welcome):
-                return Seat(address, security, channel, reply)
+                membership = Membership(address, security, channel, reply)
+                membership.open()
+                return membership
             channel.close()
             if not isinstance(reply, messages.Refused):
                 raise ProtocolError(f"expected Welcome or Refused, found {type(reply).__name__}")
@@ -75,8 +78,8 @@ def join(
         time.sleep(_RETRY_S)
 
 
-class Seat:
-    """A worker's place while it prepares. The group, once it forms, takes over its connection."""
+class Membership:
+    """A worker that rank 0 has given a rank, while it prepares. The group then takes over its connection."""
 
     def __init__(
         self, address: Address, security: Security, channel: Channel, welcome: messages.Welcome
@@ -91,17 +94,22 @@ class Seat:
         self._changed = threading.Condition()
         self._failure: TpiliteError | None = None
         self._begin: messages.Start | None = None
-        self._group: Worker | None = None
+        self._group: MemberGroup | None = None
         self._attached: dict[tuple[int, int], Channel] = {}
-        self._door: Door | None = None
-        if security.client_tls is None or security.server_tls is not None:
-            with contextlib.suppress(ConfigError):  # nobody can connect then: the group will be a star
-                self._door = Door((channel.local_host, 0), security, self._receive_guest)
+        self._listener: Listener | None = None
         channel.peer = f"rank 0 at {channel.peer}"
         self._control = Control(channel, self._timeout_s, self._on_message, self._fail)
+
+    def open(self) -> None:
+        """Begins to send heartbeats, and listens for other workers where they can prove themselves to it."""
+        if self._security.client_tls is None or self._security.server_tls is not None:
+            listener = Listener((self._control.channel.local_host, 0), self._security, self._receive)
+            with contextlib.suppress(ConfigError):  # nobody can connect then: the group will be a star
+                listener.open()
+                self._listener = listener
         self._control.start()
 
-    def __enter__(self) -> "Seat":
+    def __enter__(self) -> "Membership":
         return self
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
@@ -111,13 +119,13 @@ class Seat:
         self.close()
 
     def check(self) -> None:
-        """Raises what has ended the seat, if anything has: for use while preparing takes long."""
+        """Raises what has ended the membership, if anything has: for use while preparing takes long."""
         if self._failure is not None:
             raise self._failure
 
     def wait_for_group(
         self, terms: Mapping[str, Any], timeout_s: float | None = None, *, new_sum: NewSum = new_sum
-    ) -> Worker:
+    ) -> MemberGroup:
         """Says that this node is ready under `terms`; the group, once all are.
 
         Raises `ConfigError` where the terms differ from those of rank 0, `GroupEnded` when rank 0 ends,
@@ -126,7 +134,7 @@ class Seat:
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
         self.check()
         try:
-            self._control.send(messages.Ready(dict(terms), self._door.port if self._door else 0))
+            self._control.send(messages.Ready(dict(terms), self._listener.port if self._listener else 0))
         except PeerLost:
             with self._changed:  # the control thread has read why, or is about to
                 self._changed.wait_for(lambda: self._failure is not None, VERDICT_S)
@@ -146,8 +154,8 @@ class Seat:
 
     def close(self) -> None:
         """Leaves, if no group has formed, and frees what is held."""
-        if self._door is not None:
-            self._door.close()
+        if self._listener is not None:
+            self._listener.close()
         if self._group is None:
             self._control.say(messages.Goodbye())
             self._control.close(time.monotonic() + VERDICT_S)
@@ -155,13 +163,13 @@ class Seat:
             channel.close()
         self._attached.clear()
 
-    def _form(self, start: messages.Start, channels: list[Channel | None], new_sum: NewSum) -> Worker:
+    def _form(self, start: messages.Start, channels: list[Channel | None], new_sum: NewSum) -> MemberGroup:
         check_options(start.allreduce, start.payload)
         deadline_s = time.monotonic() + 2 * HANDSHAKE_S
         data = channels[0] = self._attach(self._address, start.epoch)
         data.peer = f"rank 0 at {data.peer}"
         reason = ""
-        if start.allreduce != "star":
+        if start.allreduce != STAR:
             try:
                 self._connect_workers(start, channels, deadline_s)
             except (PeerLost, ProtocolError, ConfigError) as error:
@@ -174,12 +182,12 @@ class Seat:
                 channel, channels[rank] = channels[rank], None
                 if channel is not None:
                     channel.close()
-        group = Worker(self.rank, channels, {0: self._control}, payload=start.payload, new_sum=new_sum)
+        group = MemberGroup(self.rank, channels, {0: self._control}, payload=start.payload, new_sum=new_sum)
         with self._changed:
             self._group = group
         if self._failure is not None:
             group.fail(self._failure)
-        group.settle(start.allreduce if formed.mesh else "star")
+        group.settle(start.allreduce if formed.mesh else STAR)
         return group
 
     def _attach(self, address: Address, epoch: int) -> Channel:
@@ -213,7 +221,7 @@ class Seat:
         if missing:
             raise PeerLost(f"rank {missing[0]} did not connect to rank {self.rank}")
 
-    def _receive_guest(self, channel: Channel, header: messages.Header) -> None:
+    def _receive(self, channel: Channel, header: messages.Header) -> None:
         if not isinstance(header, messages.Attach) or not self.rank < header.rank < self.world_size:
             raise ProtocolError(f"expected Attach from a rank above {self.rank}, found {header!r:.100}")
         channel.peer = f"rank {header.rank} at {channel.peer}"

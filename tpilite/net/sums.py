@@ -12,87 +12,19 @@ the rounded one.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tpilite.arrays import Array
 from tpilite.net import messages, wire
 from tpilite.net.channel import Channel
+from tpilite.net.codecs import CODECS
 from tpilite.net.exchange import Exchange, Frames, NewExchange
 
-WAYS = ("star", "direct", "scatter")
+STAR = "star"  # the one that needs no connections among workers
+ALGORITHMS = (STAR, "direct", "scatter")
 
 _Channels = Sequence[Channel | None]
-
-
-class _Codec:
-    """float32 as it travels: itself. At most `n` numbers at a time."""
-
-    dtype: Any = np.dtype("<f4")
-    exact = True
-
-    def __init__(self, n: int) -> None:
-        pass
-
-    def narrow(self, x: Array, out: NDArray[Any]) -> None:
-        """Puts `x` as it is sent into `out`, of the same shape."""
-        np.copyto(out, x)
-
-    def widen(self, stored: NDArray[Any]) -> Array:
-        """The values of what was sent, until the next call."""
-        return stored
-
-
-class _HalfCodec(_Codec):
-    """float16: 11 bits of precision, up to 65504."""
-
-    dtype = np.dtype("<f2")
-    exact = False
-
-    def __init__(self, n: int) -> None:
-        self._wide = np.empty(n, np.float32)
-
-    def narrow(self, x: Array, out: NDArray[Any]) -> None:
-        with np.errstate(over="ignore"):  # becomes infinite
-            np.copyto(out, x, casting="same_kind")
-
-    def widen(self, stored: NDArray[Any]) -> Array:
-        out = self._wide[: stored.size].reshape(stored.shape)
-        np.copyto(out, stored)
-        return out
-
-
-class _BrainCodec(_Codec):
-    """bfloat16: 8 bits of precision, float32's range. Rounds to nearest, ties to even.
-
-    A NaN whose bits are all ones would become a zero; processors make NaNs of other bits.
-    """
-
-    dtype = np.dtype("<u2")
-    exact = False
-
-    def __init__(self, n: int) -> None:
-        self._bits = np.empty(n, np.uint32)
-
-    def narrow(self, x: Array, out: NDArray[Any]) -> None:
-        bits, source = self._bits[: x.size].reshape(x.shape), x.view(np.uint32)
-        np.right_shift(source, 16, out=bits)
-        bits &= 1
-        bits += 0x7FFF
-        bits += source
-        bits >>= 16
-        np.copyto(out, bits, casting="same_kind")
-
-    def widen(self, stored: NDArray[Any]) -> Array:
-        bits = self._bits[: stored.size].reshape(stored.shape)
-        np.copyto(bits, stored)
-        bits <<= 16
-        return bits.view(np.float32)
-
-
-CODECS: dict[str, type[_Codec]] = {"f32": _Codec, "f16": _HalfCodec, "bf16": _BrainCodec}
 
 
 class Sum:
@@ -242,7 +174,7 @@ def sum_in_rank_order(parts: Array, total: Array) -> None:
 
 
 def new_sum(
-    way: str,
+    algorithm: str,
     rank: int,
     channels: _Channels,
     payload: str,
@@ -250,9 +182,9 @@ def new_sum(
     new_exchange: NewExchange = Exchange,
     scatter_sum: type[ScatterSum] = ScatterSum,
 ) -> Sum:
-    """What sums `n` numbers in this way: one of WAYS, where all but the star need channels to all ranks."""
+    """What sums `n` numbers by one of ALGORITHMS, of which all but the star need channels to all ranks."""
     star = _StarLeaf if rank else _StarHub
-    cls: type[Sum] = {"star": star, "direct": _Direct, "scatter": scatter_sum}[way]
+    cls: type[Sum] = {STAR: star, "direct": _Direct, "scatter": scatter_sum}[algorithm]
     return cls(rank, channels, payload, n, new_exchange)
 
 
