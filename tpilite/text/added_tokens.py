@@ -14,6 +14,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class AddedToken:
+    """A token that was added to a vocabulary under a name."""
+
     text: str
     special: bool  # otherwise a word like any other, but matched before the rest of the text
 
@@ -27,6 +29,7 @@ class TokenNames:
 
     @classmethod
     def of(cls, added: Mapping[int, AddedToken], path: Path, vocab_size: int) -> "TokenNames":
+        """The names of the added tokens, but for those beyond the model's vocabulary, which are warned of."""
         beyond = [token.text for i, token in added.items() if i >= vocab_size]
         if beyond:
             # Llama 2 was published with such a padding token. The model has no row for it.
@@ -59,6 +62,7 @@ class TokenizerSettings:
 
     @classmethod
     def from_folder(cls, folder: Path) -> "TokenizerSettings":
+        """The settings of a model folder. Raises `CheckpointError` where its files are damaged."""
         path = folder / "tokenizer_config.json"
         config = read_json(path) if path.is_file() else {}
         add_bos = config.get("add_bos_token")
@@ -72,13 +76,13 @@ class TokenizerSettings:
             raise CheckpointError(f"{path} has added tokens that are no object; download it again")
         return cls(
             add_bos is not False,
-            token_name(config.get("bos_token")),
-            token_name(config.get("eos_token")),
+            _token_name(config.get("bos_token")),
+            _token_name(config.get("eos_token")),
             read_added(path, (table or {}).items()),
         )
 
 
-def token_name(value: Any) -> str | None:
+def _token_name(value: Any) -> str | None:
     """The name in a tokenizer_config.json's `bos_token` and the like: a string, or an object around it."""
     if isinstance(value, dict):
         value = value.get("content")
@@ -86,6 +90,7 @@ def token_name(value: Any) -> str | None:
 
 
 def read_added(path: Path, entries: Iterable[tuple[Any, Any]]) -> dict[int, AddedToken]:
+    """The added tokens that a file's pairs of an id and an object describe. Raises `CheckpointError`."""
     added = {}
     for token_id, entry in entries:
         try:
@@ -102,6 +107,7 @@ def read_added(path: Path, entries: Iterable[tuple[Any, Any]]) -> dict[int, Adde
 
 
 def check_vocabulary(path: Path, n_tokens: int, vocab_size: int) -> None:
+    """Raises `CheckpointError` where a tokenizer has tokens for which the model has no row."""
     if n_tokens > vocab_size:
         raise CheckpointError(
             f"{path} has {n_tokens} tokens, but config.json says vocab_size = {vocab_size}; "

@@ -29,6 +29,7 @@ def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer | None:
 
 
 def _from_model_file(path: Path, settings: TokenizerSettings, vocab_size: int) -> Tokenizer:
+    """The tokenizer of a tokenizer.model, which does not say of which kind it is."""
     try:
         raw = path.read_bytes()
     except OSError as error:
@@ -41,6 +42,7 @@ def _from_model_file(path: Path, settings: TokenizerSettings, vocab_size: int) -
 
 
 def _from_json_file(path: Path, settings: TokenizerSettings, vocab_size: int) -> Tokenizer:
+    """The tokenizer of a tokenizer.json. Raises `CheckpointError` for all kinds but Llama 3's."""
     content = read_json(path)
     model = content.get("model")
     if not isinstance(model, dict) or not isinstance(content.get("added_tokens", []), list):

@@ -77,6 +77,7 @@ class Checkpoint(Closing):
         return digest.hexdigest()
 
     def _open_files(self, config: LlamaConfig) -> dict[str, StoredTensor]:
+        """What the files hold, by name; of the shards, those that hold something of the architecture."""
         if (self.folder / _SINGLE).exists():
             return dict(self._open(_SINGLE).tensors)
         if not (self.folder / _INDEX).exists():
@@ -107,6 +108,7 @@ class Checkpoint(Closing):
 def _checked(
     config: LlamaConfig, stored: Mapping[str, StoredTensor], folder: Path
 ) -> dict[str, StoredTensor]:
+    """Every tensor of the architecture. Raises `CheckpointError` where one is missing or of another shape."""
     tensors = {}
     for name, shape in tensor_shapes(config).items():
         tensor = stored.get(EMBEDDING if name == LM_HEAD and config.tie_word_embeddings else name)
@@ -140,6 +142,7 @@ def _check_file_name(name: Any, index: Path) -> None:
 
 
 def _no_weights(folder: Path) -> CheckpointError:
+    """What to tell about a folder without safetensors."""
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
     if pickles:
         return CheckpointError(

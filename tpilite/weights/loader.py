@@ -36,6 +36,7 @@ class Loader(Closing):
         ]
 
     def start(self) -> None:
+        """Begins to read."""
         for thread in self._threads:
             thread.start()
 

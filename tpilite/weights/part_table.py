@@ -185,6 +185,7 @@ class PartTable:
     # Under the lock.
 
     def _wait_for(self, part: PagedPart) -> Load | Weights:
+        """The part's load once it is read, or its rows where they are kept."""
         start_s = time.perf_counter()
         with self._changed:
             assert self.window_bytes, "the pager was not started"
@@ -219,6 +220,10 @@ class PartTable:
         return load
 
     def _plan(self) -> Load | None:
+        """A load of the next part that is to be read; None where there is none, or no room for it.
+
+        Nor is anything read behind a part that failed, until that is opened and says so.
+        """
         if any(load.error for load in self._queue):
             return None
         for _ in self.parts:

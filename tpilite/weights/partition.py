@@ -197,6 +197,7 @@ class Partition:
 
 
 def _block_axes(block: str, matrices: dict[str, str], has_bias: bool) -> dict[str, str]:
+    """The matrices of a block and their biases, by full name."""
     axes = {f"{block}.{name}.weight": axes for name, axes in matrices.items()}
     if has_bias:
         axes |= {f"{block}.{name}.bias": axes[0] for name, axes in matrices.items()}
@@ -215,6 +216,7 @@ def _check_ratio(ratio: Sequence[float], world_size: int) -> None:
 
 
 def _columns(n_columns: int, wanted: Sequence[Fraction]) -> tuple[int, ...]:
+    """Each rank's FFN columns, near the proportions of `wanted` and in the largest unit that allows it."""
     enough = len(wanted) * _UNITS_PER_RANK
     unit = next(
         (unit for unit in _COLUMN_UNITS if n_columns % unit == 0 and n_columns // unit >= enough),

@@ -110,6 +110,7 @@ class TensorFile(Closing):
         return CheckpointError(f"{self.path}: {text}; {_DAMAGED}")
 
     def _read_header(self) -> "tuple[dict[str, StoredTensor], dict[str, str]]":
+        """The tensors by name and the metadata. Raises `CheckpointError` for a header that is not sound."""
         prefix = os.pread(self._fd, 8, 0)
         if prefix == b"version ":
             raise CheckpointError(
@@ -143,6 +144,7 @@ class TensorFile(Closing):
         return tensors, metadata
 
     def _entry(self, name: str, entry: Any, data_offset: int) -> "StoredTensor":
+        """The tensor that an entry of the header describes; `data_offset` is where the header ends."""
         if not isinstance(entry, dict):
             raise self._error(f"the header entry of {name!r} must be an object, found {entry!r:.60}")
         dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
