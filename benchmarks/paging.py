@@ -27,6 +27,7 @@ from models import PRESETS, add_model_options, model_of, write_model
 
 from tpilite.collective import Solo
 from tpilite.config import LlamaConfig
+from tpilite.engine.compiled import new_products
 from tpilite.engine.stats import disk_read_bytes
 from tpilite.linear.linear import Linear
 from tpilite.machine import limit_blas_threads, peak_rss_bytes, rss_bytes
@@ -60,7 +61,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     limit_blas_threads()
     with (
         Checkpoint(Path(spec["folder"])) as checkpoint,
-        Linear(spec["threads"]) as linear,
+        Linear(spec["threads"], new_products(spec["threads"])) as linear,
     ):
         config, tensors = _repeated(checkpoint, spec["layers"] or checkpoint.config.num_hidden_layers)
         start = time.perf_counter()
@@ -111,7 +112,7 @@ def measure_alternating(spec: dict[str, Any]) -> dict[str, Any]:
     limit_blas_threads()
     with ExitStack() as stack:
         checkpoint = stack.enter_context(Checkpoint(Path(spec["folder"])))
-        linear = stack.enter_context(Linear(spec["threads"]))
+        linear = stack.enter_context(Linear(spec["threads"], new_products(spec["threads"])))
         config, tensors = checkpoint.config, checkpoint.tensors
         pager = stack.enter_context(Pager(tensors, config, budget_bytes=spec["budget"]))
         off = assemble(tensors, config.num_hidden_layers, mapped)
