@@ -28,7 +28,7 @@ from models import PRESETS, add_model_options, model_of, write_model
 from tpilite.collective import Solo
 from tpilite.config import LlamaConfig
 from tpilite.engine.compiled import new_products
-from tpilite.engine.stats import disk_read_bytes
+from tpilite.engine.usage import disk_read_bytes
 from tpilite.linear.linear import Linear
 from tpilite.machine import limit_blas_threads, peak_rss_bytes, rss_bytes
 from tpilite.model.llama import Llama, Segment

@@ -33,7 +33,7 @@ _INSIDE = {
     "weights": "partition tensor_file uncached assemble checkpoint disk slices slicer "
     "residency part_table loader pager",
     "native": "bindings products exchange library",
-    "engine": "compiled config sampling sequence scheduler stats step runner engine rank session",
+    "engine": "compiled config sampling usage sequence scheduler stats step runner rank engine session",
     "cluster": "config token slice_protocol catalog slice_server slice_client fetch terms host worker",
     "serving": "config errors openai_requests openai_responses figures jobs service http answer page routes "
     "server",

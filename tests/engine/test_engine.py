@@ -14,6 +14,7 @@ from tpilite.engine.config import EngineConfig
 from tpilite.engine.engine import Engine
 from tpilite.engine.rank import Rank
 from tpilite.engine.sampling import SamplingParams
+from tpilite.engine.sequence import Sequence
 from tpilite.engine.step import Step
 from tpilite.errors import ConfigError, PeerLost
 from tpilite.weights.checkpoint import Checkpoint
@@ -45,12 +46,19 @@ def rank(folder: Path) -> Iterator[Rank]:
 
 
 def engine_of(rank: Rank, max_rows: int = 256) -> Engine:
-    assert rank.embed is not None
-    return Engine(CONFIG, rank.runner, rank.embed, max_rows=max_rows)
+    return Engine(CONFIG, rank, max_rows=max_rows)
+
+
+def submit(
+    engine: Engine, prompt: list[int], params: SamplingParams, eos_ids: frozenset[int] = frozenset()
+) -> Sequence:
+    sequence = Sequence(prompt, params, eos_ids)
+    engine.submit(sequence)
+    return sequence
 
 
 def ids(engine: Engine, prompt: list[int], params: SamplingParams) -> list[int]:
-    sequence = engine.submit(prompt, params)
+    sequence = submit(engine, prompt, params)
     for _ in engine.run(sequence):
         pass
     return sequence.new_ids
@@ -127,7 +135,7 @@ def test_a_prompt_that_begins_like_the_last_text_is_not_computed_again(
 def test_requests_are_served_in_turn(rank: Rank) -> None:
     engine = engine_of(rank)
     alone = [ids(engine_of(rank), [i, 3], GREEDY) for i in (4, 5, 6)]
-    sequences = [engine.submit([i, 3], GREEDY) for i in (4, 5, 6)]
+    sequences = [submit(engine, [i, 3], GREEDY) for i in (4, 5, 6)]
     order = []
     while any(s.finish_reason is None for s in sequences):
         order += [sequences.index(output.sequence) for output in engine.step()]
@@ -138,7 +146,7 @@ def test_requests_are_served_in_turn(rank: Rank) -> None:
 
 def test_a_cancelled_request_frees_its_place(rank: Rank) -> None:
     engine = engine_of(rank)
-    first, second, third = (engine.submit([i, 3], GREEDY) for i in (4, 5, 6))
+    first, second, third = (submit(engine, [i, 3], GREEDY) for i in (4, 5, 6))
     engine.step()
     engine.cancel(second)
     engine.cancel(first)
@@ -154,7 +162,7 @@ def test_a_cancelled_request_frees_its_place(rank: Rank) -> None:
 
 def test_leaving_the_loop_early_cancels(rank: Rank) -> None:
     engine = engine_of(rank)
-    sequence = engine.submit(PROMPT, GREEDY)
+    sequence = submit(engine, PROMPT, GREEDY)
     for _ in engine.run(sequence):
         break
     assert sequence.finish_reason == "cancelled"
@@ -165,13 +173,13 @@ def test_eos_ends_the_text_unless_it_is_ignored(rank: Rank) -> None:
     engine = engine_of(rank)
     free = ids(engine, PROMPT, GREEDY)
     eos = free[7]
-    sequence = engine.submit(PROMPT, GREEDY, eos_ids=frozenset({eos}))
+    sequence = submit(engine, PROMPT, GREEDY, frozenset({eos}))
     for _ in engine.run(sequence):
         pass
     assert sequence.new_ids == free[: free.index(eos) + 1]
     assert sequence.finish_reason == "stop"
     ignoring = SamplingParams(temperature=0, length=20, ignore_eos=True)
-    sequence = engine.submit(PROMPT, ignoring, eos_ids=frozenset({eos}))
+    sequence = submit(engine, PROMPT, ignoring, frozenset({eos}))
     for _ in engine.run(sequence):
         pass
     assert sequence.new_ids == free
@@ -179,7 +187,7 @@ def test_eos_ends_the_text_unless_it_is_ignored(rank: Rank) -> None:
 
 def test_the_context_ends_the_text(rank: Rank) -> None:
     engine = engine_of(rank)
-    sequence = engine.submit([3] * 120, SamplingParams(temperature=0))
+    sequence = submit(engine, [3] * 120, SamplingParams(temperature=0))
     for _ in engine.run(sequence):
         pass
     assert len(sequence.new_ids) == 8
@@ -201,13 +209,13 @@ def test_what_cannot_be_served_is_refused_before_any_work(
 ) -> None:
     monkeypatch.setattr(rank.runner, "run", lambda *_: pytest.fail("work was done"))
     with pytest.raises(ConfigError, match=text):
-        engine_of(rank).submit(prompt, SamplingParams(length=length))
-    assert engine_of(rank).submit([3] * 100, SamplingParams(length=0)).finish_reason == "length"
+        submit(engine_of(rank), prompt, SamplingParams(length=length))
+    assert submit(engine_of(rank), [3] * 100, SamplingParams(length=0)).finish_reason == "length"
 
 
 def test_logprobs_are_those_of_the_whole_vocabulary(rank: Rank) -> None:
     engine = engine_of(rank)
-    sequence = engine.submit(PROMPT, SamplingParams(temperature=0.7, seed=1, length=5, logprobs=3))
+    sequence = submit(engine, PROMPT, SamplingParams(temperature=0.7, seed=1, length=5, logprobs=3))
     for _ in engine.run(sequence):
         pass
     logits = engine.logits(PROMPT + sequence.new_ids).astype(np.float64)[len(PROMPT) - 1 : -1]
@@ -231,8 +239,7 @@ def test_a_lost_rank_does_not_change_the_text(
         recovered.append(lost)
         rank.regroup(Solo())
 
-    assert rank.embed is not None
-    engine = Engine(CONFIG, rank.runner, rank.embed, max_rows=4, recover=recover)
+    engine = Engine(CONFIG, rank, max_rows=4, recover=recover)
     run, n_runs = rank.runner.run, iter(range(1000))
 
     def lossy(step, x=None):  # type: ignore[no-untyped-def]
@@ -241,7 +248,7 @@ def test_a_lost_rank_does_not_change_the_text(
         return run(step, x)
 
     monkeypatch.setattr(rank.runner, "run", lossy)
-    waiting = engine.submit([9, 9], GREEDY)
+    waiting = submit(engine, [9, 9], GREEDY)
     engine.cancel(waiting)
     assert ids(engine, PROMPT, params) == expected
     assert len(recovered) == 1

@@ -10,7 +10,7 @@ from tpilite.engine.sequence import Sequence
 
 
 def feed(pieces: list[str], stop: tuple[str, ...]) -> tuple[list[str], Sequence]:
-    sequence = Sequence(1, [1], SamplingParams(stop=stop))
+    sequence = Sequence([1], SamplingParams(stop=stop))
     shown = []
     for piece in pieces:
         shown.append(sequence.add_text(piece))
@@ -55,5 +55,5 @@ def test_pieces_do_not_matter(text: str, cuts: list[int], stop: tuple[str, ...])
 
 
 def test_ids_are_those_of_prompt_and_text_together() -> None:
-    sequence = Sequence(1, [1, 2, 3], SamplingParams(), new_ids=[4, 5])
+    sequence = Sequence([1, 2, 3], SamplingParams(), new_ids=[4, 5])
     assert [sequence.ids(a, b) for a, b in [(0, 2), (2, 4), (3, 5), (4, 5)]] == [[1, 2], [3, 4], [4, 5], [5]]

@@ -5,15 +5,16 @@ import pytest
 
 from tpilite.engine.sampling import SamplingParams
 from tpilite.engine.sequence import Sequence
-from tpilite.engine.stats import Usage, disk_read_bytes, measure, peak_rss_bytes
+from tpilite.engine.stats import measure, peak_rss_bytes
+from tpilite.engine.usage import Usage, disk_read_bytes
 
 
 def test_seconds_add_up() -> None:
-    sequence = Sequence(1, [1, 2, 3], SamplingParams(seed=7), new_ids=[4, 5, 6])
+    sequence = Sequence([1, 2, 3], SamplingParams(seed=7), new_ids=[4, 5, 6])
     sequence.started_s = 10.0
     sequence.token_times_s = [12.0, 12.5, 14.0]
     sequence.finish_reason = "length"
-    stats = measure(sequence, Usage(1.0, 0.5, 0.25, 100), Usage(3.0, 1.0, 0.75, 350))
+    stats = measure(sequence, Usage(3.0, 1.0, 0.75, 350).since(Usage(1.0, 0.5, 0.25, 100)))
     assert (stats.prompt_tokens, stats.new_tokens, stats.seed) == (3, 3, 7)
     assert (stats.ttft_s, stats.token_s, stats.total_s) == (2.0, 1.0, 4.0)
     assert stats.tokens_per_s == pytest.approx(1.0)
@@ -24,7 +25,7 @@ def test_seconds_add_up() -> None:
 
 
 def test_a_text_without_tokens_has_no_times() -> None:
-    stats = measure(Sequence(1, [1], SamplingParams()), Usage(), Usage())
+    stats = measure(Sequence([1], SamplingParams()), Usage())
     assert (stats.ttft_s, stats.token_s, stats.tokens_per_s, stats.total_s) == (None, None, None, 0.0)
     assert str(stats).startswith("1 prompt tokens, 0 new, peak memory")
 

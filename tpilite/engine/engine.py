@@ -11,11 +11,12 @@ import numpy as np
 
 from tpilite.arrays import Array
 from tpilite.config import LlamaConfig
-from tpilite.engine.runner import Embedding, Runner
-from tpilite.engine.sampling import N_CANDIDATES, Candidates, SamplingParams, best, choose, edits_for
+from tpilite.engine.rank import Rank
+from tpilite.engine.sampling import N_CANDIDATES, Candidates, best, choose, edits_for
 from tpilite.engine.scheduler import Scheduler
-from tpilite.engine.sequence import Decoder, Sequence, TokenLogprob
+from tpilite.engine.sequence import Sequence, TokenLogprob
 from tpilite.engine.step import Rows, Step, Wanted
+from tpilite.engine.usage import Usage
 from tpilite.errors import ConfigError, PeerLost
 
 Recover = Callable[[PeerLost], None]
@@ -24,6 +25,21 @@ logger = logging.getLogger(__name__)
 
 # A survey costs one message to every rank and one back.
 _SURVEY_S = 2.0
+
+
+class TooLong(ConfigError):
+    """A prompt of `n_prompt` tokens, and the `n_new` asked for, do not fit the `context`."""
+
+    def __init__(self, n_prompt: int, n_new: int | None, context: int, short_of_memory: bool) -> None:
+        asked = f" and {n_new} new ones" if n_new else ""
+        whose = (
+            "the memory, which holds the keys and values of" if short_of_memory else "the model's context of"
+        )
+        super().__init__(
+            f"a prompt of {n_prompt} tokens{asked} does not fit {whose} {context}; "
+            "shorten the prompt or ask for a shorter length"
+        )
+        self.n_prompt, self.n_new, self.context = n_prompt, n_new, context
 
 
 @dataclass(frozen=True)
@@ -45,26 +61,20 @@ class _Held:
 
 
 class Engine:
-    """Serves requests with a `Runner`, one pass a `step`. For one thread at a time.
+    """Serves requests with rank 0 and all others, one pass a `step`. For one thread at a time.
 
-    Where a rank is lost, `recover` puts the runner into a new group, and the pass is made again from the
-    tokens.
+    Where a rank is lost, `recover` puts rank 0 into a new group, and the pass is made again from the tokens.
     """
 
     def __init__(
-        self,
-        config: LlamaConfig,
-        runner: Runner,
-        embed: Embedding,
-        *,
-        max_rows: int,
-        recover: Recover | None = None,
+        self, config: LlamaConfig, rank: Rank, *, max_rows: int, recover: Recover | None = None
     ) -> None:
+        assert rank.embed is not None, "rank 0 has the embedding"
         self.config = config
-        self.runner = runner
-        self._embed = embed
+        self.runner = rank.runner
+        self._rank, self._embed = rank, rank.embed
         self._recover = recover
-        self._scheduler = Scheduler(max_rows, on_start=self._adopt)
+        self._scheduler = Scheduler(max_rows, on_start=self._take_up)
         self._max_rows = max_rows
         self._held: _Held | None = None
         self._free: list[int] = []
@@ -74,34 +84,31 @@ class Engine:
         self._surveyed_s = 0.0
         self._begin()
 
-    def submit(
-        self,
-        prompt_ids: list[int],
-        params: SamplingParams,
-        *,
-        eos_ids: frozenset[int] = frozenset(),
-        decoder: Decoder | None = None,
-    ) -> Sequence:
-        """A new sequence in the queue. Raises `ConfigError` before any work where it could not be served."""
-        self._check_ids(prompt_ids)
-        room = self.context - len(prompt_ids)
-        if room < (params.length or 0) or room < 1:
-            asked = f" and {params.length} new ones" if params.length else ""
-            whose = "the model's context of"
-            if self.context < self.config.max_position_embeddings:
-                whose = "the memory, which holds the keys and values of"
-            raise ConfigError(
-                f"a prompt of {len(prompt_ids)} tokens{asked} does not fit {whose} {self.context}; "
-                "shorten the prompt or ask for a shorter length"
-            )
+    def check(self, sequence: Sequence) -> None:
+        """Raises `ConfigError` or its `TooLong` where the sequence could not be served. For any thread."""
+        params, n_prompt = sequence.params, len(sequence.prompt_ids)
+        self._check_ids(sequence.prompt_ids)
         for token_id in params.logit_bias:
             self._check_ids([token_id])
-        sequence = Sequence(self._new_id(), list(prompt_ids), params, eos_ids, decoder)
-        if params.length == 0:
+        if n_prompt + max(params.length or 0, 1) > self.context:
+            short_of_memory = self.context < self.config.max_position_embeddings
+            raise TooLong(n_prompt, params.length, self.context, short_of_memory)
+
+    def submit(self, sequence: Sequence) -> None:
+        """Puts a new sequence into the queue. Raises what `check` does, before any work."""
+        self.check(sequence)
+        sequence.sequence_id = self._new_id()
+        if sequence.params.length == 0:
             sequence.finish_reason = "length"
         else:
             self._scheduler.add(sequence)
-        return sequence
+
+    def spent(self, sequence: Sequence) -> Usage:
+        """What rank 0 has spent on a sequence so far."""
+        if sequence.usage is not None:
+            return sequence.usage
+        now = self._rank.usage
+        return now.since(sequence.usage_before or now)
 
     def cancel(self, sequence: Sequence) -> None:
         """Ends a sequence where it is; its place is free for the next pass."""
@@ -171,8 +178,9 @@ class Engine:
             chunk.sequence.n_cached += chunk.n_rows
         return [self._accept(sequence, token_id) for sequence, token_id in outputs]
 
-    def _adopt(self, sequence: Sequence) -> None:
+    def _take_up(self, sequence: Sequence) -> None:
         """Starts a sequence on the held caches where its prompt begins as they do, else frees them."""
+        sequence.usage_before = self._rank.usage
         held, self._held = self._held, None
         if held is None:
             return
@@ -222,6 +230,7 @@ class Engine:
         return Output(sequence, token_id, text, reason is not None)
 
     def _finish(self, sequence: Sequence, reason: str) -> None:
+        sequence.usage = self.spent(sequence)
         sequence.finish_reason = reason
         self._scheduler.remove(sequence)
         if sequence.n_cached:

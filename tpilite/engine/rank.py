@@ -13,7 +13,7 @@ from tpilite.config import LlamaConfig
 from tpilite.engine.compiled import new_products
 from tpilite.engine.config import EngineConfig
 from tpilite.engine.runner import Runner
-from tpilite.engine.stats import Usage, disk_read_bytes
+from tpilite.engine.usage import Usage, disk_read_bytes
 from tpilite.linear.linear import Linear
 from tpilite.machine import (
     auto_budget_bytes,

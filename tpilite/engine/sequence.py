@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from tpilite.engine.sampling import SamplingParams
+from tpilite.engine.usage import Usage
 
 
 class Decoder(Protocol):
@@ -25,23 +26,26 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...]
 
 
-@dataclass
+@dataclass(eq=False)
 class Sequence:
     """The state of one request. `n_cached` positions of `ids` are in the ranks' KV caches."""
 
-    sequence_id: int
     prompt_ids: list[int]
     params: SamplingParams
     eos_ids: frozenset[int] = frozenset()
     decoder: Decoder | None = None
     new_ids: list[int] = field(default_factory=list)
+    sequence_id: int = 0  # that of its caches, given by the engine
     n_cached: int = 0
     finish_reason: str | None = None
     logprobs: list[TokenLogprob] = field(default_factory=list)
     seed: int = 0
     text: str = ""
+    n_decoded: int = 0  # characters, those held back and those of a stop text included
     started_s: float = field(default_factory=time.perf_counter)
     token_times_s: list[float] = field(default_factory=list)
+    usage_before: Usage | None = None  # of rank 0, when its first rows were taken up
+    usage: Usage | None = None  # what rank 0 has spent on it; None until it ends
     _held: str = ""
 
     def __post_init__(self) -> None:
@@ -62,6 +66,7 @@ class Sequence:
         A tail that could be the beginning of a stop text is held back until it is decided.
         """
         self._held += piece
+        self.n_decoded += len(piece)
         at, found = _first(self._held, self.params.stop)
         if found:
             shown, self._held = self._held[:at], ""

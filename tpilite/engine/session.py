@@ -18,7 +18,8 @@ from tpilite.engine.engine import Engine, Recover
 from tpilite.engine.rank import Rank
 from tpilite.engine.sampling import SamplingParams
 from tpilite.engine.sequence import Sequence
-from tpilite.engine.stats import Stats, Usage, measure
+from tpilite.engine.stats import Stats, measure
+from tpilite.engine.usage import Usage
 from tpilite.errors import ConfigError
 from tpilite.text.chat import ChatFormat, chat_format
 from tpilite.text.load import load_tokenizer
@@ -38,6 +39,15 @@ class Completion:
     stats: Stats
 
 
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A prompt for the engine: its ids, those that end the text, and whether that answers or continues it."""
+
+    ids: list[int]
+    eos_ids: frozenset[int]
+    is_chat: bool
+
+
 class Session:
     """Prompts and messages in, text out, by rank 0 of however many ranks. For one thread at a time.
 
@@ -53,10 +63,8 @@ class Session:
         max_rows: int,
         recover: Recover | None = None,
     ) -> None:
-        assert rank.embed is not None, "rank 0 has the embedding"
         self.folder, self.config = folder, config
         self._rank = rank
-        self._usage_before = rank.usage
         self._tokenizer = load_tokenizer(folder, config.vocab_size)
         # How messages become a prompt; None for a model that was not made for chat.
         self.chat_format: ChatFormat | None = None
@@ -64,7 +72,7 @@ class Session:
         if self._tokenizer is not None:
             self.chat_format = chat_format(self._tokenizer, folder)
             self._eos_ids |= self._tokenizer.eos_ids
-        self.engine = Engine(config, rank.runner, rank.embed, max_rows=max_rows, recover=recover)
+        self.engine = Engine(config, rank, max_rows=max_rows, recover=recover)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -87,16 +95,36 @@ class Session:
         """The text that follows `prompt`, in pieces as it is made. Ending the loop early ends the work."""
         return self.run(self.start(prompt, params))
 
-    def start(self, prompt: Prompt, params: SamplingParams | None = None) -> Sequence:
-        """A request for what follows `prompt`, in the queue. Raises `ConfigError` if it cannot be served."""
+    def encode(self, prompt: Prompt) -> EncodedPrompt:
+        """A text to be continued, as ids. For any thread, as `encode_chat` and `prepare` are."""
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        return self._submit(ids, params, after=ids)
+        return EncodedPrompt(ids, self._eos_ids, is_chat=False)
 
-    def start_chat(self, messages: Chat, params: SamplingParams | None = None) -> Sequence:
-        """A request for the answer to a conversation of {"role": ..., "content": ...} messages."""
+    def encode_chat(self, messages: Chat) -> EncodedPrompt:
+        """A conversation of {"role": ..., "content": ...} messages to be answered, as ids."""
         if self.chat_format is None:
             raise ConfigError(f"{self.folder} is not a chat model (no known chat format); give it a prompt")
-        return self._submit(self.chat_format.encode(messages), params, stop_ids=self.chat_format.stop_ids)
+        ids, stop_ids = self.chat_format.encode(messages), self.chat_format.stop_ids
+        return EncodedPrompt(ids, self._eos_ids | stop_ids, is_chat=True)
+
+    def prepare(self, prompt: EncodedPrompt, params: SamplingParams) -> Sequence:
+        """A request that is not in the queue yet. Raises `ConfigError` if it cannot be served."""
+        sequence = Sequence(prompt.ids, params, prompt.eos_ids)
+        self.engine.check(sequence)
+        if self._tokenizer is not None:
+            # An answer is a text of its own, a completion goes on from its prompt.
+            sequence.decoder = StreamDecoder(self._tokenizer, after=[] if prompt.is_chat else prompt.ids)
+        elif params.stop:
+            raise ConfigError("stop texts need a tokenizer, which this model's folder does not have")
+        return sequence
+
+    def start(self, prompt: Prompt, params: SamplingParams | None = None) -> Sequence:
+        """A request for what follows `prompt`, in the queue. Raises `ConfigError` if it cannot be served."""
+        return self._start(self.encode(prompt), params)
+
+    def start_chat(self, messages: Chat, params: SamplingParams | None = None) -> Sequence:
+        """A request for the answer to a conversation, in the queue. Raises as `start` does."""
+        return self._start(self.encode_chat(messages), params)
 
     def run(self, request: Sequence) -> Iterator[str]:
         """Serves `request` to its end and gives its text in pieces."""
@@ -104,7 +132,7 @@ class Session:
 
     def completion(self, request: Sequence) -> Completion:
         """What has come of `request` so far."""
-        stats = measure(request, self._usage_before, self.usage)
+        stats = measure(request, self.engine.spent(request))
         return Completion(request.text, list(request.new_ids), request.finish_reason, stats)
 
     def logits(self, ids: Items[int]) -> NDArray[np.float32]:  # [T] -> [T, V]
@@ -121,17 +149,7 @@ class Session:
         """What `memory.MemoryReport` writes down about this rank."""
         return self._rank.memory_sample
 
-    def _submit(
-        self,
-        ids: list[int],
-        params: SamplingParams | None,
-        *,
-        after: Items[int] = (),
-        stop_ids: frozenset[int] = frozenset(),
-    ) -> Sequence:
-        params = params or SamplingParams()
-        decoder = None if self._tokenizer is None else StreamDecoder(self._tokenizer, after=after)
-        if params.stop and decoder is None:
-            raise ConfigError(f"stop texts need a tokenizer, which {self.folder} does not have")
-        self._usage_before = self.usage
-        return self.engine.submit(ids, params, eos_ids=self._eos_ids | stop_ids, decoder=decoder)
+    def _start(self, prompt: EncodedPrompt, params: SamplingParams | None) -> Sequence:
+        sequence = self.prepare(prompt, params or SamplingParams())
+        self.engine.submit(sequence)
+        return sequence

@@ -1,30 +1,17 @@
-"""What a run cost: the figures of one generated text and of the process that made it."""
+"""The figures of one generated text."""
 
 import itertools
 import platform
-import resource
 import statistics
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tpilite.engine.sequence import Sequence
+from tpilite.engine.usage import Usage
 from tpilite.machine import format_size, peak_rss_bytes
 from tpilite.version import __version__
-from tpilite.weights.pager import PagerUsage
-
-
-@dataclass(frozen=True)
-class Usage:
-    """Seconds spent and bytes read so far, by this rank since its start, and what paging holds."""
-
-    compute_s: float = 0.0  # in the model, without its waits
-    load_wait_s: float = 0.0
-    network_wait_s: float = 0.0
-    read_bytes: int = 0
-    paging: PagerUsage | None = None
 
 
 @dataclass(frozen=True)
@@ -75,14 +62,12 @@ class Stats:
         return ", ".join(parts)
 
 
-def measure(sequence: Sequence, before: Usage, after: Usage) -> Stats:
-    """The figures of a text, from its own times and what the process counted before and after it."""
+def measure(sequence: Sequence, spent: Usage) -> Stats:
+    """The figures of a text, from its own times and what rank 0 has spent on it."""
     times = sequence.token_times_s
     total_s = times[-1] - sequence.started_s if times else 0.0
-    compute_s = after.compute_s - before.compute_s
-    load_wait_s = after.load_wait_s - before.load_wait_s
-    network_wait_s = after.network_wait_s - before.network_wait_s
     gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
+    paging = spent.paging
     return Stats(
         prompt_tokens=len(sequence.prompt_ids),
         new_tokens=len(sequence.new_ids),
@@ -90,46 +75,17 @@ def measure(sequence: Sequence, before: Usage, after: Usage) -> Stats:
         token_s=statistics.median(gaps) if gaps else None,
         tokens_per_s=len(gaps) / sum(gaps) if gaps else None,
         total_s=total_s,
-        compute_s=compute_s,
-        load_wait_s=load_wait_s,
-        network_wait_s=network_wait_s,
-        rest_s=max(0.0, total_s - compute_s - load_wait_s - network_wait_s),
-        read_bytes=after.read_bytes - before.read_bytes,
-        **_paging(before.paging, after.paging),
+        compute_s=spent.compute_s,
+        load_wait_s=spent.load_wait_s,
+        network_wait_s=spent.network_wait_s,
+        rest_s=max(0.0, total_s - spent.compute_s - spent.load_wait_s - spent.network_wait_s),
+        read_bytes=spent.read_bytes,
+        budget_bytes=paging.budget_bytes if paging else None,
+        resident_bytes=paging.resident_bytes if paging else 0,
+        streaming_bytes=paging.streaming_bytes if paging else 0,
+        read_bytes_per_pass=paging.read_bytes / paging.passes if paging and paging.passes else 0.0,
+        overlap=paging.overlap if paging else 0.0,
         peak_rss_bytes=peak_rss_bytes(),
         finish_reason=sequence.finish_reason,
         seed=sequence.seed,
     )
-
-
-def _paging(before: PagerUsage | None, after: PagerUsage | None) -> dict[str, Any]:
-    if after is None:
-        return {
-            "budget_bytes": None,
-            "resident_bytes": 0,
-            "streaming_bytes": 0,
-            "read_bytes_per_pass": 0.0,
-            "overlap": 0.0,
-        }
-    n_passes = after.passes - (before.passes if before else 0)
-    read_bytes = after.read_bytes - (before.read_bytes if before else 0)
-    load_s = after.load_s - (before.load_s if before else 0.0)
-    wait_s = after.load_wait_s - (before.load_wait_s if before else 0.0)
-    return {
-        "budget_bytes": after.budget_bytes,
-        "resident_bytes": after.resident_bytes,
-        "streaming_bytes": after.streaming_bytes,
-        "read_bytes_per_pass": read_bytes / n_passes if n_passes else 0.0,
-        "overlap": max(0.0, 1 - wait_s / load_s) if load_s else 0.0,
-    }
-
-
-def disk_read_bytes() -> int:
-    """The bytes that this process has made the disk read; counted in blocks where there is no /proc."""
-    try:
-        for line in Path("/proc/self/io").read_text().splitlines():
-            if line.startswith("read_bytes:"):
-                return int(line.split()[1])
-    except OSError:
-        pass
-    return resource.getrusage(resource.RUSAGE_SELF).ru_inblock * 512

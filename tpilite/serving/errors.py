@@ -3,6 +3,7 @@
 from typing import Any
 
 from tpilite.checks import short
+from tpilite.engine.engine import TooLong
 from tpilite.errors import ConfigError, TpiliteError
 
 Json = dict[str, Any]
@@ -22,16 +23,6 @@ class Stopping(TpiliteError):
 
 class Broken(TpiliteError):
     """A mistake of our own ended the engine's thread; the log has its traceback."""
-
-
-class TooLong(ConfigError):
-    """A prompt, with the new tokens asked for, does not fit the model's context."""
-
-    def __init__(self, n_prompt: int, n_new: int | None, limit: int) -> None:
-        super().__init__(
-            f"{n_prompt} prompt tokens and {n_new or 1} new ones do not fit a context of {limit}"
-        )
-        self.n_prompt, self.n_new, self.limit = n_prompt, n_new, limit
 
 
 class ApiError(TpiliteError):
@@ -65,7 +56,7 @@ def api_error(error: TpiliteError, *, is_chat: bool) -> ApiError:
         return error
     param = "messages" if is_chat else "prompt"
     if isinstance(error, TooLong):
-        return too_long(error.n_prompt, error.n_new, error.limit, param)
+        return too_long(error.n_prompt, error.n_new, error.context, param)
     if isinstance(error, Busy):
         later = {"Retry-After": str(error.retry_after_s)}
         return ApiError(429, str(error), kind="requests", code="rate_limit_exceeded", headers=later)

@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from tpilite.engine.stats import Usage
+from tpilite.engine.usage import Usage
 from tpilite.machine import rss_bytes
 
 # Tokens per second are those of so many tokens: a second on a fast machine, minutes on one that pages.
@@ -49,12 +49,11 @@ class Figures:
 
     def count(self, n_new: int, pass_s: float, rest_s: float, before: Usage, after: Usage) -> None:
         """Adds a pass of so many new tokens, and the time spent on it outside of the engine."""
-        load_s = after.load_wait_s - before.load_wait_s
-        network_s = after.network_wait_s - before.network_wait_s
+        spent = after.since(before)
         self.n_new += n_new
-        self.load_wait_s += load_s
-        self.network_wait_s += network_s
-        self.compute_s += max(0.0, pass_s - load_s - network_s)
+        self.load_wait_s += spent.load_wait_s
+        self.network_wait_s += spent.network_wait_s
+        self.compute_s += max(0.0, pass_s - spent.load_wait_s - spent.network_wait_s)
         self.rest_s += rest_s
         self.token_times_s.extend([time.monotonic()] * n_new)
 

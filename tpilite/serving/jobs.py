@@ -7,8 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tpilite.engine.engine import Output
-from tpilite.engine.sampling import SamplingParams
-from tpilite.engine.sequence import Decoder, Sequence, TokenLogprob
+from tpilite.engine.sequence import Sequence, TokenLogprob
 from tpilite.errors import TpiliteError
 
 
@@ -23,48 +22,17 @@ class Delta:
     n_new: int = 1
 
 
-class CountingDecoder:
-    """A decoder that knows how many characters it has given."""
-
-    def __init__(self, inner: Decoder) -> None:
-        self._inner = inner
-        self.n_chars = 0
-
-    def add(self, token_id: int) -> str:
-        """The text that the token completes."""
-        return self._count(self._inner.add(token_id))
-
-    def finish(self) -> str:
-        """The text that no token has completed."""
-        return self._count(self._inner.finish())
-
-    def _count(self, piece: str) -> str:
-        self.n_chars += len(piece)
-        return piece
-
-
-@dataclass(frozen=True)
-class Asked:
-    """One choice of a request, ready for the engine."""
-
-    index: int
-    ids: list[int]
-    params: SamplingParams
-    eos_ids: frozenset[int]
-    decoder: CountingDecoder | None
-
-
 class Job:
     """A request being served: its choices' deltas, in the order in which they are made.
 
     `cancel` takes it out of the service's queue.
     """
 
-    def __init__(self, asked: list[Asked], n_prompt: int, cancel: Callable[["Job"], None]) -> None:
+    def __init__(self, sequences: list[Sequence], n_prompt: int, cancel: Callable[["Job"], None]) -> None:
         self.n_prompt = n_prompt
         self.n_new = 0  # tokens that `next` has given
-        self.n_unfinished = len(asked)  # choices whose end it has not
-        self.asked = asked
+        self.n_unfinished = len(sequences)  # choices whose end it has not
+        self.sequences = sequences
         self.n_running = 0  # choices in the engine; its thread's
         self.started_s = time.monotonic()
         self._cancel = cancel
@@ -98,9 +66,8 @@ class Choice:
     which is not shown, are not told either.
     """
 
-    def __init__(self, job: Job, index: int, sequence: Sequence, decoder: CountingDecoder | None) -> None:
+    def __init__(self, job: Job, index: int, sequence: Sequence) -> None:
         self.job, self.index, self.sequence = job, index, sequence
-        self._decoder = decoder
         self._n_shown = 0
         self._begins = 0  # where the next token's text does
         self._held: deque[tuple[int, TokenLogprob]] = deque()
@@ -114,10 +81,9 @@ class Choice:
         by_eos = output.finished and output.token_id in sequence.eos_ids
         if not by_eos:
             self._held.append((self._begins, sequence.logprobs[-1]))
-        if self._decoder is not None:
-            self._begins = self._decoder.n_chars
+        self._begins = sequence.n_decoded
         self._n_shown += len(output.text)
-        everything = self._decoder is None or by_eos or reason == "length"
+        everything = sequence.decoder is None or by_eos or reason == "length"
         ready = []
         while self._held and (everything or self._held[0][0] < self._n_shown):
             ready.append(self._held.popleft()[1])

@@ -22,7 +22,7 @@ from typing import Any
 
 from tpilite.closing import Closing
 from tpilite.engine.session import Session
-from tpilite.engine.stats import Usage
+from tpilite.engine.usage import Usage
 from tpilite.errors import ConfigError
 from tpilite.serving.answer import Completions
 from tpilite.serving.config import ServerConfig

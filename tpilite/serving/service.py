@@ -15,14 +15,14 @@ from typing import Any
 from tpilite.closing import Closing
 from tpilite.engine.engine import Output, Recover
 from tpilite.engine.sampling import SamplingParams
-from tpilite.engine.session import Session
-from tpilite.engine.stats import Usage
+from tpilite.engine.session import EncodedPrompt, Session
+from tpilite.engine.usage import Usage
 from tpilite.errors import ConfigError, PeerLost, TpiliteError
 from tpilite.machine import rss_bytes
-from tpilite.serving.errors import Broken, Busy, Stopping, TooLong
+from tpilite.serving.errors import Broken, Busy, Stopping
 from tpilite.serving.figures import Figures
-from tpilite.serving.jobs import Asked, Choice, CountingDecoder, Delta, Job
-from tpilite.text.tokenizer import StreamDecoder, Tokenizer
+from tpilite.serving.jobs import Choice, Delta, Job
+from tpilite.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -76,9 +76,6 @@ class Service(Closing):
         self._names = (
             {} if self._tokenizer is None else {i: name for name, i in self._tokenizer.specials.items()}
         )
-        self._eos_ids = frozenset(session.config.eos_token_ids)
-        if self._tokenizer is not None:
-            self._eos_ids |= self._tokenizer.eos_ids
         self._changed = threading.Condition()
         # All below is guarded by it; the engine and what belongs to its passes by its thread alone.
         self._inbox: list[Job] = []
@@ -114,17 +111,16 @@ class Service(Closing):
 
     def chat(self, messages: Messages, params: SamplingParams, n: int = 1) -> Job:
         """The job of answering a conversation `n` times. Raises as `complete` does."""
-        chat = self._session.chat_format
-        if chat is None:
+        if self._session.chat_format is None:
             raise ConfigError("this model was not made for chat; use /v1/completions, which continues a text")
-        return self._submit([chat.encode(messages)], params, n, is_chat=True)
+        return self._submit([self._session.encode_chat(messages)], params, n)
 
     def complete(self, prompts: tuple[Prompt, ...], params: SamplingParams, n: int = 1) -> Job:
         """The job of continuing each prompt `n` times, with one seed more each time.
 
         Raises `TooLong` and `ConfigError` for what the model cannot do, `Busy`, `Stopping` and `Broken`.
         """
-        return self._submit([self._encode(prompt) for prompt in prompts], params, n, is_chat=False)
+        return self._submit([self._session.encode(prompt) for prompt in prompts], params, n)
 
     def cancel(self, job: Job) -> None:
         """Ends a job that nobody waits for; its place is free at once and its sequences end before a pass."""
@@ -184,38 +180,11 @@ class Service(Closing):
         name = socket.gethostname()
         return [{"rank": 0, "name": name, "state": state, "memory_bytes": rss_bytes(), "resident_share": 1.0}]
 
-    def _encode(self, prompt: Prompt) -> list[int]:
-        if not isinstance(prompt, str):
-            return prompt
-        return self._session.tokenizer.encode(prompt)
-
-    def _decoder(self, after: list[int]) -> CountingDecoder | None:
-        return (
-            None if self._tokenizer is None else CountingDecoder(StreamDecoder(self._tokenizer, after=after))
-        )
-
-    def _submit(self, prompts: list[list[int]], params: SamplingParams, n: int, *, is_chat: bool) -> Job:
-        vocab_size = self._session.config.vocab_size
-        for ids in [*prompts, list(params.logit_bias)]:
-            wrong = next((i for i in ids if not 0 <= i < vocab_size), None)
-            if wrong is not None:
-                raise ConfigError(f"token id {wrong} is not in the model's vocabulary of {vocab_size}")
-        if params.stop and self._tokenizer is None:
-            raise ConfigError("stop texts need a tokenizer, which this model's folder does not have")
-        for ids in prompts:
-            if not ids:
-                raise ConfigError("the prompt is empty and this model has no BOS token to begin with")
-            if len(ids) + max(params.length or 0, 1) > self.context:
-                raise TooLong(len(ids), params.length, self.context)
-        chat = self._session.chat_format
-        eos_ids = self._eos_ids | chat.stop_ids if is_chat and chat is not None else self._eos_ids
-        # An answer is a text of its own, a completion goes on from its prompt.
-        asked = [
-            Asked(k * n + i, ids, _seeded(params, i), eos_ids, self._decoder([] if is_chat else ids))
-            for k, ids in enumerate(prompts)
-            for i in range(n)
+    def _submit(self, prompts: list[EncodedPrompt], params: SamplingParams, n: int) -> Job:
+        sequences = [
+            self._session.prepare(prompt, _seeded(params, i)) for prompt in prompts for i in range(n)
         ]
-        job = Job(asked, sum(map(len, prompts)), self.cancel)
+        job = Job(sequences, sum(len(prompt.ids) for prompt in prompts), self.cancel)
         with self._changed:
             if self._stopping:
                 raise Stopping("the server is shutting down; ask again when it is back")
@@ -293,14 +262,12 @@ class Service(Closing):
         """The sequences of a job in the engine's queue; none where the engine refuses it."""
         choices = []
         try:
-            for one in job.asked:
-                sequence = self._session.engine.submit(
-                    one.ids, one.params, eos_ids=one.eos_ids, decoder=one.decoder
-                )
+            for index, sequence in enumerate(job.sequences):
+                self._session.engine.submit(sequence)
                 if sequence.finish_reason is not None:
-                    job.put(Delta(one.index, "", (), sequence.finish_reason, n_new=0))
+                    job.put(Delta(index, "", (), sequence.finish_reason, n_new=0))
                 else:
-                    choices.append(Choice(job, one.index, sequence, one.decoder))
+                    choices.append(Choice(job, index, sequence))
         except ConfigError as error:
             for choice in choices:
                 self._session.engine.cancel(choice.sequence)

@@ -15,7 +15,7 @@ import mmap
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tpilite.arrays import Array
 from tpilite.closing import Closing
@@ -78,6 +78,11 @@ class PagerUsage:
     def overlap(self) -> float:
         """The share of the reading that went on behind the computing, 0 to 1."""
         return max(0.0, 1 - self.load_wait_s / self.load_s) if self.load_s else 0.0
+
+    def since(self, before: "PagerUsage") -> "PagerUsage":
+        """What paging holds now and has done after `before`."""
+        counted = ("passes", "loads", "read_bytes", "load_s", "load_wait_s")
+        return replace(self, **{name: getattr(self, name) - getattr(before, name) for name in counted})
 
     def __str__(self) -> str:
         text = "" if self.budget_bytes is None else f"memory budget {format_size(self.budget_bytes)}, "

@@ -1,0 +1,84 @@
+"""Requests as a session prepares them: their ends, their decoders, and what each of them cost."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from servers import write_model
+
+from tpilite import LLM, SamplingParams
+from tpilite.engine.engine import TooLong
+from tpilite.errors import ConfigError
+
+GREEDY = SamplingParams(temperature=0, length=12, ignore_eos=True)
+HELLO = [{"role": "user", "content": "Once upon a time"}]
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
+    folder = write_model(tmp_path_factory.mktemp("model"), eos_token_ids=(7, 9))
+    with LLM(folder, threads=1) as llm:
+        yield llm
+
+
+def test_an_end_is_every_token_that_the_model_the_tokenizer_or_the_chat_ends_with(llm: LLM) -> None:
+    assert llm.chat_format is not None
+    prompt, chat = llm.encode("Once"), llm.encode_chat(HELLO)
+    assert prompt.eos_ids == {7, 9} | llm.tokenizer.eos_ids
+    assert chat.eos_ids == prompt.eos_ids | llm.chat_format.stop_ids
+    assert llm.prepare(chat, GREEDY).eos_ids == chat.eos_ids
+
+
+def test_a_prepared_request_waits_until_it_is_submitted(llm: LLM) -> None:
+    request = llm.prepare(llm.encode("Once upon a time"), GREEDY)
+    assert llm.engine.step() == []
+    llm.engine.submit(request)
+    assert "".join(llm.run(request)) == llm.generate("Once upon a time", GREEDY).text
+
+
+def test_requests_started_together_each_have_their_own_figures(llm: LLM) -> None:
+    before = llm.usage
+    requests = [llm.start(text, GREEDY) for text in ("Once upon a time", "One day", "The fox")]
+    for request in requests:
+        assert list(llm.run(request))
+    passes, compute_s = 0.0, 0.0
+    for request in requests:
+        assert request.usage is not None
+        assert request.usage.paging is not None
+        passes += request.usage.paging.passes
+        compute_s += llm.completion(request).stats.compute_s
+    spent = llm.usage.since(before)
+    assert spent.paging is not None
+    assert passes == spent.paging.passes == 3 * 12
+    assert 0 < compute_s <= spent.compute_s
+
+
+def test_a_request_that_was_never_served_has_cost_nothing(llm: LLM) -> None:
+    first, second = llm.start("One day", GREEDY), llm.start("The fox", GREEDY)
+    llm.engine.cancel(second)
+    assert list(llm.run(first))
+    stats = llm.completion(second).stats
+    assert (stats.compute_s, stats.read_bytes, stats.new_tokens) == (0, 0, 0)
+    assert stats.resident_bytes == llm.completion(first).stats.resident_bytes
+
+
+def test_what_does_not_fit_says_by_how_much(llm: LLM) -> None:
+    with pytest.raises(TooLong, match="a prompt of 250 tokens and 7 new ones does not fit") as found:
+        llm.start([3] * 250, SamplingParams(length=7))
+    assert (found.value.n_prompt, found.value.n_new, found.value.context) == (250, 7, 256)
+
+
+def test_what_the_model_cannot_do_is_refused_before_it_waits(llm: LLM) -> None:
+    for prompt, params, text in [
+        ([], GREEDY, "the prompt is empty"),
+        ([400], GREEDY, "token id 400 is not in the model's vocabulary of 400"),
+        ([3], SamplingParams(logit_bias={400: 1.0}), "token id 400"),
+    ]:
+        with pytest.raises(ConfigError, match=text):
+            llm.prepare(llm.encode(prompt), params)
+
+
+def test_a_folder_without_chat_answers_no_conversation(tmp_path: Path) -> None:
+    with LLM(write_model(tmp_path, chat=False), threads=1) as llm:
+        with pytest.raises(ConfigError, match="not a chat model"):
+            llm.encode_chat(HELLO)
