@@ -1,14 +1,14 @@
-"""A request on its way through the service: what it asks for, and the deltas that come of it."""
+"""A request on its way through the service: its sequences in the engine, and the deltas that come of them."""
 
 import queue
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from tpilite.engine.engine import Output
+from tpilite.engine.engine import Engine, Output
 from tpilite.engine.sequence import Sequence, TokenLogprob
-from tpilite.errors import TpiliteError
+from tpilite.errors import ConfigError, TpiliteError
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Job:
         self._deltas.put(item)
 
 
-class Choice:
+class _Choice:
     """A sequence in the engine and the job it belongs to.
 
     The log-probability of a token is told with the text in which it begins, so that those of a stop text,
@@ -88,3 +88,60 @@ class Choice:
         while self._held and (everything or self._held[0][0] < self._n_shown):
             ready.append(self._held.popleft()[1])
         return Delta(self.index, output.text, tuple(ready), reason)
+
+
+class Running:
+    """The choices that the engine is at work on, or has in its queue. For the engine's thread alone."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._choices: dict[int, _Choice] = {}  # by the identity of the sequence
+
+    def __len__(self) -> int:
+        return len(self._choices)
+
+    def start(self, job: Job) -> None:
+        """Hands a job's sequences to the engine. Raises `ConfigError` where it takes none of them."""
+        choices = []
+        try:
+            for index, sequence in enumerate(job.sequences):
+                self._engine.submit(sequence)
+                if sequence.finish_reason is not None:
+                    job.put(Delta(index, "", (), sequence.finish_reason, n_new=0))
+                else:
+                    choices.append(_Choice(job, index, sequence))
+        except ConfigError:
+            for choice in choices:
+                self._engine.cancel(choice.sequence)
+            raise
+        job.n_running = len(choices)
+        self._choices.update({id(choice.sequence): choice for choice in choices})
+
+    def deliver(self, outputs: list[Output]) -> list[Job]:
+        """Gives what came of a pass to the jobs, and says which of them are complete."""
+        complete = []
+        for output in outputs:
+            choice = self._choices.get(id(output.sequence))
+            if choice is None:
+                continue
+            job = choice.job
+            job.put(choice.delta(output))
+            if output.finished:
+                del self._choices[id(output.sequence)]
+                job.n_running -= 1
+                if not job.n_running:
+                    complete.append(job)
+        return complete
+
+    def cancel(self, jobs: Collection[Job]) -> None:
+        """Ends the choices of these jobs in the engine."""
+        for key, choice in list(self._choices.items()):
+            if choice.job in jobs:
+                self._engine.cancel(choice.sequence)
+                del self._choices[key]
+
+    def cancel_all(self) -> None:
+        """Ends every choice in the engine."""
+        for choice in self._choices.values():
+            self._engine.cancel(choice.sequence)
+        self._choices.clear()

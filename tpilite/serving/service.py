@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from tpilite.closing import Closing
-from tpilite.engine.engine import Output, Recover
+from tpilite.engine.engine import Recover
 from tpilite.engine.sampling import SamplingParams
 from tpilite.engine.session import EncodedPrompt, Session
 from tpilite.engine.usage import Usage
@@ -21,7 +21,7 @@ from tpilite.errors import ConfigError, PeerLost, TpiliteError
 from tpilite.machine import rss_bytes
 from tpilite.serving.errors import Broken, Busy, Stopping
 from tpilite.serving.figures import Figures
-from tpilite.serving.jobs import Choice, Delta, Job
+from tpilite.serving.jobs import Job, Running
 from tpilite.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -85,6 +85,9 @@ class Service(Closing):
         self._failure: TpiliteError | None = None
         self._figures = Figures()
         self._thread = threading.Thread(target=self._run, name="tpilite-engine", daemon=True)
+
+    def start(self) -> None:
+        """Begins to serve."""
         self._thread.start()
 
     @property
@@ -94,6 +97,7 @@ class Service(Closing):
 
     @property
     def can_chat(self) -> bool:
+        """Whether messages can be answered, beside texts continued."""
         return self._session.chat_format is not None
 
     def token(self, token_id: int) -> tuple[str, bytes | None]:
@@ -148,6 +152,10 @@ class Service(Closing):
             self._thread.join(0.1)
         with self._changed:
             self._end_all(Stopping("the server was stopped before this answer was complete"))
+
+    def __enter__(self) -> "Service":
+        self.start()
+        return self
 
     @property
     def waiting_for(self) -> str | None:
@@ -214,82 +222,56 @@ class Service(Closing):
                 self._end_all(self._failure)
 
     def _loop(self) -> None:
-        engine = self._session.engine
-        choices: dict[int, Choice] = {}  # by the identity of the sequence
+        running = Running(self._session.engine)
         usage = self._usage()
-        while True:
-            with self._changed:
-                while not (self._inbox or self._unwanted or choices or self._closing):
-                    self._changed.wait()
-                    usage = self._usage()
-                if self._closing:
-                    break
-                inbox, self._inbox = self._inbox, []
-                unwanted, self._unwanted = self._unwanted, []
+        while (taken := self._take(running)) is not None:
+            started, cancelled = taken
+            if not running:
+                usage = self._usage()  # what came while there was nothing to do is not the next pass's
             began_s = time.perf_counter()
-            for job in inbox:
-                for choice in self._started(job):
-                    choices[id(choice.sequence)] = choice
-            for key, choice in list(choices.items()):
-                if choice.job in unwanted:
-                    engine.cancel(choice.sequence)
-                    del choices[key]
+            for job in started:
+                self._start(job, running)
+            running.cancel(cancelled)
+            before_s = time.perf_counter()
             try:
-                before_s = time.perf_counter()
-                outputs = engine.step() if choices else []
-                after_s = time.perf_counter()
+                outputs = self._session.engine.step() if running else []
             except TpiliteError as error:
                 logger.error("%s", error)
-                for choice in choices.values():
-                    engine.cancel(choice.sequence)
-                choices.clear()
+                running.cancel_all()
                 with self._changed:
                     self._failure = error
                     self._end_all(error)
                 continue
-            for output in outputs:
-                self._deliver(output, choices)
+            pass_s = time.perf_counter() - before_s
+            for job in running.deliver(outputs):
+                self._close_job(job)
             previous, usage = usage, self._usage()
             with self._changed:
                 self._failure = None
-                pass_s = after_s - before_s
                 rest_s = time.perf_counter() - began_s - pass_s
                 self._figures.count(len(outputs), pass_s, rest_s, previous, usage)
-        for choice in choices.values():
-            engine.cancel(choice.sequence)
+        running.cancel_all()
 
-    def _started(self, job: Job) -> list[Choice]:
-        """The sequences of a job in the engine's queue; none where the engine refuses it."""
-        choices = []
+    def _take(self, running: Running) -> tuple[list[Job], list[Job]] | None:
+        """The jobs to start and those to end, as soon as there is something to do; None at the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._inbox or self._unwanted or running or self._closing)
+            if self._closing:
+                return None
+            taken = self._inbox, self._unwanted
+            self._inbox, self._unwanted = [], []
+            return taken
+
+    def _start(self, job: Job, running: Running) -> None:
         try:
-            for index, sequence in enumerate(job.sequences):
-                self._session.engine.submit(sequence)
-                if sequence.finish_reason is not None:
-                    job.put(Delta(index, "", (), sequence.finish_reason, n_new=0))
-                else:
-                    choices.append(Choice(job, index, sequence))
+            running.start(job)
         except ConfigError as error:
-            for choice in choices:
-                self._session.engine.cancel(choice.sequence)
             self._close_job(job, error)
-            return []
-        job.n_running = len(choices)
+            return
         with self._changed:
             self._figures.n_prompt += job.n_prompt
-        if not choices:
+        if not job.n_running:
             self._close_job(job)
-        return choices
-
-    def _deliver(self, output: Output, choices: dict[int, Choice]) -> None:
-        choice = choices.get(id(output.sequence))
-        if choice is None:
-            return
-        choice.job.put(choice.delta(output))
-        if output.finished:
-            del choices[id(output.sequence)]
-            choice.job.n_running -= 1
-            if not choice.job.n_running:
-                self._close_job(choice.job)
 
     def _close_job(self, job: Job, error: TpiliteError | None = None) -> None:
         with self._changed:
