@@ -34,7 +34,7 @@ _INSIDE = {
     "residency part_table loader pager",
     "native": "bindings products exchange library",
     "engine": "compiled config sampling usage sequence scheduler stats step runner rank engine session",
-    "cluster": "config token slice_protocol catalog slice_server slice_client fetch terms host worker",
+    "cluster": "config token slice_protocol catalog slice_server slice_client fetch terms splits host worker",
     "serving": "config errors openai_requests openai_responses figures jobs service http answer page routes "
     "server",
     "cli": "memory_report local terminal hub configs options main __main__",

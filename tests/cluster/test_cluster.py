@@ -460,6 +460,26 @@ def test_a_worker_in_the_folder_of_rank_0_takes_nothing_away(nodes: Nodes, story
     assert cluster.host.out == story.text
 
 
+def test_any_number_of_ranks_in_the_same_folder_also_at_once(
+    nodes: Nodes, story: Story, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(story.folder, tmp_path / "model")
+    options = ("--model_path", folder, "--allreduce", "star", *story.ask)
+    first = nodes.start(*options, "--local", 2)
+    first.wait_for_line("rank 1 is process")
+    others = [nodes.start(*options, "--local", n) for n in (2, 3)]
+    for node in (first, *others):
+        assert node.finish() == 0, node.err
+        assert node.out == story.text
+    made = {path.relative_to(folder): written(path) for path in (folder / "split").glob("**/node_*")}
+    assert len(made) == 2 + 3
+    for n in (3, 2):
+        node = nodes.start(*options, "--local", n)
+        assert node.finish() == 0, node.err
+        assert node.out == story.text
+    assert {path.relative_to(folder): written(path) for path in (folder / "split").glob("**/node_*")} == made
+
+
 def wait_for_file(folder: Path, pattern: str, maker: Node) -> None:
     deadline_s = time.monotonic() + 30
     while not any(folder.glob(pattern)):

@@ -3,7 +3,6 @@ import hashlib
 import itertools
 import os
 import subprocess
-import threading
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -350,19 +349,3 @@ def test_a_place_that_cannot_be_written(checkpoint: Checkpoint, tmp_path: Path) 
     (tmp_path / "file").write_text("")
     with pytest.raises(SliceError, match=r"cannot write .*file: File exists"):
         ensure_slices(checkpoint, Partition.of(checkpoint.config, 2), tmp_path / "file")
-
-
-def test_two_processes_do_not_write_at_once(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    partition = Partition.of(checkpoint.config, 2)
-    second: list[Manifest] = []
-    thread = threading.Thread(target=lambda: second.extend(ensure_slices(checkpoint, partition, tmp_path)))
-
-    def begin_second(done: int, total: int) -> None:
-        if not thread.ident:
-            thread.start()
-
-    first = ensure_slices(checkpoint, partition, tmp_path, progress=begin_second)
-    made = files_of(tmp_path)
-    thread.join()
-    assert first == second
-    assert files_of(tmp_path) == made

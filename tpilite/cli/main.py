@@ -35,6 +35,7 @@ from tpilite.cli.options import parse
 from tpilite.cli.terminal import Interrupt, answer, converse, interruptible, progress_bar
 from tpilite.cluster.config import ClusterConfig
 from tpilite.cluster.host import Host, own_address
+from tpilite.cluster.splits import Split
 from tpilite.cluster.worker import Worker, WorkerOptions
 from tpilite.engine.sampling import SamplingParams
 from tpilite.engine.session import Completion, Session
@@ -46,8 +47,6 @@ from tpilite.serving.service import Recovery
 from tpilite.shipped import find_model
 from tpilite.weights.checkpoint import Checkpoint
 from tpilite.weights.partition import Partition
-from tpilite.weights.slicer import ensure_slices
-from tpilite.weights.slices import node_folder
 
 INTERRUPTED = 130  # what shells report for a program ended by Ctrl-C
 BROKEN_PIPE = 141  # likewise, for one whose reader went away
@@ -170,7 +169,7 @@ def run_alone(args: argparse.Namespace, folder: Path, params: SamplingParams) ->
 def run_as_rank_0(args: argparse.Namespace, folder: Path, params: SamplingParams, world_size: int) -> int:
     """This process as the rank that the others join, and that talks to people and programs."""
     with ExitStack() as stack:
-        host = stack.enter_context(hosted(args, folder, world_size, stack))
+        host = hosted(args, folder, world_size, stack)
         recovery = Recovery(interruptible(host.recover))
         session = Session(
             folder, host.config, host.rank, max_rows=engine_config(args).max_rows, recover=recovery
@@ -179,22 +178,25 @@ def run_as_rank_0(args: argparse.Namespace, folder: Path, params: SamplingParams
 
 
 def hosted(args: argparse.Namespace, folder: Path, world_size: int, stack: ExitStack) -> Host:
-    """Rank 0 with all others connected. With `--local` they are started here, and end with `stack`."""
+    """Rank 0 with all others connected, until the end of `stack`. With `--local` they are started here."""
     cluster, engine = cluster_config(args, world_size, make_token=True), engine_config(args)
     save_dir = save_dir_of(args, folder, world_size)
     if args.local is not None:
         cluster = replace(cluster, broadcast_port=0, file_port=0)  # any free ones
         engine = share_of(engine, world_size)
 
-    def invite(host: Host) -> None:
-        if args.local is None:
-            print(_invitation(host, cluster), file=sys.stderr)
-            return
-        options = worker_options(host.broadcast_port, save_dir, engine, cluster)
+    host = Host(folder, save_dir, cluster, engine, force=args.split_bin, replace=args.save_dir is None)
+    stack.enter_context(host)
+    host.listen()
+    if args.local is None:
+        print(_invitation(host, cluster), file=sys.stderr)
+    else:
+        options = worker_options(host.broadcast_port, host.split_folder, engine, cluster)
         stack.enter_context(LocalWorkers(world_size - 1, options, cluster.token))
-
+        stack.callback(host.close)  # then they leave by themselves
     with progress_bar("slicing the model") as bar:
-        return Host(folder, save_dir, cluster, engine, force=args.split_bin, listening=invite, progress=bar)
+        host.start(bar)
+    return host
 
 
 def split(args: argparse.Namespace, folder: Path, world_size: int) -> int:
@@ -202,13 +204,16 @@ def split(args: argparse.Namespace, folder: Path, world_size: int) -> int:
     save_dir = save_dir_of(args, folder, world_size)
     with Checkpoint(folder) as checkpoint, progress_bar("slicing the model") as bar:
         partition = Partition.of(checkpoint.config, world_size, args.ratio)
-        ensure_slices(checkpoint, partition, save_dir, force=args.split_bin, progress=bar)
+        with Split.of(
+            checkpoint, partition, save_dir, force=args.split_bin, replace=args.save_dir is None
+        ) as slices:
+            slices.make(checkpoint, partition, progress=bar)
     print(
         "tpilite: carry each node_I to the machine of rank I, into the folder named there with --save_dir",
         file=sys.stderr,
     )
     for rank in range(world_size):
-        print(node_folder(save_dir, rank))
+        print(slices.node(rank))
     return 0
 
 

@@ -7,15 +7,15 @@ survivors join again for their places, so that a group forms as soon as the miss
 import logging
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
 from tpilite.closing import Closing
 from tpilite.cluster.config import ClusterConfig
 from tpilite.cluster.slice_server import SliceServer
+from tpilite.cluster.splits import Split, folders_in
 from tpilite.cluster.terms import mark_served, security_of, terms_of
-from tpilite.config import LlamaConfig
 from tpilite.engine.compiled import new_sums
 from tpilite.engine.config import EngineConfig
 from tpilite.engine.rank import Rank
@@ -24,7 +24,6 @@ from tpilite.net.group import RankLost, RootGroup
 from tpilite.net.rendezvous import Rendezvous
 from tpilite.weights.checkpoint import Checkpoint
 from tpilite.weights.partition import EMBEDDING, Partition
-from tpilite.weights.slicer import ensure_slices
 from tpilite.weights.slices import MANIFEST_NAME, Manifest, Progress, SliceFolder, node_folder
 from tpilite.weights.tensor_file import StoredTensor
 
@@ -43,10 +42,12 @@ _SETTLE_S, _REMIND_S = 1.0, 60.0
 class Host(Closing):
     """Rank 0 of a cluster: its own `rank`, and everything that the other ranks need to come and stay.
 
-    `listening` is called once the ports are open and before anything takes long. `save_dir` holds the
-    slices, made from the model in `folder` where they are missing; where `folder` has no weights, slices
-    that were brought there by hand are used. Raises what those steps raise.
+    `listen` opens the ports, `start` does all that takes long. `save_dir` is for slices, made from the model
+    in `folder` where they are missing (`force` and `replace`: see `Split.of`); where `folder` has no weights,
+    slices that were brought there by hand are used. Both steps raise what goes wrong in them.
     """
+
+    rank: Rank
 
     def __init__(
         self,
@@ -56,19 +57,26 @@ class Host(Closing):
         engine: EngineConfig,
         *,
         force: bool = False,
-        listening: "Callable[[Host], None] | None" = None,
-        progress: Progress | None = None,
+        replace: bool = False,
     ) -> None:
-        self._cluster = cluster
+        self._folder, self._save_dir, self._cluster, self._engine = folder, save_dir, cluster, engine
+        self._force, self._replace = force, replace
+        self._stack = ExitStack()
+
+    def listen(self) -> None:
+        """Finds out what to slice and where to, and opens the ports."""
         with ExitStack() as stack:
+            cluster = self._cluster
             security = security_of(cluster)
-            source = _Source(stack, folder, save_dir, cluster)
-            self.config: LlamaConfig = source.config
-            self.partition = source.partition
+            source = _Source(self._folder, self._save_dir, cluster, self._force, self._replace)
+            self._source = stack.enter_context(source)
+            self.config, self.partition = source.config, source.partition
             terms = terms_of(source.fingerprint, source.partition)
-            others = [r for r in range(1, cluster.world_size) if source.makes or source.has(r)]
+            self._others = [r for r in range(1, cluster.world_size) if source.makes or source.has(r)]
             self._server = stack.enter_context(
-                SliceServer(dict.fromkeys(others), cluster.token, cluster.file_port, tls=security.server_tls)
+                SliceServer(
+                    dict.fromkeys(self._others), cluster.token, cluster.file_port, tls=security.server_tls
+                )
             )
             self._rendezvous = stack.enter_context(
                 Rendezvous(
@@ -78,8 +86,8 @@ class Host(Closing):
                     terms=terms,
                     info={
                         "file_port": self._server.port,
-                        "served": others,
-                        "mark": mark_served(save_dir),
+                        "served": self._others,
+                        "mark": mark_served(source.split.folder),
                         **terms,
                     },
                     advice=_ADVICE,
@@ -89,17 +97,24 @@ class Host(Closing):
                     new_sum=new_sums(),
                 )
             )
-            if listening is not None:
-                listening(self)
-            source.slice(force, progress)
-            for rank in others:
-                self._server.publish(rank, node_folder(save_dir, rank))
-            slices = stack.enter_context(SliceFolder(node_folder(save_dir, 0)))
-            group = self._whole_group(None)
-            self.rank = stack.enter_context(
-                Rank(self.config, source.with_embedding(slices.tensors), 0, group, engine)
-            )
             self._stack = stack.pop_all()
+
+    def start(self, progress: Progress | None = None) -> None:
+        """Slices the model, hands the slices out, waits for the other ranks, and loads this one."""
+        source = self._source
+        source.slice(progress)
+        for rank in self._others:
+            self._server.publish(rank, source.split.node(rank))
+        slices = self._stack.enter_context(SliceFolder(source.split.node(0)))
+        group = self._whole_group(None)
+        self.rank = self._stack.enter_context(
+            Rank(self.config, source.with_embedding(slices.tensors), 0, group, self._engine)
+        )
+
+    @property
+    def split_folder(self) -> Path:
+        """Where this session's slices are, in `save_dir` or beside others there."""
+        return self._source.split.folder
 
     @property
     def broadcast_port(self) -> int:
@@ -163,26 +178,35 @@ def _describe(states: Mapping[int, str]) -> str:
     return "; ".join(parts)
 
 
-class _Source:
+class _Source(Closing):
     """Where rank 0 has the model from: a checkpoint to slice, or slices that were brought."""
 
-    def __init__(self, stack: ExitStack, folder: Path, save_dir: Path, cluster: ClusterConfig) -> None:
-        self._save_dir = save_dir
+    def __init__(
+        self, folder: Path, save_dir: Path, cluster: ClusterConfig, force: bool, replace: bool
+    ) -> None:
         self._checkpoint: Checkpoint | None = None
-        if not any(folder.glob("*.safetensors")) and self.has(0):
-            manifest = Manifest.read(node_folder(save_dir, 0))
+        carried = None if any(folder.glob("*.safetensors")) else _carried(save_dir, cluster.world_size)
+        if carried is not None:
+            self.split = Split.using(carried)
+            manifest = Manifest.read(self.split.node(0))
             self.config, self.partition = manifest.config, manifest.partition
             self.fingerprint = manifest.fingerprint
-            if self.partition.world_size != cluster.world_size:
-                raise SliceError(
-                    f"the slices in {save_dir} are for {self.partition.world_size} ranks and this start "
-                    f"is for {cluster.world_size}: start with --world_size {self.partition.world_size}"
-                )
-        else:
-            self._checkpoint = stack.enter_context(Checkpoint(folder))
+            return
+        self._checkpoint = Checkpoint(folder)
+        try:
             self.config = self._checkpoint.config
             self.partition = Partition.of(self.config, cluster.world_size, cluster.ratio)
             self.fingerprint = self._checkpoint.fingerprint
+            self.split = Split.of(self._checkpoint, self.partition, save_dir, force=force, replace=replace)
+        except BaseException:
+            self._checkpoint.close()
+            raise
+
+    def close(self) -> None:
+        """Closes the checkpoint, and lets others remove the slices."""
+        self.split.close()
+        if self._checkpoint is not None:
+            self._checkpoint.close()
 
     @property
     def makes(self) -> bool:
@@ -191,22 +215,33 @@ class _Source:
 
     def has(self, rank: int) -> bool:
         """Whether the slices of a rank are here."""
-        return (node_folder(self._save_dir, rank) / MANIFEST_NAME).exists()
+        return (self.split.node(rank) / MANIFEST_NAME).exists()
 
-    def slice(self, force: bool, progress: Progress | None) -> None:
+    def slice(self, progress: Progress | None) -> None:
         """Makes the slices that are missing, if there is a checkpoint to make them from."""
         if self._checkpoint is not None:
-            ensure_slices(
-                self._checkpoint,
-                self.partition,
-                self._save_dir,
-                force=force,
-                embedding=False,
-                progress=progress,
-            )
+            self.split.make(self._checkpoint, self.partition, embedding=False, progress=progress)
 
     def with_embedding(self, tensors: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:
         """Rank 0's tensors: the embedding from the checkpoint, where the slice was made without one."""
         if EMBEDDING in tensors or self._checkpoint is None:
             return tensors
         return {**tensors, EMBEDDING: self._checkpoint.tensors[EMBEDDING]}
+
+
+def _carried(save_dir: Path, world_size: int) -> Path | None:
+    """The folder that rank 0's slice was brought to, for that many ranks; None where there is no slice.
+
+    Raises `SliceError` where there are only slices for other numbers of ranks.
+    """
+    found = [folder for folder in folders_in(save_dir) if (node_folder(folder, 0) / MANIFEST_NAME).exists()]
+    sizes = [Manifest.read(node_folder(folder, 0)).partition.world_size for folder in found]
+    for folder, size in zip(found, sizes, strict=True):
+        if size == world_size:
+            return folder
+    if sizes:
+        raise SliceError(
+            f"the slices in {save_dir} are for {sizes[0]} ranks and this start "
+            f"is for {world_size}: start with --world_size {sizes[0]}"
+        )
+    return None

@@ -1,7 +1,5 @@
 """A rank above 0: it joins, fetches its slices, works, and joins again when the group is gone."""
 
-import hashlib
-import json
 import logging
 import re
 from collections.abc import Mapping
@@ -12,6 +10,7 @@ from typing import Any
 
 from tpilite.cluster.config import ClusterConfig
 from tpilite.cluster.fetch import fetch_slices
+from tpilite.cluster.splits import Split, find_split, split_id
 from tpilite.cluster.terms import is_served, security_of, terms_of
 from tpilite.collective import Solo
 from tpilite.engine.compiled import new_sums
@@ -60,12 +59,14 @@ class Worker:
         self._force = options.force_download
         self._manifest: Manifest | None = None
         self._rank: Rank | None = None
-        self._held = ExitStack()  # the slices and the rank on them, kept from group to group
+        # What is kept from group to group: the slices' folder for itself, and the rank loaded from them.
+        self._split: Split | None = None
+        self._held, self._loaded = ExitStack(), ExitStack()
 
     def run(self) -> None:
         """Works until a session ends cleanly and `once` was asked for; otherwise until an error ends it."""
         wish = self._options.rank
-        with self._held:
+        with self._held, self._loaded:
             while True:
                 try:
                     with self._join(wish) as membership:
@@ -81,16 +82,21 @@ class Worker:
 
     def _work(self, membership: Membership) -> None:
         folder = self._save_dir(membership.info)
+        if self._split is None or self._split.folder != folder:
+            self._loaded.close()
+            self._rank = None
+            self._held.close()
+            self._split = self._held.enter_context(Split.using(folder))
         try:
             manifest = self._fetch(membership, folder)
         except PeerLost:
             membership.check()  # knows better why, if rank 0 has ended the session
             raise
         if self._rank is None or manifest != self._manifest:
-            self._held.close()
-            slices = self._held.enter_context(SliceFolder(node_folder(folder, membership.rank)))
+            self._loaded.close()
+            slices = self._loaded.enter_context(SliceFolder(node_folder(folder, membership.rank)))
             first_id = slices.partition.vocab_range(membership.rank).start
-            self._rank = self._held.enter_context(
+            self._rank = self._loaded.enter_context(
                 Rank(slices.config, slices.tensors, first_id, Solo(), self._engine)
             )
             self._manifest = manifest
@@ -159,9 +165,8 @@ class Worker:
 
     def _save_dir(self, info: Mapping[str, Any]) -> Path:
         if self._options.save_dir is not None:
-            return self._options.save_dir
-        identity = json.dumps([info.get("model"), info.get("partition")], sort_keys=True)
-        return self._options.cache / hashlib.sha256(identity.encode()).hexdigest()[:16]
+            return find_split(self._options.save_dir, split_id(info))
+        return self._options.cache / split_id(info)
 
     @staticmethod
     def _held_ranks(folder: Path) -> list[int]:

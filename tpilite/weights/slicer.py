@@ -1,7 +1,6 @@
 """The slices of a model's ranks, made from its checkpoint in one reading and kept where they fit."""
 
 import contextlib
-import fcntl
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -55,7 +54,8 @@ def ensure_slices(
     except ConfigError as error:
         raise SliceError(str(error)) from error
     wanted = list(range(partition.world_size)) if ranks is None else list(ranks)
-    with _disk_errors(save_dir, checkpoint.nbytes), _locked(save_dir):
+    with _disk_errors(save_dir, checkpoint.nbytes):
+        save_dir.mkdir(parents=True, exist_ok=True)
         if force:
             for folder in list(save_dir.iterdir()):
                 if NODE_NAME.fullmatch(folder.name) and folder.is_dir():
@@ -214,19 +214,6 @@ class _Slicer:
 
 def _finish(writer: TensorFileWriter) -> FileEntry:
     return FileEntry(writer.nbytes, writer.close())
-
-
-@contextlib.contextmanager
-def _locked(save_dir: Path) -> Iterator[None]:
-    """Keeps other processes from making slices in the same folder at the same time."""
-    save_dir.mkdir(parents=True, exist_ok=True)
-    with open(save_dir / ".lock", "wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            _log.info("waiting for another process that makes slices in %s", save_dir)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 @contextlib.contextmanager
