@@ -172,14 +172,14 @@ def figures(server: Server) -> dict[str, Any]:
 
 def lossy(session: LLM, monkeypatch: pytest.MonkeyPatch, recover: Callable[[PeerLost], None]) -> Recovery:
     """A session that loses a rank in its third pass."""
-    run, n_runs = session.engine.runner.run, iter(range(1000))
+    run, n_runs = session.engine.runner._run, iter(range(1000))
 
     def losing(step: Any, x: Any = None) -> Any:
         if next(n_runs) == 2:
             raise PeerLost("rank 1 (pi-two) is gone")
         return run(step, x)
 
-    monkeypatch.setattr(session.engine.runner, "run", losing)
+    monkeypatch.setattr(session.engine.runner, "_run", losing)
     recovery = Recovery(recover)
     session.engine._recover = recovery
     return recovery

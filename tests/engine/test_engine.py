@@ -118,8 +118,8 @@ def test_a_prompt_that_begins_like_the_last_text_is_not_computed_again(
     alone = ids(engine_of(rank), longer, GREEDY)
 
     steps: list[Step] = []
-    run = rank.runner.run
-    monkeypatch.setattr(rank.runner, "run", lambda step, x=None: (steps.append(step), run(step, x))[1])
+    run = rank.runner.candidates
+    monkeypatch.setattr(rank.runner, "candidates", lambda step, x=None: (steps.append(step), run(step, x))[1])
     assert ids(engine, longer, GREEDY) == alone
     assert sum(rows.n_rows for rows in steps[0].rows) == 2
     # The same prompt once more: at least its last row is needed for its scores.
@@ -207,7 +207,7 @@ def test_the_context_ends_the_text(rank: Rank) -> None:
 def test_what_cannot_be_served_is_refused_before_any_work(
     rank: Rank, monkeypatch: pytest.MonkeyPatch, prompt: list[int], length: int | None, text: str
 ) -> None:
-    monkeypatch.setattr(rank.runner, "run", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setattr(rank.runner, "_run", lambda *_: pytest.fail("work was done"))
     with pytest.raises(ConfigError, match=text):
         submit(engine_of(rank), prompt, SamplingParams(length=length))
     assert submit(engine_of(rank), [3] * 100, SamplingParams(length=0)).finish_reason == "length"
@@ -240,14 +240,14 @@ def test_a_lost_rank_does_not_change_the_text(
         rank.regroup(Solo())
 
     engine = Engine(CONFIG, rank, max_rows=4, recover=recover)
-    run, n_runs = rank.runner.run, iter(range(1000))
+    run, n_runs = rank.runner._run, iter(range(1000))
 
     def lossy(step, x=None):  # type: ignore[no-untyped-def]
         if next(n_runs) == lost_in_pass:
             raise PeerLost("rank 1 is gone")
         return run(step, x)
 
-    monkeypatch.setattr(rank.runner, "run", lossy)
+    monkeypatch.setattr(rank.runner, "_run", lossy)
     waiting = submit(engine, [9, 9], GREEDY)
     engine.cancel(waiting)
     assert ids(engine, PROMPT, params) == expected
@@ -260,6 +260,6 @@ def test_without_a_way_to_recover_the_loss_is_the_callers(
     def lost(*_: object) -> None:
         raise PeerLost("rank 1 is gone")
 
-    monkeypatch.setattr(rank.runner, "run", lost)
+    monkeypatch.setattr(rank.runner, "_run", lost)
     with pytest.raises(PeerLost, match="rank 1"):
         ids(engine_of(rank), PROMPT, GREEDY)

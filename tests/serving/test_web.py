@@ -266,7 +266,7 @@ def test_a_lost_machine_is_told_and_the_answer_goes_on(
     chromium: Browser, session: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(answering, "_KEEP_ALIVE_S", 0.1)
-    back, runs, run = threading.Event(), iter(range(10_000)), session.engine.runner.run
+    back, runs, run = threading.Event(), iter(range(10_000)), session.engine.runner._run
 
     def losing(step: Any, x: Any = None) -> Any:
         if next(runs) == 5:
@@ -278,7 +278,7 @@ def test_a_lost_machine_is_told_and_the_answer_goes_on(
         session.engine.runner.reset()
 
     recovery = Recovery(recover)
-    monkeypatch.setattr(session.engine.runner, "run", losing)
+    monkeypatch.setattr(session.engine.runner, "_run", losing)
     monkeypatch.setattr(session.engine, "_recover", recovery)
     with served(session, CONFIG, recovery=recovery) as server:
         page = opened(chromium, server)

@@ -140,10 +140,8 @@ class Engine:
         for start in range(0, len(ids), self._max_rows):
             chunk = ids[start : start + self._max_rows]
             wanted = tuple(Wanted(row, 0, 0.0) for row in range(len(chunk)))
-            step = Step((Rows(sequence_id, start, len(chunk)),), wanted, self._take_free(), full=True)
-            scores = self.runner.run(step, self._embed(chunk))
-            assert isinstance(scores, np.ndarray)
-            parts.append(scores)
+            step = Step((Rows(sequence_id, start, len(chunk)),), wanted, self._take_free())
+            parts.append(self.runner.scores(step, self._embed(chunk)))
         self._free.append(sequence_id)
         return np.concatenate(parts)
 
@@ -158,8 +156,7 @@ class Engine:
         last = [(c.sequence, int(end)) for c, end in zip(chunks, ends, strict=True) if c.reaches_end]
         rows = tuple(Rows(c.sequence.sequence_id, c.start, c.n_rows) for c in chunks)
         wanted = tuple(self._wanted(sequence, row) for sequence, row in last)
-        reports = self.runner.run(Step(rows, wanted, self._take_free()), self._embed(ids))
-        assert isinstance(reports, list)
+        reports = self.runner.candidates(Step(rows, wanted, self._take_free()), self._embed(ids))
         scores: Array | None = None
         outputs = []
         for index, ((sequence, _), candidates) in enumerate(zip(last, reports, strict=True)):
@@ -167,7 +164,7 @@ class Engine:
             token_id = choose(candidates, params, sequence.seed, position)
             if token_id is None or params.logprobs is not None:
                 if scores is None:
-                    scores = self._full(wanted)
+                    scores = self.runner.scores(Step(wanted=wanted))  # of the step just made
                 everything = self._everything(sequence, scores[index])
                 token_id = choose(everything, params, sequence.seed, position)
                 assert token_id is not None
@@ -197,12 +194,6 @@ class Engine:
         edits = edits_for(params, sequence.prompt_ids, sequence.new_ids)
         n = 1 if params.temperature == 0 else max(N_CANDIDATES, params.k)
         return Wanted(row, n, params.temperature, edits)
-
-    def _full(self, wanted: tuple[Wanted, ...]) -> Array:
-        """The whole scores of the step just made."""
-        scores = self.runner.run(Step(wanted=wanted, full=True))
-        assert isinstance(scores, np.ndarray)
-        return scores
 
     def _everything(self, sequence: Sequence, logits: Array) -> Candidates:
         edits = edits_for(sequence.params, sequence.prompt_ids, sequence.new_ids)

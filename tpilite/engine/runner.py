@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -48,15 +49,21 @@ class Runner:
         self._caches: dict[int, KVCache] = {}
         self._logits = _NONE
 
-    def run(self, step: Step, x: Array | None = None) -> list[Candidates] | Array:
-        """On rank 0: the step made by all ranks. Candidates per wanted row; the scores [R, V] if `full`."""
+    def candidates(self, step: Step, x: Array | None = None) -> list[Candidates]:
+        """On rank 0: the candidates of each wanted row, after the step is made by all ranks."""
+        reports = [[unpack_candidates(c) for c in part.header["candidates"]] for part in self._run(step, x)]
+        return [merge(of_row) for of_row in zip(*reports, strict=True)]
+
+    def scores(self, step: Step, x: Array | None = None) -> Array:  # -> [R, V]
+        """On rank 0: the whole scores of the R wanted rows, unedited, after the step is made by all ranks."""
+        parts = self._run(replace(step, full=True), x)
+        return np.concatenate([_array(part) for part in parts], axis=1)
+
+    def _run(self, step: Step, x: Array | None) -> list[Message]:
         self.collective.broadcast(Message(step.to_header(), x))
         parts = self.collective.gather(self._execute(step, x))
-        assert parts is not None, "run is rank 0's"
-        if step.full:
-            return np.concatenate([_array(part) for part in parts], axis=1)
-        reports = [[unpack_candidates(c) for c in part.header["candidates"]] for part in parts]
-        return [merge(of_row) for of_row in zip(*reports, strict=True)]
+        assert parts is not None, "steps are rank 0's"
+        return parts
 
     def serve(self) -> None:
         """On the other ranks: executes what rank 0 broadcasts until it says stop."""
