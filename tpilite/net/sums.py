@@ -1,4 +1,4 @@
-"""The three ways of summing an array over ranks, and the types in which its numbers travel.
+"""The three algorithms that sum an array over ranks.
 
 For n ranks' parts of S bytes, a latency a and an inverse bandwidth b:
 
@@ -7,8 +7,8 @@ For n ranks' parts of S bytes, a latency a and an inverse bandwidth b:
     scatter  rank r sums the r-th chunk of all parts, then sends it to all    2 a + 2 (n - 1) / n S b
 
 All three add up in rank order, so they give the same bits, on every rank. With a narrower payload (f16,
-bf16) they do not agree with each other, but still all ranks agree: who sends a rounded value also keeps
-the rounded one.
+bf16) the algorithms differ in their last bits, but all ranks still agree: who sends a rounded value also
+keeps the rounded one.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,13 +38,19 @@ class Sum:
     ) -> None:
         self.n = n
         self.rank = rank
+        self.world_size = len(channels)
         self.payload = payload
         self.new_exchange = new_exchange
         self.peers = [(r, channel) for r, channel in enumerate(channels) if channel is not None]
-        # Ranks begin with their successors, so that not all of them send to rank 0 at the same time. In the
-        # opposite order the frames come.
+        # Rank r sends to r + 1 first and to r - 1 last, so that not all send to the same rank at a time. So
+        # the frame of r - 1, which sent to r first, comes first: frames are received in the opposite order.
         self.targets = sorted(self.peers, key=lambda peer: peer[0] < rank)
         self.sources = self.targets[::-1]
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Makes the frames and exchanges of all calls."""
+        raise NotImplementedError
 
     def __call__(self, x: Array) -> None:
         raise NotImplementedError
@@ -57,16 +63,10 @@ class Sum:
 
 
 class _StarHub(Sum):
-    """Rank 0 of the star. Ranks are received in their order: those that come early wait in the kernel.
+    """Rank 0 of the star. It receives in rank order; what comes early waits in the kernel's buffers."""
 
-    Receiving whoever is ready first, by a selector, was no faster for 4 ranks and slower for 8.
-    """
-
-    def __init__(
-        self, rank: int, channels: _Channels, payload: str, n: int, new_exchange: NewExchange
-    ) -> None:
-        super().__init__(rank, channels, payload, n, new_exchange)
-        frames = self.frames(1, n)
+    def prepare(self) -> None:
+        frames = self.frames(1, self.n)
         self.payload_row = frames.payloads[0]
         self.receives = [
             self.new_exchange([], [(channel, frames[0])], frames.head) for _, channel in self.peers
@@ -87,11 +87,8 @@ class _StarHub(Sum):
 class _StarLeaf(Sum):
     """A worker of the star."""
 
-    def __init__(
-        self, rank: int, channels: _Channels, payload: str, n: int, new_exchange: NewExchange
-    ) -> None:
-        super().__init__(rank, channels, payload, n, new_exchange)
-        frames, (_, hub) = self.frames(2, n), self.peers[0]
+    def prepare(self) -> None:
+        frames, (_, hub) = self.frames(2, self.n), self.peers[0]
         self.sent, self.received = frames.payloads
         self.exchange = self.new_exchange([(hub, frames[0])], [(hub, frames[1])], frames.head)
 
@@ -102,14 +99,13 @@ class _StarLeaf(Sum):
 
 
 class _Direct(Sum):
-    def __init__(
-        self, rank: int, channels: _Channels, payload: str, n: int, new_exchange: NewExchange
-    ) -> None:
-        super().__init__(rank, channels, payload, n, new_exchange)
-        frames = self.frames(len(channels), n)
-        self.parts, self.mine = frames.payloads, frames.payloads[rank]
+    """Every rank sends its whole part to all others, and adds up all parts for itself."""
+
+    def prepare(self) -> None:
+        frames = self.frames(self.world_size, self.n)
+        self.parts, self.mine = frames.payloads, frames.payloads[self.rank]
         self.exchange = self.new_exchange(
-            [(channel, frames[rank]) for _, channel in self.targets],
+            [(channel, frames[self.rank]) for _, channel in self.targets],
             [(channel, frames[r]) for r, channel in self.sources],
             frames.head,
         )
@@ -121,21 +117,18 @@ class _Direct(Sum):
 
 
 class ScatterSum(Sum):
-    """Receives in the order in which the parts come, as all ranks begin with their successors.
+    """Each rank sums one chunk of x for all, in two exchanges.
 
-    So what came first is in its place when the last comes, which takes two thirds of the time above the bound
-    that receiving in rank order takes, or the last one first (8 ranks, 1 ms). Zeros behind x make all chunks
-    one size.
+    First, scatter: every rank sends its r-th chunk to rank r, which so gets that chunk of all ranks and adds
+    them up. Then, gather: rank r sends its sum to all others, and every rank has the sums of all chunks.
+    Chunks are of one size: an x that cannot be cut so is copied to an array with zeros at its end.
     """
 
-    def __init__(
-        self, rank: int, channels: _Channels, payload: str, n: int, new_exchange: NewExchange
-    ) -> None:
-        super().__init__(rank, channels, payload, n, new_exchange)
-        world_size = len(channels)
-        size = -(-n // world_size)
-        parts, chunks = self.frames(world_size, size), self.frames(world_size, size)
-        self.parts, self.chunks = parts.payloads, chunks.payloads
+    def prepare(self) -> None:
+        size = -(-self.n // self.world_size)
+        parts, chunks = self.frames(self.world_size, size), self.frames(self.world_size, size)
+        self.parts = parts.payloads  # [world_size, size]: this rank's chunk of every rank's x
+        self.chunks = chunks.payloads  # [world_size, size]: all of this rank's x, then of the sum
         self.total = np.empty(size, np.float32)
         self.padded = np.zeros(parts.payloads.size, np.float32)
         self.scatter = self.new_exchange(
@@ -144,7 +137,7 @@ class ScatterSum(Sum):
             parts.head,
         )
         self.gather = self.new_exchange(
-            [(channel, chunks[rank]) for _, channel in self.targets],
+            [(channel, chunks[self.rank]) for _, channel in self.targets],
             [(channel, chunks[r]) for r, channel in self.sources],
             parts.head,
         )
@@ -168,8 +161,8 @@ class ScatterSum(Sum):
 def sum_in_rank_order(parts: Array, total: Array) -> None:
     """Puts the sum of `parts` [n_ranks, n] into `total` [n]."""
     if parts.shape[1] > 1:
-        np.add.reduce(parts, axis=0, out=total)  # row by row
-    else:  # there it would add them in pairs
+        np.add.reduce(parts, axis=0, out=total)  # adds row after row
+    else:  # of a single column, `reduce` adds pairs first
         np.copyto(total, np.add.accumulate(parts)[-1])
 
 
