@@ -3,7 +3,6 @@
 import contextlib
 import io
 import logging
-import os
 import socket
 import socketserver
 import ssl
@@ -26,9 +25,10 @@ from tpilite.cluster.slice_protocol import (
     read_range,
     server_role,
 )
-from tpilite.errors import ConfigError, SliceError
+from tpilite.errors import SliceError
 from tpilite.net import auth
-from tpilite.net.address import format_address
+from tpilite.net.address import format_address, plain_host
+from tpilite.net.listener import listen, shut_down
 
 _log = logging.getLogger(__name__)
 
@@ -117,14 +117,12 @@ class _Listener(socketserver.TCPServer):
     send. Where the most connections are open, the oldest such one is ended for a new one.
     """
 
-    request_queue_size = 128
-
     def __init__(
         self, catalog: Catalog, token: str, address: tuple[str, int], tls: ssl.SSLContext | None
     ) -> None:
         super().__init__(address, _Handler, bind_and_activate=False)
         self.socket.close()
-        self.socket = _listen(address, self.request_queue_size)
+        self.socket = listen(address, "--file_port", "serve slices")
         self.catalog, self.token, self._tls = catalog, token, tls
         self._connections: dict[socket.socket, _Connection] = {}
         self._changed = threading.Condition()
@@ -164,7 +162,7 @@ class _Listener(socketserver.TCPServer):
             now = time.monotonic()
             for connection, state in self._connections.items():
                 if not state.authenticated and now - state.since > _AUTHENTICATION_S:
-                    _cut(connection)
+                    shut_down(connection)
 
     def set_authenticated(self, connection: socket.socket) -> None:
         """Lifts the deadline from a connection that has proved the token."""
@@ -175,7 +173,7 @@ class _Listener(socketserver.TCPServer):
         with self._changed:
             threads = [state.thread for state in self._connections.values()]
             for connection in self._connections:
-                _cut(connection)
+                shut_down(connection)
         for thread in threads:
             thread.join()
 
@@ -195,7 +193,7 @@ class _Listener(socketserver.TCPServer):
             return True
         unproven = [c for c, state in self._connections.items() if not state.authenticated]
         if unproven:
-            _cut(unproven[0])  # they stand in the order in which they came
+            shut_down(unproven[0])  # they stand in the order in which they came
         return self._changed.wait_for(lambda: len(self._connections) < _MAX_CONNECTIONS, timeout=1.0)
 
     def _serve(self, request: socket.socket, address: Any) -> None:
@@ -368,33 +366,5 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
 
 
-def _listen(address: tuple[str, int], backlog: int) -> socket.socket:
-    host, port = address
-    try:
-        if not host and socket.has_dualstack_ipv6():
-            listener = socket.create_server(
-                address, family=socket.AF_INET6, backlog=backlog, dualstack_ipv6=True
-            )
-        else:
-            family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            listener = socket.create_server(address, family=family, backlog=backlog)
-    except (OSError, OverflowError) as error:
-        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
-        raise ConfigError(
-            f"cannot serve slices on port {port}: {reason}; "
-            "is another node running here? --file_port chooses another port"
-        ) from error
-    # A peer that is gone between select and accept would otherwise block the accepting thread.
-    listener.setblocking(False)
-    return listener
-
-
-def _cut(connection: socket.socket) -> None:
-    """Ends a connection that another thread is using: its reads and writes there fail at once."""
-    with contextlib.suppress(OSError):
-        # Not SSLSocket's own shutdown, which would send the rest of a record in the clear.
-        socket.socket.shutdown(connection, socket.SHUT_RDWR)
-
-
 def _name(address: Any) -> str:
-    return format_address((address[0].removeprefix("::ffff:"), address[1]))
+    return format_address((plain_host(address[0]), address[1]))

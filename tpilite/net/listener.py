@@ -124,29 +124,27 @@ class Unauthenticated:
     def __init__(self, limit: int = MAX_UNAUTHENTICATED) -> None:
         self._limit = limit
         self._lock = threading.Lock()
-        self._since_s: dict[socket.socket, float] = {}  # the oldest first
+        self._socks: dict[socket.socket, None] = {}  # the oldest first
 
     def add(self, sock: socket.socket) -> None:
         """Counts this connection, and ends the oldest ones where the limit asks for it."""
         with self._lock:
-            while len(self._since_s) >= self._limit:
-                oldest = next(iter(self._since_s))
-                del self._since_s[oldest]
+            while len(self._socks) >= self._limit:
+                oldest = next(iter(self._socks))
+                del self._socks[oldest]
                 shut_down(oldest)
-            self._since_s[sock] = time.monotonic()
+            self._socks[sock] = None
 
     def remove(self, sock: socket.socket) -> None:
         """Counts a connection no more: it has proved the token, or is about to be closed."""
         with self._lock:
-            self._since_s.pop(sock, None)
+            self._socks.pop(sock, None)
 
-    def end(self, older_than_s: float = 0.0) -> None:
-        """Ends those that have had this long, which their threads then notice."""
+    def end(self) -> None:
+        """Ends all of them, which their threads then notice."""
         with self._lock:
-            now_s = time.monotonic()
-            for sock, since_s in self._since_s.items():
-                if now_s - since_s >= older_than_s:
-                    shut_down(sock)
+            for sock in self._socks:
+                shut_down(sock)
 
 
 class RefusalLog:
@@ -170,10 +168,10 @@ class RefusalLog:
                 log.warning("closed an unauthenticated connection: %s%s", about, reason)
 
 
-def listen(address: Address, option: str) -> socket.socket:
+def listen(address: Address, option: str, purpose: str = "listen") -> socket.socket:
     """A listening socket that does not block; with an empty host for IPv4 and IPv6, where there are both.
 
-    Raises `ConfigError`, which names the `option` that chooses another port.
+    Raises `ConfigError`, which says what cannot be done and names the `option` that chooses another port.
     """
     host, port = address
     try:
@@ -183,7 +181,7 @@ def listen(address: Address, option: str) -> socket.socket:
         number = error.errno or 0
         reason = os.strerror(number) if number > 0 else error
         raise ConfigError(
-            f"cannot listen on {format_address(address) if host else f'port {port}'}: {reason}; "
+            f"cannot {purpose} on {format_address(address) if host else f'port {port}'}: {reason}; "
             f"is another node running here? {option} chooses another port"
         ) from error
     # A peer that is gone between poll and accept would block the thread that accepts.
