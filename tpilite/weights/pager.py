@@ -135,18 +135,18 @@ class Pager(Closing):
         self._files = {tensor.file.path: tensor.file for tensor in tensors.values()}
         self._before = _PassBefore(0, 0.0, 0.0)
         self._table = PartTable()
-        self._loader: Loader | None = None
 
         n_bytes = sum(t.nbytes for name, t in tensors.items() if len(t.shape) == 2 and name != EMBEDDING)
-        self._read_method = read_method or _read_method(n_bytes)
-        room = None if budget_bytes is None else budget_bytes - self._base - self._work_bytes(max_rows)
+        read_method = read_method or _read_method(n_bytes)
+        room = self._room_bytes
         self._maps = window is None and (room is None or n_bytes <= room)
         if room is not None and not self._maps:
             part_bytes = min(part_bytes, max(_MIN_PART_BYTES, room // _PARTS_PER_BUDGET))
         # From the page cache, reading is as fast as unpacking.
-        self.weights = self._paged(tensors, config, part_bytes, may_pack and self._read_method != _CACHED)
+        self.weights = self._paged(tensors, config, part_bytes, may_pack and read_method != _CACHED)
         self._slot_bytes = max(part.buffer_bytes for part in self._table.parts)
         self._n_slots = window or _window_for(room, self._slot_bytes)
+        self._loader = Loader(self._table, self._n_slots - 1, read_method)
         if self._maps:
             self._table.map_all()
         elif room is not None:
@@ -163,15 +163,13 @@ class Pager(Closing):
 
     def close(self) -> None:
         """Ends the loading and gives the memory back."""
-        if self._loader is not None:
+        if self._table.window_bytes:
             self._loader.close()
 
     @property
     def cache_room_bytes(self) -> int | None:
         """The most that all caches together can ever get, with nothing resident; None without a budget."""
-        if self.budget_bytes is None:
-            return None
-        return self.budget_bytes - self._base - self._work_bytes(self._max_rows) - self._window_bytes
+        return None if self._room_bytes is None else self._room_bytes - self._window_bytes
 
     def begin_pass(self, n_rows: int = 1, cache_bytes: int = 0, scores: bool = True) -> None:
         """Makes room for a pass of `n_rows` rows with caches of `cache_bytes`, which may use lm_head or not.
@@ -182,8 +180,8 @@ class Pager(Closing):
         for file in self._files.values():
             file.check()
         self.start()
-        if self._loader is not None:
-            self._balance(n_rows, self._loader)
+        if self._table.window_bytes:
+            self._balance(n_rows)
         self._make_room(n_rows, cache_bytes)
         self._table.skip_lm_head(not scores)
         self._passes += 1
@@ -194,19 +192,19 @@ class Pager(Closing):
         resident = [part for part in table.parts if part.resident]
         resident_bytes = sum(part.tensor.nbytes for part in resident)
         return PagerUsage(
-            self.budget_bytes,
-            table.window_bytes,
-            resident_bytes,
-            sum(part.tensor.nbytes for part in table.parts) - resident_bytes,
-            sum(part.kept_bytes for part in resident),
-            self._cache_bytes,
-            sum(part.loaded_bytes for part in resident),
-            table.filled_bytes,
-            self._passes,
-            0 if loader is None else loader.loads,
-            0 if loader is None else loader.read_bytes,
-            0.0 if loader is None else loader.load_s,
-            table.wait_s,
+            budget_bytes=self.budget_bytes,
+            window_bytes=table.window_bytes,
+            resident_bytes=resident_bytes,
+            streaming_bytes=sum(part.tensor.nbytes for part in table.parts) - resident_bytes,
+            kept_bytes=sum(part.kept_bytes for part in resident),
+            cache_bytes=self._cache_bytes,
+            loaded_bytes=sum(part.loaded_bytes for part in resident),
+            filled_bytes=table.filled_bytes,
+            passes=self._passes,
+            loads=loader.loads,
+            read_bytes=loader.read_bytes,
+            load_s=loader.load_s,
+            load_wait_s=table.wait_s,
         )
 
     def sample(self) -> dict[str, float]:
@@ -219,6 +217,13 @@ class Pager(Closing):
             "loads": usage.loads,
             "read_bytes": usage.read_bytes,
         }
+
+    @property
+    def _room_bytes(self) -> int | None:
+        """What the budget leaves to window, weights and caches in the largest pass."""
+        if self.budget_bytes is None:
+            return None
+        return self.budget_bytes - self._base - self._work_bytes(self._max_rows)
 
     @property
     def _window_bytes(self) -> int:
@@ -242,9 +247,8 @@ class Pager(Closing):
         return assemble(tensors, config.num_hidden_layers, matrix_of)
 
     def _start_loader(self) -> None:
-        if self._loader is None:
+        if not self._table.window_bytes:
             self._table.add_window(self._n_slots, self._slot_bytes)
-            self._loader = Loader(self._table, self._n_slots - 1, self._read_method)
             self._loader.start()
 
     def _check_room(self, room: int) -> None:
@@ -259,12 +263,12 @@ class Pager(Closing):
                 "pass; give a larger budget or ask for a shorter text"
             )
 
-    def _balance(self, n_rows: int, loader: Loader) -> None:
+    def _balance(self, n_rows: int) -> None:
         """Unpacks some parts where the disk idled in the pass before, for lack of free slots."""
         before = self._before
         pass_s = self._table.used_s - before.began_s
-        idle_s = pass_s - (loader.load_s - before.load_s)
-        self._before = _PassBefore(n_rows, time.perf_counter(), loader.load_s)
+        idle_s = pass_s - (self._loader.load_s - before.load_s)
+        self._before = _PassBefore(n_rows, time.perf_counter(), self._loader.load_s)
         if before.n_rows == 1 and pass_s >= _SHORTEST_MEASURED_S and idle_s >= _IDLE_SHARE * pass_s:
             self._table.unpack_some(self._passes)
 
@@ -280,7 +284,7 @@ class Pager(Closing):
             runtime = max(runtime, rss_bytes() - loaded - self._table.window_bytes - before)
         room = self.budget_bytes - runtime - cache_bytes
         kept_bytes = sum(part.kept_bytes for part in parts if part.resident)
-        if self._maps and self._loader is None and kept_bytes <= room:
+        if self._maps and not self._table.window_bytes and kept_bytes <= room:
             return
         try:
             self._check_room(room)
