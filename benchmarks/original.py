@@ -45,6 +45,7 @@ def measure(folder: Path, options: list[str], n_prompt: int, n_new: int) -> dict
     with ExitStack() as stack:
         host = stack.enter_context(hosted(args, folder, 2, stack))
         session = Session(folder, host.config, host.rank, max_rows=engine_config(args).max_rows)
+        session.open()
         (worker,) = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
         prompt = np.random.default_rng(0).integers(3, 1000, n_prompt).tolist()
         request = session.start(prompt, SamplingParams(temperature=0, length=n_new + 1, ignore_eos=True))

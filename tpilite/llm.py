@@ -1,10 +1,12 @@
 """The Python interface: a model folder in, text out.
 
-from tpilite import LLM, SamplingParams
+    from tpilite import LLM, SamplingParams
 
-with LLM("path/to/Llama-3.2-1B-Instruct") as llm:
-    for text in llm.stream("Once upon a time", SamplingParams(length=100, seed=1)):
-        print(text, end="", flush=True)
+    with LLM("path/to/Llama-3.2-1B-Instruct") as llm:
+        for text in llm.stream("Once upon a time", SamplingParams(length=100, seed=1)):
+            print(text, end="", flush=True)
+
+Closing the loop early ends the request.
 """
 
 from contextlib import ExitStack
@@ -52,6 +54,7 @@ class LLM(Session, Closing):
             checkpoint = stack.enter_context(Checkpoint(folder))
             rank = stack.enter_context(Rank(checkpoint.config, checkpoint.tensors, 0, Solo(), engine))
             super().__init__(folder, checkpoint.config, rank, max_rows=engine.max_rows)
+            self.open()
             self._stack = stack.pop_all()
 
     def close(self) -> None:

@@ -46,7 +46,9 @@ def rank(folder: Path) -> Iterator[Rank]:
 
 
 def engine_of(rank: Rank, max_rows: int = 256) -> Engine:
-    return Engine(CONFIG, rank, max_rows=max_rows)
+    engine = Engine(CONFIG, rank, max_rows=max_rows)
+    engine.open()
+    return engine
 
 
 def submit(
@@ -211,6 +213,14 @@ def test_what_cannot_be_served_is_refused_before_any_work(
     with pytest.raises(ConfigError, match=text):
         submit(engine_of(rank), prompt, SamplingParams(length=length))
     assert submit(engine_of(rank), [3] * 100, SamplingParams(length=0)).finish_reason == "length"
+
+
+def test_an_engine_talks_to_no_rank_until_it_is_opened(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank.runner, "statuses", lambda: [{"max_positions": 40}])
+    engine = Engine(CONFIG, rank, max_rows=4)
+    assert (engine.ranks, engine.context) == ([], 128)
+    engine.open()
+    assert (len(engine.ranks), engine.context) == (1, 40)
 
 
 def test_logprobs_are_those_of_the_whole_vocabulary(rank: Rank) -> None:

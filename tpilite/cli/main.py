@@ -174,6 +174,7 @@ def run_as_rank_0(args: argparse.Namespace, folder: Path, params: SamplingParams
         session = Session(
             folder, host.config, host.rank, max_rows=engine_config(args).max_rows, recover=recovery
         )
+        session.open()
         return answer_all(session, args, params, host, recovery)
 
 

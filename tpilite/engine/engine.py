@@ -23,8 +23,8 @@ Recover = Callable[[PeerLost], None]
 
 logger = logging.getLogger(__name__)
 
-# A survey costs one message to every rank and one back.
-_SURVEY_S = 2.0
+# How often every rank is asked for its status, which costs a message to it and one back.
+_STATUS_S = 2.0
 
 
 class TooLong(ConfigError):
@@ -81,7 +81,10 @@ class Engine:
         self._next_id = 0
         self.context = config.max_position_embeddings  # or less, where a rank's memory allows no more
         self.ranks: list[dict[str, Any]] = []  # what each tells of itself, a few seconds old
-        self._surveyed_s = 0.0
+        self._asked_s = 0.0
+
+    def open(self) -> None:
+        """Asks every rank for its status, which bounds the context: to be called before the first request."""
         self._begin()
 
     def check(self, sequence: Sequence) -> None:
@@ -149,8 +152,8 @@ class Engine:
         chunks = self._scheduler.next()
         if not chunks:
             return []
-        if time.monotonic() - self._surveyed_s > _SURVEY_S:
-            self._survey()
+        if time.monotonic() - self._asked_s > _STATUS_S:
+            self._ask_status()
         ids = [i for c in chunks for i in c.sequence.ids(c.start, c.start + c.n_rows)]
         ends = np.cumsum([c.n_rows for c in chunks]) - 1
         last = [(c.sequence, int(end)) for c, end in zip(chunks, ends, strict=True) if c.reaches_end]
@@ -243,15 +246,15 @@ class Engine:
             self._free.clear()
             self._scheduler.restart()
             try:
-                self._survey()
+                self._ask_status()
             except PeerLost as again:
                 lost = again
             else:
                 return
 
-    def _survey(self) -> None:
+    def _ask_status(self) -> None:
         """Asks every rank how it is, and how long a text its memory allows: the least is the context."""
-        self.ranks, self._surveyed_s = self.runner.survey(), time.monotonic()
+        self.ranks, self._asked_s = self.runner.statuses(), time.monotonic()
         limits = [found.get("max_positions") for found in self.ranks]
         self.context = min(
             [self.config.max_position_embeddings, *(int(limit) for limit in limits if limit is not None)]

@@ -19,7 +19,7 @@ Embedding = Callable[[Sequence[int]], Array]  # ids -> [T, D]
 
 
 _STOP = {"stop": True}
-_SURVEY = {"survey": True}
+_STATUS = {"survey": True}
 _NONE: Array = np.zeros((0, 0), np.float32)
 
 
@@ -31,7 +31,7 @@ class Memory(Protocol):
         ...
 
     def status(self) -> dict[str, Any]:
-        """Plain values for rank 0's survey."""
+        """Plain values for rank 0, which asks every rank now and then."""
         ...
 
 
@@ -71,17 +71,17 @@ class Runner:
             message = self.collective.broadcast(None)
             if message.header == _STOP:
                 return
-            if message.header == _SURVEY:
+            if message.header == _STATUS:
                 self.collective.gather(Message(self._status()))
                 continue
             array = None if message.array is None else np.array(message.array, np.float32)
             self.collective.gather(self._execute(Step.from_header(message.header), array))
 
-    def survey(self) -> list[dict[str, Any]]:
-        """On rank 0: what every rank tells of itself, in rank order."""
-        self.collective.broadcast(Message(_SURVEY))
+    def statuses(self) -> list[dict[str, Any]]:
+        """On rank 0: the status of every rank, in rank order."""
+        self.collective.broadcast(Message(_STATUS))
         parts = self.collective.gather(Message(self._status()))
-        assert parts is not None, "survey is rank 0's"
+        assert parts is not None, "statuses are rank 0's to ask for"
         return [dict(part.header) for part in parts]
 
     def _status(self) -> dict[str, Any]:

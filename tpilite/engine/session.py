@@ -1,8 +1,11 @@
 """Text in, text out: what a program asks of rank 0, however many ranks there are.
 
-session = Session(folder, config, rank, max_rows=256)
-for text in session.stream("Once upon a time", SamplingParams(length=100, seed=1)):
-    print(text, end="", flush=True)
+    session = Session(folder, config, rank, max_rows=256)
+    session.open()
+    for text in session.stream("Once upon a time", SamplingParams(length=100, seed=1)):
+        print(text, end="", flush=True)
+
+Closing the loop early ends the request.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -51,7 +54,8 @@ class EncodedPrompt:
 class Session:
     """Prompts and messages in, text out, by rank 0 of however many ranks. For one thread at a time.
 
-    A prompt is a text or a list of token ids; a folder without tokenizer files serves ids alone.
+    `open` it before the first request. A prompt is a text or a list of token ids; a folder without tokenizer
+    files serves ids alone.
     """
 
     def __init__(
@@ -73,6 +77,10 @@ class Session:
             self.chat_format = chat_format(self._tokenizer, folder)
             self._eos_ids |= self._tokenizer.eos_ids
         self.engine = Engine(config, rank, max_rows=max_rows, recover=recover)
+
+    def open(self) -> None:
+        """Asks every rank how long a text its memory allows: to be called before the first request."""
+        self.engine.open()
 
     @property
     def tokenizer(self) -> Tokenizer:
