@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tpilite.linear.linear import block_rows
+from tpilite.linear.matrix import block_rows
 from tpilite.weights.residency import (
     PagedPart,
     choose_evictions,
