@@ -151,14 +151,14 @@ def get(server: Server, path: str, headers: bytes = b"") -> tuple[int, dict[str,
 
 def post(server: Server, path: str, body: Any, headers: bytes = JSON) -> tuple[int, dict[str, str], Any]:
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-    head = b"POST %s HTTP/1.0\r\n%sContent-Length: %d\r\n\r\n" % (path.encode(), headers, len(raw))
-    status, found, answer = split(exchange(server.port, head + raw))
+    request = b"POST %s HTTP/1.0\r\n%sContent-Length: %d\r\n\r\n" % (path.encode(), headers, len(raw))
+    status, found, answer = split(exchange(server.port, request + raw))
     return status, found, json.loads(answer)
 
 
 def split(answer: bytes) -> tuple[int, dict[str, str], bytes]:
-    head, _, body = answer.partition(b"\r\n\r\n")
-    first, *lines = head.decode().split("\r\n")
+    top, _, body = answer.partition(b"\r\n\r\n")
+    first, *lines = top.decode().split("\r\n")
     return int(first.split()[1]), {k.lower(): v for k, _, v in (x.partition(": ") for x in lines)}, body
 
 

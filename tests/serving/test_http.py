@@ -82,12 +82,12 @@ def test_an_answer_does_not_depend_on_the_packets(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_stream_comes_in_chunks_or_to_the_end() -> None:
-    head, _, body = answer_to(b"GET /stream HTTP/1.1\r\n\r\n").partition(b"\r\n\r\n")
+    headers, _, body = answer_to(b"GET /stream HTTP/1.1\r\n\r\n").partition(b"\r\n\r\n")
     assert body == b"3\r\none\r\n3\r\ntwo\r\n0\r\n\r\n"
-    assert b"Transfer-Encoding: chunked" in head
-    head, _, body = answer_to(b"GET /stream HTTP/1.0\r\n\r\n").partition(b"\r\n\r\n")
+    assert b"Transfer-Encoding: chunked" in headers
+    headers, _, body = answer_to(b"GET /stream HTTP/1.0\r\n\r\n").partition(b"\r\n\r\n")
     assert body == b"onetwo"
-    assert b"Transfer-Encoding" not in head
+    assert b"Transfer-Encoding" not in headers
 
 
 def test_what_is_wrong_as_http_is_told_by_the_application_and_ends_the_connection() -> None:

@@ -44,7 +44,7 @@ class ApiError(TpiliteError):
 
     @property
     def body(self) -> Json:
-        """The object that tells of it."""
+        """The object that is its JSON."""
         return {
             "error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code},
         }

@@ -45,11 +45,22 @@ class HttpError(Exception):
         self.status = status
 
 
-class BodyStream(Protocol):
-    """The body of an answer that is sent while it is made."""
+class BodyStream:
+    """A body in chunks or, for clients of HTTP/1.0, up to the end of the connection."""
 
-    def write(self, data: bytes) -> None: ...
-    def end(self) -> None: ...
+    def __init__(self, connection: socket.socket, file: Any, *, chunked: bool) -> None:
+        self._connection, self._file, self._chunked = connection, file, chunked
+
+    def write(self, data: bytes) -> None:
+        """Sends a piece; none at all where it is empty, since an empty chunk ends the body."""
+        if data:
+            self._connection.settimeout(_SEND_S)
+            self._file.write(b"%x\r\n%s\r\n" % (len(data), data) if self._chunked else data)
+
+    def end(self) -> None:
+        """Ends the body, in chunks by an empty one: without it the client knows that it is not whole."""
+        if self._chunked:
+            self._file.write(b"0\r\n\r\n")
 
 
 class Exchange(Protocol):
@@ -61,13 +72,10 @@ class Exchange(Protocol):
     path: str  # with its query
     headers: Message
     common_headers: dict[str, str]  # those of the answer, whichever it will be
+    has_begun: bool  # whether a part of the answer is sent
 
     @property
     def method(self) -> str: ...
-
-    @property
-    def has_begun(self) -> bool:
-        """Whether a part of the answer is sent."""
 
     def body(self) -> bytes:
         """The request's body. Raises `HttpError` where there is none or too much of it."""
@@ -143,24 +151,6 @@ class _Reader(io.RawIOBase):
         return n
 
 
-class _BodyStream:
-    """A body in chunks or, for clients of HTTP/1.0, up to the end of the connection."""
-
-    def __init__(self, connection: socket.socket, file: Any, *, chunked: bool) -> None:
-        self._connection, self._file, self._chunked = connection, file, chunked
-
-    def write(self, data: bytes) -> None:
-        """Sends a piece; none at all where it is empty, since an empty chunk ends the body."""
-        if data:
-            self._connection.settimeout(_SEND_S)
-            self._file.write(b"%x\r\n%s\r\n" % (len(data), data) if self._chunked else data)
-
-    def end(self) -> None:
-        """Tells the client that the body is whole."""
-        if self._chunked:
-            self._file.write(b"0\r\n\r\n")
-
-
 class Connection(BaseHTTPRequestHandler):
     """One connection's requests, one after another; each is an `Exchange`."""
 
@@ -188,7 +178,7 @@ class Connection(BaseHTTPRequestHandler):
     def handle_one_request(self) -> None:
         self._reader.headers_follow(self._idle_s)
         self._idle_s = _IDLE_S
-        self._n_unread, self._has_begun = 0, False
+        self._n_unread, self.has_begun = 0, False
         self.common_headers: dict[str, str] = {}
         self.command, self.requestline, self.request_version = "", "", "HTTP/1.1"
         try:
@@ -235,6 +225,7 @@ class Connection(BaseHTTPRequestHandler):
 
     @property
     def method(self) -> str:
+        """GET and the like."""
         return self.command
 
     def _body_length(self) -> int:
@@ -273,10 +264,6 @@ class Connection(BaseHTTPRequestHandler):
 
     # ---- answers
 
-    @property
-    def has_begun(self) -> bool:
-        return self._has_begun
-
     def send(
         self, body: bytes, content_type: str, status: int = 200, headers: Mapping[str, str] | None = None
     ) -> None:
@@ -297,20 +284,20 @@ class Connection(BaseHTTPRequestHandler):
         else:
             self.close_connection = True
         self.end_headers()
-        return _BodyStream(self.connection, self.wfile, chunked=chunked)
+        return BodyStream(self.connection, self.wfile, chunked=chunked)
 
     def cut(self) -> None:
         self.close_connection = True
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Answers what http.server finds wrong by itself, and closes."""
-        self.close_connection, self._n_unread, self._has_begun = True, 1, False
+        self.close_connection, self._n_unread, self.has_begun = True, 1, False
         self._application.refuse(self, HttpError(code, message or explain or self.responses[code][0]))
 
     def _begin(self, status: int, headers: Mapping[str, str]) -> None:
         """Writes the status and the headers that every answer has, and these."""
         self.connection.settimeout(_SEND_S)
-        self._has_begun = True
+        self.has_begun = True
         self.send_response(status)
         closing = {"Connection": "close"} if self.close_connection or self._n_unread else {}
         for name, value in {**self.common_headers, **closing, **headers}.items():

@@ -62,8 +62,8 @@ class Job:
 class _Choice:
     """A sequence in the engine and the job it belongs to.
 
-    The log-probability of a token is told with the text in which it begins, so that those of a stop text,
-    which is not shown, are not told either.
+    The log-probability of a token goes out with the text in which the token begins, so that those of a stop
+    text, which is not shown, do not go out either.
     """
 
     def __init__(self, job: Job, index: int, sequence: Sequence) -> None:

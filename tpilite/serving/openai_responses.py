@@ -15,7 +15,7 @@ _FINGERPRINT = f"tpilite-{__version__}"
 
 @dataclass(frozen=True)
 class ResponseInfo:
-    """What every part of one answer says of it: whole answers and chunks begin with these fields."""
+    """The fields with which a whole answer and each of its chunks begin."""
 
     request_id: str
     created_s: int
@@ -79,7 +79,7 @@ def response(info: ResponseInfo, choices: list[Json], n_prompt: int, n_new: int)
 
 
 def usage(n_prompt: int, n_new: int) -> Json:
-    """How many tokens an answer took, as every answer that tells it does."""
+    """How many tokens an answer took."""
     return {"prompt_tokens": n_prompt, "completion_tokens": n_new, "total_tokens": n_prompt + n_new}
 
 

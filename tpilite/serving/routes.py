@@ -241,7 +241,7 @@ def _send_json(
 
 
 def _send_error(exchange: Exchange, error: ApiError) -> None:
-    """Answers with an error, or cuts an answer that has begun: nothing else can tell the client of it."""
+    """Answers with an error, or cuts an answer that has begun: nothing else would reach the client."""
     if exchange.has_begun:
         exchange.cut()
     else:
@@ -257,7 +257,7 @@ def _send_file(file: PageFile, exchange: Exchange) -> None:
 
 
 def _send_preflight(exchange: Exchange, method: str) -> None:
-    """Tells a browser what a page of an allowed origin may send."""
+    """Answers a browser that asks what a page of an allowed origin may send."""
     headers = {
         "Access-Control-Allow-Methods": method,
         "Access-Control-Allow-Headers": "authorization, content-type",

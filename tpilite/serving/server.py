@@ -49,7 +49,7 @@ def serve(
 ) -> None:
     """Serves until SIGTERM or SIGINT, then lets open requests finish within the grace; a second one ends it.
 
-    `ready` is told the address of the page. The rest is as in `Service`. For the main thread.
+    `ready` is called with the address of the page. The rest is as in `Service`. For the main thread.
     """
     service = Service(
         session,
@@ -66,7 +66,7 @@ def serve(
         logger.info("stopping; open requests have %g s to finish", config.grace_s)
         while not service.drain(0.1) and time.monotonic() < until_s and signals.n_heard < 2:
             pass
-        # Before the connections are closed, so that those who still wait are told why.
+        # Before the connections are closed, so that those who still wait get the reason.
         service.close()
         server.finish_answers()
 

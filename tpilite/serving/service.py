@@ -29,11 +29,12 @@ logger = logging.getLogger(__name__)
 Prompt = str | list[int]
 Messages = tuple[Mapping[str, Any], ...]
 
+# A place may be free long before the mean of the jobs so far says.
 _MAX_RETRY_S = 60
 
 
 class Recovery:
-    """The engine's `recover`, which tells while it is at work what it is waiting for."""
+    """The engine's `recover`; `waiting_for` says why while it is at work, and is None otherwise."""
 
     def __init__(self, recover: Recover) -> None:
         self._recover = recover
