@@ -24,7 +24,7 @@ class SliceError(TpiliteError):
 
 
 class ProtocolError(TpiliteError):
-    """The peer sent what the protocol does not allow: it is a stranger, broken, or of another version."""
+    """The peer sent what the protocol does not allow: it is no tpilite node or of another version."""
 
     exit_code = 3
 

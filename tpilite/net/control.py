@@ -12,7 +12,7 @@ from tpilite.net.channel import Channel
 # Heartbeats per timeout: three may get lost in a stall of the sender before it counts as silent.
 _BEATS = 4
 # Both connections of a dead process end in the same moment; the control connection knows the reason.
-VERDICT_S = 1.0
+GRACE_S = 1.0
 
 
 class Control:
@@ -43,15 +43,15 @@ class Control:
     def send(self, header: messages.Header) -> None:
         # Even a frozen peer's kernel takes these few bytes; the deadline is for one that took many.
         with self._sending:
-            self.channel.send(header, deadline_s=time.monotonic() + VERDICT_S)
+            self.channel.send(header, deadline_s=time.monotonic() + GRACE_S)
 
-    def say(self, last_word: messages.Header | None) -> None:
+    def send_last(self, last_message: messages.Header | None) -> None:
         """Sends what ends the connection, if the peer still takes it; its end is then no failure."""
         if not self._ending:
             self._ending = True
-            if last_word is not None:
+            if last_message is not None:
                 with contextlib.suppress(PeerLost):
-                    self.send(last_word)
+                    self.send(last_message)
 
     def shutdown(self) -> None:
         """Ends the connection without waiting, from any thread."""

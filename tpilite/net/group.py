@@ -26,7 +26,7 @@ from tpilite.errors import ConfigError, PeerLost, ProtocolError, TpiliteError
 from tpilite.net import messages, wire
 from tpilite.net.channel import Channel
 from tpilite.net.codecs import CODECS
-from tpilite.net.control import VERDICT_S, Control
+from tpilite.net.control import GRACE_S, Control
 from tpilite.net.exchange import Exchange
 from tpilite.net.measure import Costs, cheapest, measure
 from tpilite.net.sums import ALGORITHMS, STAR, NewSum, Sum, new_sum
@@ -78,7 +78,7 @@ class Group(Closing):
         self._settled = threading.Event()  # why it failed is known
         self._noticed = threading.Event()  # by the thread that calls the operations
         self._lock = threading.Lock()
-        self._telling = threading.Lock()  # held until all ranks are told why the group failed
+        self._notifying = threading.Lock()  # held until all ranks know why the group failed
         self._costs: Costs = {}  # where they were measured
         self._sum: Sum | None = None
 
@@ -132,25 +132,25 @@ class Group(Closing):
 
     def fail(self, error: TpiliteError) -> None:
         """Ends the group for all ranks, from any thread; the first error stays; all are told on return."""
-        with self._telling:
+        with self._notifying:
             if self._set_failure(error):
                 rank = error.rank if isinstance(error, RankLost) else None
                 for control in self.controls:
-                    control.say(messages.Error(str(error), rank))
+                    control.send_last(messages.Error(str(error), rank))
                 self._cut(str(error))
 
     def close(self) -> None:
         """Ends the session cleanly, where it has not ended yet; the other ranks get `GroupEnded`."""
         self._noticed.set()
-        with self._telling:
+        with self._notifying:
             clean = self._set_failure(GroupEnded("this node ended the session"))
         if clean:
             for control in self.controls:
-                control.say(messages.Goodbye())
+                control.send_last(messages.Goodbye())
             for channel in self._channels:
                 if channel is not None:
                     channel.end_sends()  # behind what was sent, which is still to be received
-        deadline_s = time.monotonic() + (VERDICT_S if clean else 0)
+        deadline_s = time.monotonic() + (GRACE_S if clean else 0)
         for control in self.controls:
             control.close(deadline_s)
         for channel in self._channels:
@@ -180,7 +180,7 @@ class Group(Closing):
     def _failed(self, error: PeerLost | ProtocolError) -> TpiliteError:
         """The failure of the group that a connection's failure is part of, by the best known reason."""
         if isinstance(error, PeerLost) and self._controls:
-            self._settled.wait(VERDICT_S)
+            self._settled.wait(GRACE_S)
         self._noticed.set()
         self.fail(self._blame(error))
         assert self._failure is not None
@@ -274,7 +274,7 @@ class MemberGroup(Group):
         if isinstance(header, messages.Goodbye):
             # This may come before the last of the data, whose end it is.
             if self._set_failure(GroupEnded("rank 0 ended the session")):
-                self._noticed.wait(VERDICT_S)
+                self._noticed.wait(GRACE_S)
             self._cut("rank 0 ended the session")
         elif isinstance(header, messages.Error):
             reason = f"rank 0 says: {header.reason:.500}"
@@ -301,7 +301,7 @@ def local_groups(
 
 
 def check_options(allreduce: str, payload: str) -> None:
-    """Raises `ConfigError` for ways and payloads that do not exist."""
+    """Raises `ConfigError` for algorithms and payloads that do not exist."""
     if allreduce not in (*ALGORITHMS, "auto"):
         raise ConfigError(f"expected --allreduce to be {', '.join(ALGORITHMS)} or auto, found {allreduce!r}")
     if payload not in CODECS:

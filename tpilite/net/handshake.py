@@ -59,7 +59,7 @@ def connect_until(
 ) -> Channel:
     """As `connect`, tried again until it succeeds or the deadline (None: never) passes; logs the wait."""
     delay_s, next_reminder_s = _FIRST_DELAY_S, time.monotonic()
-    told: set[str] = set()
+    reported: set[str] = set()
     while True:
         now_s = time.monotonic()
         timeout_s = CONNECT_TIMEOUT_S if deadline_s is None else min(CONNECT_TIMEOUT_S, deadline_s - now_s)
@@ -69,8 +69,8 @@ def connect_until(
             now_s = time.monotonic()
             if deadline_s is not None and now_s + delay_s > deadline_s:
                 raise PeerLost(f"{error}; gave up waiting for it") from error
-            if now_s >= next_reminder_s or str(error) not in told:
-                told.add(str(error))
+            if now_s >= next_reminder_s or str(error) not in reported:
+                reported.add(str(error))
                 log.info("waiting for rank 0: %s; trying again until it answers", error)
                 next_reminder_s = now_s + _REMINDER_S
         time.sleep(delay_s)

@@ -12,7 +12,7 @@ from tpilite.collective import Collective, Message
 from tpilite.net.sums import ALGORITHMS
 
 # The sums of a decoding step have 8 to 32 KiB, a prompt's have megabytes, which the last two foretell. From
-# 16 and 128 KiB alone, one of 32 KiB was foretold by up to a fifth too much, for some ways more than others.
+# 16 and 128 KiB alone, one of 32 KiB was foretold by up to a fifth too much, more for some algorithms.
 _MEASURED_BYTES = (1 << 14, 1 << 15, 1 << 16)
 _MEASURED_S = 0.15
 

@@ -26,10 +26,10 @@ class Member:
     def alive(self) -> bool:
         return self.control is None or self.control.alive
 
-    def say(self, last_word: messages.Header) -> None:
-        """Ends the control connection with this message, where there is one."""
+    def send_last(self, last_message: messages.Header) -> None:
+        """Ends the control connection, where there is one, with this message."""
         if self.control is not None:
-            self.control.say(last_word)
+            self.control.send_last(last_message)
 
     def close(self, deadline_s: float) -> None:
         """Closes its connections, the control connection as `Control.close` does."""

@@ -22,7 +22,7 @@ from tpilite.net import messages
 from tpilite.net.address import Address
 from tpilite.net.auth import Security
 from tpilite.net.channel import Channel
-from tpilite.net.control import VERDICT_S, Control
+from tpilite.net.control import GRACE_S, Control
 from tpilite.net.group import GroupEnded, MemberGroup, check_options
 from tpilite.net.handshake import HANDSHAKE_S, connect, connect_until
 from tpilite.net.listener import Listener
@@ -47,7 +47,7 @@ def join(
     Raises `PeerLost` after `timeout_s` (None: never) and `ConfigError` for what waiting does not change.
     """
     deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
-    told = ""
+    reported = ""
     while True:
         channel = connect_until(address, security.token, deadline_s=deadline_s, tls=security.client_tls)
         try:
@@ -72,9 +72,9 @@ def join(
             raise
         if deadline_s is not None and time.monotonic() + _RETRY_S > deadline_s:
             raise PeerLost(f"rank 0 at {channel.peer} has no place for this node: {reason}")
-        if reason != told:
+        if reason != reported:
             log.info("waiting for a place at %s: %s", channel.peer, reason)
-            told = reason
+            reported = reason
         time.sleep(_RETRY_S)
 
 
@@ -115,7 +115,7 @@ class Membership:
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         # Its own failures: rank 0 knows all others.
         if self._group is None and isinstance(error, TpiliteError) and self._failure is None:
-            self._control.say(messages.Error(str(error)))
+            self._control.send_last(messages.Error(str(error)))
         self.close()
 
     def check(self) -> None:
@@ -137,7 +137,7 @@ class Membership:
             self._control.send(messages.Ready(dict(terms), self._listener.port if self._listener else 0))
         except PeerLost:
             with self._changed:  # the control thread has read why, or is about to
-                self._changed.wait_for(lambda: self._failure is not None, VERDICT_S)
+                self._changed.wait_for(lambda: self._failure is not None, GRACE_S)
             self.check()
             raise
         with self._changed:
@@ -157,8 +157,8 @@ class Membership:
         if self._listener is not None:
             self._listener.close()
         if self._group is None:
-            self._control.say(messages.Goodbye())
-            self._control.close(time.monotonic() + VERDICT_S)
+            self._control.send_last(messages.Goodbye())
+            self._control.close(time.monotonic() + GRACE_S)
         for channel in self._attached.values():
             channel.close()
         self._attached.clear()

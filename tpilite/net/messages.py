@@ -65,7 +65,7 @@ class Refused(Header):
 
 @dataclass(frozen=True)
 class Join(Header):
-    """A worker asks for a place: a rank or None for any, and what it holds already."""
+    """A worker asks for a rank, or None for any, and what it holds already."""
 
     rank: int | None
     terms: dict[str, Any]
@@ -73,7 +73,7 @@ class Join(Header):
 
 @dataclass(frozen=True)
 class Welcome(Header):
-    """The worker's place, how long silence may last, and what it needs to prepare."""
+    """The rank that the worker has, how long silence may last, and what it needs to prepare."""
 
     rank: int
     world_size: int
@@ -95,7 +95,7 @@ class Start(Header):
 
     epoch: int
     peers: list[Any]
-    allreduce: str  # "star", or a way for which workers connect to each other too
+    allreduce: str  # "star", or an algorithm for which workers connect to each other too
     payload: str  # "f32", "f16" or "bf16"
 
 

@@ -23,7 +23,7 @@ from tpilite.net import messages
 from tpilite.net.address import Address
 from tpilite.net.auth import Security
 from tpilite.net.channel import Channel
-from tpilite.net.control import VERDICT_S, Control
+from tpilite.net.control import GRACE_S, Control
 from tpilite.net.group import RankLost, RootGroup, check_options
 from tpilite.net.handshake import HANDSHAKE_S
 from tpilite.net.listener import Listener
@@ -112,16 +112,16 @@ class Rendezvous(Closing):
     def _wait_until_ready(
         self, deadline_s: float | None, on_change: Callable[[dict[int, str]], None] | None
     ) -> None:
-        told: dict[int, str] = {}
+        reported: dict[int, str] = {}
         while True:
             _close(self._members.take_gone())
             states = self.states
-            if states != told:
+            if states != reported:
                 if on_change is not None:
                     on_change(states)
                 elif any(state != "ready" for state in states.values()):
                     log.info("waiting: %s", _describe(states))
-            told = states
+            reported = states
             if all(state == "ready" for state in states.values()):
                 return
             remaining_s = None if deadline_s is None else deadline_s - time.monotonic()
@@ -256,7 +256,7 @@ class Rendezvous(Closing):
         assert member.control is not None
         if difference:
             log.warning("refused rank %d at %s: %s", member.rank, member.host, difference)
-            member.control.say(messages.Refused(difference))
+            member.control.send_last(messages.Refused(difference))
         elif isinstance(header, messages.Goodbye):
             log.info("rank %d at %s left", member.rank, member.host)
         elif isinstance(header, messages.Error):
@@ -280,12 +280,12 @@ class Rendezvous(Closing):
         return group if group is not None and member.control in group.controls else None
 
 
-def _close(members: list[Member], last_word: messages.Header | None = None) -> None:
+def _close(members: list[Member], last_message: messages.Header | None = None) -> None:
     """Ends these members' connections together, each after this last word."""
     for member in members:
-        if last_word is not None:
-            member.say(last_word)
-    deadline_s = time.monotonic() + VERDICT_S
+        if last_message is not None:
+            member.send_last(last_message)
+    deadline_s = time.monotonic() + GRACE_S
     for member in members:
         member.close(deadline_s)
 
