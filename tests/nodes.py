@@ -43,7 +43,11 @@ class Node:
         **environment: str,
     ) -> None:
         home.mkdir(parents=True, exist_ok=True)
-        kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH", "TMPDIR") if name in os.environ}
+        kept = {
+            name: os.environ[name]
+            for name in ("PATH", "PYTHONPATH", "TMPDIR", "TPILITE_NATIVE")
+            if name in os.environ
+        }
         if token is not None:
             environment["TPILITE_TOKEN"] = token
         self.process = subprocess.Popen(
