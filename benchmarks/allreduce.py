@@ -45,6 +45,7 @@ import numpy as np
 from wires import Wires, end_with_parent
 
 from tpilite.collective import Message
+from tpilite.engine.compiled import new_sums
 from tpilite.net.channel import Channel
 from tpilite.net.codecs import CODECS
 from tpilite.net.group import Group, MemberGroup, RootGroup
@@ -281,7 +282,7 @@ def group_of(rank: int, ends: list[list[socket.socket | None]], payload: str) ->
         if other != rank:
             close_all(row)
     channels = [None if sock is None else Channel(sock, f"rank {r}") for r, sock in enumerate(ends[rank])]
-    return (MemberGroup if rank else RootGroup)(rank, channels, payload=payload)
+    return (MemberGroup if rank else RootGroup)(rank, channels, payload=payload, new_sum=new_sums())
 
 
 def close_all(socks: list[socket.socket | None]) -> None:

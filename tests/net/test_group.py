@@ -9,22 +9,28 @@ from typing import Any
 
 import numpy as np
 import pytest
+from compiled_code import EXCHANGE, by_both, needs_exchange
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tpilite.collective import Message
 from tpilite.errors import ConfigError, PeerLost, ProtocolError
+from tpilite.native.exchange import sums_by
 from tpilite.net import messages, wire
 from tpilite.net.channel import Channel
 from tpilite.net.group import Group, RankLost, check_options, local_groups
+from tpilite.net.sums import NewSum, new_sum
 
 ALGORITHMS = ("star", "direct", "scatter")
+
+
+both = pytest.mark.parametrize("new", by_both(new_sum, sums_by(EXCHANGE), needs_exchange))
 
 
 class Ranks:
     """A group whose ranks run a function each, in threads."""
 
-    def __init__(self, world_size: int, **options: str) -> None:
+    def __init__(self, world_size: int, **options: Any) -> None:
         self.groups = local_groups(world_size, **options)
         self.pool = ThreadPoolExecutor(world_size)
 
@@ -59,10 +65,11 @@ def bits(array: Any) -> Any:
     return array.view(np.uint32)
 
 
+@both
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
-def test_sums_are_those_of_rank_order_bit_for_bit(algorithm: str, world_size: int) -> None:
-    with Ranks(world_size, allreduce=algorithm) as ranks:
+def test_sums_are_those_of_rank_order_bit_for_bit(algorithm: str, world_size: int, new: NewSum) -> None:
+    with Ranks(world_size, allreduce=algorithm, new_sum=new) as ranks:
         for shape in [(1, 64), (3, 37), (1,), (2, 2), (0,), (16, 2048), (1, 64)]:
             arrays = parts(world_size, shape, seed=shape[0])
             expected = sum_in_rank_order(arrays)
@@ -87,24 +94,26 @@ def test_any_size_over_any_number_of_ranks(n: int, world_size: int, algorithm: s
             np.testing.assert_array_equal(bits(result), bits(expected))
 
 
+@both
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_a_sum_larger_than_the_kernels_buffers(algorithm: str) -> None:
+def test_a_sum_larger_than_the_kernels_buffers(algorithm: str, new: NewSum) -> None:
     """Every rank sends before it receives; none may wait for another for ever."""
     arrays = parts(3, (1_500_000,))
     expected = sum_in_rank_order(arrays)
-    with Ranks(3, allreduce=algorithm) as ranks:
+    with Ranks(3, allreduce=algorithm, new_sum=new) as ranks:
         for result in ranks.run(lambda group: group.all_reduce(arrays[group.rank])):
             np.testing.assert_array_equal(bits(result), bits(expected))
 
 
+@both
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize(("payload", "tolerance"), [("f16", 2e-3), ("bf16", 1.6e-2)])
 def test_a_narrower_payload_is_near_and_the_same_on_all_ranks(
-    algorithm: str, payload: str, tolerance: float
+    algorithm: str, payload: str, tolerance: float, new: NewSum
 ) -> None:
     arrays = parts(5, (3, 101))
     expected = sum_in_rank_order([array.astype(np.float64) for array in arrays])
-    with Ranks(5, allreduce=algorithm, payload=payload) as ranks:
+    with Ranks(5, allreduce=algorithm, new_sum=new, payload=payload) as ranks:
         results = ranks.run(lambda group: group.all_reduce(arrays[group.rank]))
     for result in results:
         assert result.dtype == np.float32
@@ -131,14 +140,15 @@ def test_bfloat16_rounds_to_the_nearest_and_ties_to_even() -> None:
     np.testing.assert_array_equal(results[0], expected)
 
 
+@both
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_a_sum_allocates_nothing_that_grows_with_it(algorithm: str) -> None:
+def test_a_sum_allocates_nothing_that_grows_with_it(algorithm: str, new: NewSum) -> None:
     """The blocks of one sum are views, tuples and numbers; an array of it would show.
 
     So large that the 64 KiB through which some versions of NumPy reduce, on each rank, do not.
     """
     n, rounds = 1 << 18, 10
-    with Ranks(3, allreduce=algorithm) as ranks:
+    with Ranks(3, allreduce=algorithm, new_sum=new) as ranks:
         arrays = [np.zeros(n, np.float32) for _ in range(3)]
 
         def work(group: Group) -> None:
@@ -214,10 +224,11 @@ def sums_for_ever(group: Group, x: Any) -> None:
         group.all_reduce(x)
 
 
+@both
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("lost", [0, 1, 2])
-def test_a_lost_rank_ends_the_sum_on_all_others(algorithm: str, lost: int) -> None:
-    with Ranks(3, allreduce=algorithm) as ranks:
+def test_a_lost_rank_ends_the_sum_on_all_others(algorithm: str, lost: int, new: NewSum) -> None:
+    with Ranks(3, allreduce=algorithm, new_sum=new) as ranks:
 
         def work(group: Group) -> Any:
             x = np.zeros(1000, np.float32)
