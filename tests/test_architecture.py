@@ -34,10 +34,11 @@ _INSIDE = {
     "residency part_table loader pager",
     "native": "bindings products exchange library",
     "engine": "compiled config sampling usage sequence scheduler stats step runner rank engine session",
-    "cluster": "config token slice_protocol catalog slice_server slice_client fetch terms splits host worker",
+    "cluster": "config token slice_protocol catalog slice_server slice_client fetch terms splits clean host "
+    "worker",
     "serving": "config errors openai_requests openai_responses figures jobs service http answer page routes "
     "server",
-    "cli": "memory_report local terminal hub configs options main __main__",
+    "cli": "memory_report local terminal hub configs options clean main __main__",
     "shipped": "",
 }
 # `local` hands its own environment on to the ranks that it starts; `library` asks whether it may use itself;

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from tpilite.cli.clean import clean
 from tpilite.cli.configs import (
     cache_folder,
     cluster_config,
@@ -118,6 +119,8 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--use_gpu: tpilite computes on the CPU only; run without it")
     if args.model_type not in (None, "llama"):
         raise ConfigError(f"--model_type {args.model_type} is not supported; expected llama")
+    if args.clean:
+        return clean(args, None if args.model_path is None else find_model(args.model_path))
     rank, world_size = rank_of(args), world_size_of(args)
     if args.join or (rank or 0) > 0:
         return work(args, rank)

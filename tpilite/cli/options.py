@@ -115,6 +115,8 @@ def _add_slices(group: _Group) -> None:
     add("--split_bin", action="store_true", help="slice the model anew")
     add("--split_only", action="store_true", help="slice the model for --world_size ranks, and end")
     add("--force_download", action="store_true", help="fetch this rank's slices anew")
+    add("--clean", action="store_true", help="show slices that are no longer needed, remove them, and end")
+    add("--yes", action="store_true", help="do so without a question")
 
 
 def _add_network(group: _Group) -> None:

@@ -32,7 +32,7 @@ def terms_of(fingerprint: str, partition: Partition) -> dict[str, Any]:
 
 
 # Where rank 0 serves slices from, a file of this name says which start of rank 0 that is.
-_MARK_NAME = ".served"
+MARK_NAME = ".served"
 
 
 def mark_served(save_dir: Path) -> str:
@@ -40,13 +40,13 @@ def mark_served(save_dir: Path) -> str:
     mark = secrets.token_hex(8)
     with suppress(OSError):  # nobody can fetch into what cannot be written
         save_dir.mkdir(parents=True, exist_ok=True)
-        (save_dir / _MARK_NAME).write_text(mark)
+        (save_dir / MARK_NAME).write_text(mark)
     return mark
 
 
 def is_served(save_dir: Path, mark: object) -> bool:
     """Whether this is the folder that bears the mark, by whatever path or network it is reached."""
     try:
-        return (save_dir / _MARK_NAME).read_text() == mark
+        return (save_dir / MARK_NAME).read_text() == mark
     except (OSError, UnicodeDecodeError):
         return False

@@ -40,5 +40,5 @@ def full_error(folder: Path, needed: str) -> SliceError:
     """The error that says what was `needed` on the disk of a folder, and what there is."""
     return SliceError(
         f"the disk of {folder} is full: {needed}, and {format_size(free_bytes(folder), fine=True)} is free; "
-        "make room or choose another place with --save_dir"
+        "make room or choose another place with --save_dir (--clean shows slices that are not needed)"
     )
