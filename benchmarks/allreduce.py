@@ -209,7 +209,7 @@ class Cluster:
             self._wires.lateness()
         times_s = self._single(n, n_rounds)
         late_s = self._wires.lateness() if self._wires else 0.0
-        return times_s, in_a_row_s, late_s, self.group.way(n)
+        return times_s, in_a_row_s, late_s, self.group.algorithm(n)
 
     def _in_a_row(self, n: int, n_rounds: int) -> float:
         self.group.broadcast(Message({"n": n, "starts": [0.0] * n_rounds}))
