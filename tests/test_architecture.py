@@ -2,6 +2,7 @@
 
 import ast
 import configparser
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -101,7 +102,10 @@ def _dependencies():
 def _place(name):
     """The folder, or the module beside the folders, that a module belongs to, and its place inside."""
     folder, _, module = ("cli.__main__" if name == "__main__" else name).partition(".")
-    return folder, ["", *_INSIDE[folder].split()].index(module) if folder in _INSIDE else 0
+    inside = ["", *_INSIDE.get(folder, "").split()]
+    assert folder in " ".join(_FLOORS).split(), f"{name} has no place in this test's table of floors"
+    assert module in inside, f"{name} has no place in this test's order of its folder"
+    return folder, inside.index(module)
 
 
 def _floor(folder):
@@ -117,6 +121,46 @@ def test_imports_point_down(name):
             assert other_place < place, f"{other} comes after {name} in its folder"
         else:
             assert _floor(other_folder) < _floor(folder), f"{name} is not above {other}"
+
+
+# What each folder, and each module beside them, imports of the others.
+_IMPORTED_BY = {folder: set() for row in _FLOORS for folder in row.split()}
+for _module, _tree in _TREES.items():
+    _IMPORTED_BY[_place(_module)[0]] |= {_place(other)[0] for other in _of_ours(_tree)} - {_place(_module)[0]}
+
+
+def _below(folder):
+    """Everything that a folder stands on."""
+    return _IMPORTED_BY[folder].union(*map(_below, _IMPORTED_BY[folder]))
+
+
+def test_the_house_has_at_most_eight_floors():
+    def height(folder):
+        return 1 + max(map(height, _IMPORTED_BY[folder]), default=0)
+
+    heights = {folder: height(folder) for folder in _IMPORTED_BY}
+    assert max(heights.values()) <= 8, f"{max(heights.values())} floors: {heights}"
+
+
+@pytest.mark.parametrize("folder", _INSIDE)
+def test_a_folder_says_what_it_is(folder):
+    """Its docstring says where to begin, what it may import (as the table has it) and must never know."""
+    text = ast.get_docstring(_TREES[folder]) or ""
+    about, _, rest = text.partition("\n\nBegin with ")
+    begin, _, rest = rest.partition("\nMay import: ")
+    may_import, _, never = rest.partition("\nMust never ")
+    assert about, "a first line about the folder, then: Begin with ..."
+    assert never, "then two lines: May import: ...; Must never know: ..."
+    missing = [name for name in re.findall(r"`(\w+\.py)`", begin) if not (_PACKAGE / folder / name).exists()]
+    assert missing == [], "files to begin with that do not exist"
+    if may_import == "everything.":
+        return
+    named = re.findall(r"`(\w+)`", may_import)
+    assert [other for other in named if _floor(other) >= _floor(folder)] == [], "not below this folder"
+    allowed = (
+        set(named).union(*map(_below, named)) if re.search("what (it|they) stand", may_import) else set(named)
+    )
+    assert _IMPORTED_BY[folder] <= allowed
 
 
 def test_compiled_code_is_imported_at_one_place_where_it_may_be_missing():

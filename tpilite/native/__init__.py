@@ -1,6 +1,6 @@
 """All C and its bindings: the products and the exchanges of `linear` and `net`, compiled where pip can.
 
 Begin with `library.py`, which decides whether the compiled code is used; each C file has a binding beside it.
-May import: `linear` and `net`, whose protocols it fulfils.
+May import: `linear` and `net`, whose protocols it fulfils, and what they stand on.
 Must never know: models, files of weights, engines. Nothing below this folder imports it: it is handed in.
 """

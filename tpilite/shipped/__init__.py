@@ -1,4 +1,9 @@
-"""The models that ship with the package, by name: small enough to carry, real enough to read."""
+"""The models that ship with the package, by name: small enough to carry, real enough to read.
+
+Begin with `find_model`.
+May import: nothing of the package.
+Must never know: what is done with a model.
+"""
 
 from os import PathLike
 from pathlib import Path
