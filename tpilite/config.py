@@ -13,7 +13,7 @@ from typing import Any
 from tpilite.checks import check_number, check_whole, short
 from tpilite.errors import CheckpointError, ConfigError
 
-# Keys of config.json that change the forward pass in ways that model.py does not compute, with the
+# Keys of config.json that change the forward pass in ways that `model` does not compute, with the
 # values that leave it as it is. Everything else unknown is about training, caching or other software.
 _ONLY_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "model_type": ("llama",),

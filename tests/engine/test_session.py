@@ -21,11 +21,20 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
         yield llm
 
 
-def test_an_end_is_every_token_that_the_model_the_tokenizer_or_the_chat_ends_with(llm: LLM) -> None:
-    assert llm.chat_format is not None
+class ChatWithItsOwnEnd:
+    stop_ids = frozenset({11})
+
+    def encode(self, _messages: object) -> list[int]:
+        return [1, 2]
+
+
+def test_an_end_is_every_token_that_the_model_the_tokenizer_or_the_chat_ends_with(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llm, "chat_format", ChatWithItsOwnEnd())
     prompt, chat = llm.encode("Once"), llm.encode_chat(HELLO)
     assert prompt.eos_ids == {7, 9} | llm.tokenizer.eos_ids
-    assert chat.eos_ids == prompt.eos_ids | llm.chat_format.stop_ids
+    assert chat.eos_ids == prompt.eos_ids | {11}
     assert llm.prepare(chat, GREEDY).eos_ids == chat.eos_ids
 
 

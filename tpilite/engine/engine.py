@@ -53,7 +53,7 @@ class Output:
 
 
 @dataclass
-class _Held:
+class _CachedPrefix:
     """The caches of the sequence served last, kept for a prompt that begins the same (a chat's next turn)."""
 
     sequence_id: int
@@ -76,7 +76,7 @@ class Engine:
         self._recover = recover
         self._scheduler = Scheduler(max_rows, on_start=self._take_up)
         self._max_rows = max_rows
-        self._held: _Held | None = None
+        self._cached: _CachedPrefix | None = None
         self._free: list[int] = []
         self._next_id = 0
         self.context = config.max_position_embeddings  # or less, where a rank's memory allows no more
@@ -179,18 +179,20 @@ class Engine:
         return [self._accept(sequence, token_id) for sequence, token_id in outputs]
 
     def _take_up(self, sequence: Sequence) -> None:
-        """Starts a sequence on the held caches where its prompt begins as they do, else frees them."""
+        """Starts a sequence on the kept caches where its prompt begins as they do, else frees them."""
         sequence.usage_before = self._rank.usage
-        held, self._held = self._held, None
-        if held is None:
+        cached, self._cached = self._cached, None
+        if cached is None:
             return
-        limit = min(len(held.ids), sequence.n_tokens - 1)  # the last row is always computed: it gives scores
+        limit = min(
+            len(cached.ids), sequence.n_tokens - 1
+        )  # the last row is always computed: it gives scores
         ids = sequence.ids(0, limit)
-        shared = next((i for i in range(limit) if held.ids[i] != ids[i]), limit)
+        shared = next((i for i in range(limit) if cached.ids[i] != ids[i]), limit)
         if shared:
-            sequence.sequence_id, sequence.n_cached = held.sequence_id, shared
+            sequence.sequence_id, sequence.n_cached = cached.sequence_id, shared
         else:
-            self._free.append(held.sequence_id)
+            self._free.append(cached.sequence_id)
 
     def _wanted(self, sequence: Sequence, row: int) -> Wanted:
         params = sequence.params
@@ -228,9 +230,9 @@ class Engine:
         sequence.finish_reason = reason
         self._scheduler.remove(sequence)
         if sequence.n_cached:
-            if self._held is not None:
-                self._free.append(self._held.sequence_id)
-            self._held = _Held(sequence.sequence_id, sequence.ids(0, sequence.n_cached))
+            if self._cached is not None:
+                self._free.append(self._cached.sequence_id)
+            self._cached = _CachedPrefix(sequence.sequence_id, sequence.ids(0, sequence.n_cached))
 
     def _begin(self, lost: PeerLost | None = None) -> None:
         """Begins with a group, a new one where a rank is lost: what was being served is computed again.
@@ -242,7 +244,7 @@ class Engine:
                 if self._recover is None:
                     raise lost
                 self._recover(lost)
-            self._held = None
+            self._cached = None
             self._free.clear()
             self._scheduler.restart()
             try:

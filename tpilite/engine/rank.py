@@ -33,13 +33,17 @@ _MEASURED_FROM_BYTES = 32 << 20
 
 
 class Rank(Closing):
-    """A rank's `runner`, on the stored tensors of the whole model or of its slice; closed by `with`."""
+    """A rank's `runner`, on the stored tensors of the whole model or of its slice; closed by `with`.
+
+    `vocab_start` is the id of its first row of the vocabulary. Making a rank takes the threads, maps and
+    memory that `close` gives back; it neither waits for other ranks nor talks to them.
+    """
 
     def __init__(
         self,
         config: LlamaConfig,
         tensors: Mapping[str, StoredTensor],
-        first_vocab_id: int,
+        vocab_start: int,
         collective: Collective,
         engine: EngineConfig,
     ) -> None:
@@ -66,7 +70,7 @@ class Rank(Closing):
         kv_dtype = np.float16 if engine.kv_dtype == "f16" else np.float32
         model = Llama(config, self._pager.weights, self._network, linear, kv_dtype)
         self._position_bytes = model.new_cache().position_bytes
-        self.runner = Runner(model, first_vocab_id, self._network, self)
+        self.runner = Runner(model, vocab_start, self._network, self)
         self.embed = Embedding(tensors[EMBEDDING]) if EMBEDDING in tensors else None
 
     def begin_pass(self, n_rows: int, cache_bytes: int, scores: bool) -> None:

@@ -23,8 +23,8 @@ _STATUS = {"survey": True}
 _NONE: Array = np.zeros((0, 0), np.float32)
 
 
-class Memory(Protocol):
-    """Who makes room for a pass and tells how this rank is: `pager.Pager` in front of its files."""
+class Resources(Protocol):
+    """What a runner needs of its rank: room in memory before a pass, and its status."""
 
     def begin_pass(self, n_rows: int, cache_bytes: int, scores: bool) -> None:
         """Makes room for `n_rows` rows beside caches of `cache_bytes`, for a pass with scores or without."""
@@ -39,13 +39,13 @@ class Runner:
     """One rank's model, the caches of its sequences, and its place among the ranks."""
 
     def __init__(
-        self, model: Llama, first_vocab_id: int, collective: Collective, memory: Memory | None = None
+        self, model: Llama, vocab_start: int, collective: Collective, resources: Resources | None = None
     ) -> None:
         self.model = model
         self.collective = collective
         self.forward_s = 0.0  # in the model so far, its waits for the disk and for other ranks included
-        self._first_vocab_id = first_vocab_id
-        self._memory = memory
+        self._vocab_start = vocab_start
+        self._resources = resources
         self._caches: dict[int, KVCache] = {}
         self._logits = _NONE
 
@@ -85,7 +85,7 @@ class Runner:
         return [dict(part.header) for part in parts]
 
     def _status(self) -> dict[str, Any]:
-        return {} if self._memory is None else self._memory.status()
+        return {} if self._resources is None else self._resources.status()
 
     def stop(self) -> None:
         """On rank 0: ends every other rank's `serve`."""
@@ -102,8 +102,8 @@ class Runner:
             if x is None or x.shape != (sum(r.n_rows for r in step.rows), self.model.config.hidden_size):
                 raise ProtocolError("rank 0 sent rows whose hidden states are missing or of another shape")
             segments = [self._segment(rows) for rows in step.rows]
-            if self._memory is not None:
-                self._memory.begin_pass(len(x), self._cache_bytes(segments), bool(step.wanted))
+            if self._resources is not None:
+                self._resources.begin_pass(len(x), self._cache_bytes(segments), bool(step.wanted))
             start_s = time.perf_counter()
             # Where none is wanted one goes on, so that every pass uses all layers in their order.
             wanted = [w.row for w in step.wanted] or [len(x) - 1]
@@ -131,8 +131,8 @@ class Runner:
 
     def _report(self, wanted: Wanted, logits: Array) -> list[Any]:
         if wanted.edits is not None:
-            logits = wanted.edits.apply(logits, self._first_vocab_id)
-        found = best(logits, self._first_vocab_id, wanted.n, wanted.temperature)
+            logits = wanted.edits.apply(logits, self._vocab_start)
+        found = best(logits, self._vocab_start, wanted.n, wanted.temperature)
         return pack_candidates(found)
 
 
