@@ -2,5 +2,6 @@
 
 Begin with `library.py`, which decides whether the compiled code is used; each C file has a binding beside it.
 May import: `linear` and `net`, whose protocols it fulfils, and what they stand on.
-Must never know: models, files of weights, engines. Nothing below this folder imports it: it is handed in.
+Must never know: models, files of weights, engines. `engine/compiled.py` alone imports this folder; what it
+gives is handed in everywhere else.
 """

@@ -1,4 +1,4 @@
-/* What `Exchange` of exchange.py and the scattered sum of sums.py do, for sockets that are plain. */
+/* What `Exchange` and `ScatterSum` of tpilite/net do, for plain sockets; called by exchange.py. */
 
 #include <errno.h>
 #include <poll.h>

@@ -1,8 +1,8 @@
-"""The exchanges of `exchange.c`, where pip found a compiler when it installed the package.
+"""The exchanges and the scattered sum of `net`, by `exchange.c`.
 
-A scattered sum of 32 KiB over 8 ranks takes 80 us of a processor instead of 100, where plain blocking calls
-that sum nothing take 77. Over wires, where the ranks wait in between, that is seen only as the whole sum is
-one call: with Python between its two exchanges, which the caches have forgotten by then, nothing was gained.
+A scattered sum of 32 KiB over 8 ranks takes 80 us of a processor instead of 100; plain blocking calls that
+sum nothing take 77. The sum is one call of C: with Python between its two exchanges nothing was gained over
+slow wires, where the ranks wait in between and Python's code has left the caches when the wait is over.
 """
 
 import ctypes
@@ -115,7 +115,7 @@ class CompiledScatterSum(ScatterSum):
 
 
 def _complete(exchanges: Sequence[CompiledExchange], function: Any, *args: Any) -> None:
-    """Has a function of the library make the exchanges, and go on after signals."""
+    """Calls a function of the library until the exchanges are made, signals or not; raises what failed."""
     outcome = function(*args, 1)
     while outcome == _INTERRUPTED:  # Python has handled the signal when it comes here
         outcome = function(*args, 0)

@@ -1,14 +1,14 @@
-/* y = x W^T for stored weights, as `linear` does it in NumPy, each weight widened in a register on its way.
+/* y = x W^T for stored weights, as `linear` does it in NumPy; each weight is widened in a register.
  *
- * NumPy must widen a block in one call and multiply it in the next, and while it does the one, what the other
- * needs idles: the memory, or the arithmetic. Here both go on at once. This file is compiled when the package
- * is installed, where there is a compiler, and called by `compiled.py`; without it `linear` does all itself.
+ * NumPy widens a block in one call and multiplies it in the next: the memory waits during the second, the
+ * arithmetic during the first. Here both go on at once. This file is compiled when the package is installed,
+ * where there is a compiler, and called by products.py; without it NumPy does everything.
  *
- * A product with one row of x, or a few, is as many dot products as the matrix has rows: the memory decides. One
- * with several rows takes ROWS rows of weights at a time, widened into the first-level cache, and PANELS vectors of
- * rows of x, whose ROWS * PANELS sums fill the registers (K. Goto and R. van de Geijn, "Anatomy of
- * High-Performance Matrix Multiplication", 2008). The order of a sum depends on the numbers of columns and of rows
- * of x alone, so its bits depend neither on the threads nor on what else is computed in the same call.
+ * With one row of x, or a few, each row of the matrix is a dot product, and the memory's rate decides. With more
+ * rows of x, the code takes ROWS rows of weights at a time, widened into the first-level cache, and PANELS vectors
+ * of rows of x: their ROWS * PANELS sums fill the registers (K. Goto and R. van de Geijn, "Anatomy of
+ * High-Performance Matrix Multiplication", 2008). The order in which a sum is made depends only on the number of
+ * columns and of rows of x. So its bits depend neither on the threads nor on what else the same call computes.
  */
 
 #include <pthread.h>

@@ -1,4 +1,4 @@
-"""The products of `products.c`, where pip found a compiler when it installed the package.
+"""The products of `linear`, by `products.c`.
 
 For one row of x they read the weights at the memory's own rate, twice as fast as NumPy does; many rows take a
 fifth less: benchmarks/RESULTS.md has the figures.
