@@ -15,6 +15,13 @@ chaos: .venv/tested
 fuzz: .venv/tested
 	$(BIN)/python tests/fuzz.py
 
+coverage: .venv/tested
+	$(BIN)/python -m pip install --quiet pytest-cov
+	$(BIN)/python -m pytest --cov=tpilite --cov-report=term-missing:skip-covered
+
+pythons: .venv/bin/python
+	$(BIN)/python .ci/pythons
+
 lint: .venv/linted
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -38,4 +45,4 @@ lint: .venv/linted
 clean:
 	rm -rf .venv build *.egg-info
 
-.PHONY: demo test chaos fuzz lint clean
+.PHONY: demo test coverage pythons chaos fuzz lint clean

@@ -1,6 +1,14 @@
 """What setup.cfg cannot say: what is compiled, and left out where there is no compiler."""
 
+import sys
+
 from setuptools import Extension, setup
+
+if sys.maxsize < 2**32:
+    sys.exit(
+        "tpilite needs a 64-bit system and Python: a model's slices are mapped into memory, and NumPy, "
+        "sentencepiece, tiktoken and msgpack have no 32-bit wheels"
+    )
 
 setup(
     ext_modules=[
