@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from tpilite.config import LlamaConfig, RopeScaling
 from tpilite.weights.partition import LM_HEAD, tensor_shapes
-from tpilite.weights.tensor_file import write_tensor_file
+from tpilite.weights.tensor_file import TensorFileWriter, TensorSpec
 
 PRESETS = {
     "tinyllama-1.1b": LlamaConfig(
@@ -67,14 +67,12 @@ def write_model(folder: Path, config: LlamaConfig, dtype: str = "BF16", seed: in
     shapes = tensor_shapes(config)
     if config.tie_word_embeddings:
         del shapes[LM_HEAD]
-    write_tensor_file(
-        folder / "model.safetensors",
-        [
-            (name, dtype, shape, _values(shape, dtype, seed + i))
-            for i, (name, shape) in enumerate(shapes.items())
-        ],
-        {"format": "pt"},
-    )
+    specs = [TensorSpec(name, dtype, shape) for name, shape in shapes.items()]
+    writer = TensorFileWriter(folder / "model.safetensors", specs, {"format": "pt"})
+    for i, spec in enumerate(specs):
+        for piece in _values(spec.shape, dtype, seed + i):
+            writer.write(piece)
+    writer.close()
     (folder / "config.json").write_text(json.dumps(hf_config(config, dtype), indent=2))
     return folder
 

@@ -1,6 +1,7 @@
 """Small random checkpoints in Hugging Face's format, for the tests of whatever reads one."""
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from numpy.typing import NDArray
 
 from tpilite.config import LlamaConfig
 from tpilite.weights.partition import LM_HEAD, tensor_shapes
-from tpilite.weights.tensor_file import DTYPES, write_tensor_file
+from tpilite.weights.tensor_file import DTYPES, TensorFileWriter, TensorSpec
 
 
 def tiny_config(**changes: Any) -> LlamaConfig:
@@ -85,3 +86,23 @@ def write_checkpoint(
             {"format": "pt"},
         )
     return folder
+
+
+def write_tensor_file(
+    path: Path,
+    tensors: Iterable[tuple[str, str, tuple[int, ...], Iterable["bytes | NDArray[Any]"]]],
+    metadata: Mapping[str, str] | None = None,
+) -> str:
+    """Writes (name, dtype, shape, pieces) as a new safetensors file and gives its sha256.
+
+    The pieces of a tensor are taken one at a time, so memory holds one of them, whatever the file's size.
+    """
+    listed = list(tensors)
+    writer = TensorFileWriter(path, [TensorSpec(*tensor[:3]) for tensor in listed], metadata or {})
+    try:
+        for *_, pieces in listed:
+            for piece in pieces:
+                writer.write(piece)
+        return writer.close()
+    finally:
+        writer.abandon()

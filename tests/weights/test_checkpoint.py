@@ -5,12 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import hf_config, random_tensors, tiny_config, write_checkpoint
+from checkpoints import hf_config, random_tensors, tiny_config, write_checkpoint, write_tensor_file
 
 from tpilite.config import RopeScaling
 from tpilite.errors import CheckpointError
 from tpilite.weights.checkpoint import Checkpoint
-from tpilite.weights.tensor_file import write_tensor_file
 
 CONFIGS = [
     tiny_config(),

@@ -6,10 +6,11 @@ import os
 
 import numpy as np
 import pytest
+from checkpoints import write_tensor_file
 
 from tpilite.errors import CheckpointError
 from tpilite.weights import uncached
-from tpilite.weights.tensor_file import TensorFile, write_tensor_file
+from tpilite.weights.tensor_file import TensorFile
 from tpilite.weights.uncached import BLOCK_BYTES, READ_METHODS, UncachedFile, allocate, buffer_bytes
 
 _SIZE = 5 * BLOCK_BYTES + 1234

@@ -15,8 +15,7 @@ import json
 import math
 import mmap
 import os
-import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -54,7 +53,6 @@ class TensorFile(Closing):
     def __init__(self, path: Path) -> None:
         self.path = path
         self._map: mmap.mmap | None = None
-        self._lock = threading.Lock()
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -63,7 +61,7 @@ class TensorFile(Closing):
             raise CheckpointError(f"{path} cannot be opened: {error.strerror}") from error
         try:
             self.nbytes = os.fstat(self._fd).st_size
-            self.tensors, self.metadata = self._read_header()
+            self.tensors = self._read_header()
         except OSError as error:
             self.close()
             raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
@@ -98,19 +96,18 @@ class TensorFile(Closing):
 
     def map(self) -> mmap.mmap:
         """The whole file, mapped once, read only."""
-        with self._lock:
-            if self._map is None:
-                try:
-                    self._map = mmap.mmap(self._fd, self.nbytes, access=mmap.ACCESS_READ)
-                except (OSError, ValueError) as error:  # ValueError: the file is shorter by now
-                    raise CheckpointError(f"{self.path} cannot be mapped: {error}") from error
-            return self._map
+        if self._map is None:
+            try:
+                self._map = mmap.mmap(self._fd, self.nbytes, access=mmap.ACCESS_READ)
+            except (OSError, ValueError) as error:  # ValueError: the file is shorter by now
+                raise CheckpointError(f"{self.path} cannot be mapped: {error}") from error
+        return self._map
 
     def _error(self, text: str) -> CheckpointError:
         return CheckpointError(f"{self.path}: {text}; {_DAMAGED}")
 
-    def _read_header(self) -> "tuple[dict[str, StoredTensor], dict[str, str]]":
-        """The tensors by name and the metadata. Raises `CheckpointError` for a header that is not sound."""
+    def _read_header(self) -> "dict[str, StoredTensor]":
+        """The tensors by name. Raises `CheckpointError` for a header that is not sound."""
         prefix = os.pread(self._fd, 8, 0)
         if prefix == b"version ":
             raise CheckpointError(
@@ -141,7 +138,7 @@ class TensorFile(Closing):
             if tensor.offset < end:
                 raise self._error(f"tensors {before!r} and {tensor.name!r} overlap")
             end, before = tensor.end, tensor.name
-        return tensors, metadata
+        return tensors
 
     def _entry(self, name: str, entry: Any, data_offset: int) -> "StoredTensor":
         """The tensor that an entry of the header describes; `data_offset` is where the header ends."""
@@ -313,26 +310,6 @@ class TensorFileWriter:
         if self._fd >= 0:
             os.close(self._fd)
         self._fd = -1
-
-
-def write_tensor_file(
-    path: Path,
-    tensors: Iterable[tuple[str, str, tuple[int, ...], Iterable["bytes | NDArray[Any]"]]],
-    metadata: Mapping[str, str],
-) -> str:
-    """Writes (name, dtype, shape, pieces) as a new safetensors file and gives its sha256.
-
-    The pieces of a tensor are taken one at a time, so memory holds one of them, whatever the file's size.
-    """
-    listed = list(tensors)
-    writer = TensorFileWriter(path, [TensorSpec(*tensor[:3]) for tensor in listed], metadata)
-    try:
-        for *_, pieces in listed:
-            for piece in pieces:
-                writer.write(piece)
-        return writer.close()
-    finally:
-        writer.abandon()
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
