@@ -19,7 +19,7 @@ def test_tokenizer_config_names_and_adds_tokens(tmp_path: Path, plain_model: byt
     tokenizer = loaded(folder, 403)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.eos_ids) == (1, 400, {2, 400})
     assert tokenizer.n_tokens == 403
-    assert tokenizer.special("<unk>") is None
+    assert tokenizer.specials.get("<unk>") is None
     assert tokenizer.decode([0]) == " \u2047 "  # the unknown piece stands for text, as sentencepiece shows it
     assert tokenizer.encode("<|im_end|>!<|im_end|>", bos=False, allow_special=True) == [402, 400]
     ids = tokenizer.encode("fox<think><|im_end|>", bos=False)
@@ -33,8 +33,8 @@ def test_reserved_names_of_llama_3_come_from_tokenizer_config(tmp_path: Path) ->
     added = {"408": {"content": "<|reserved_special_token_4|>", "special": True}}
     folder = write(tmp_path, (FIXTURES / "tokenizer.model").read_bytes(), added_tokens_decoder=added)
     tokenizer = loaded(folder, N_BPE)
-    assert tokenizer.special("<|eom_id|>") is None
-    assert tokenizer.special("<|reserved_special_token_4|>") == 408
+    assert tokenizer.specials.get("<|eom_id|>") is None
+    assert tokenizer.specials.get("<|reserved_special_token_4|>") == 408
     assert tokenizer.eos_ids == {401, 409}
 
 
@@ -45,9 +45,9 @@ def test_added_tokens_beyond_the_vocabulary_are_left_out(
     (folder / "added_tokens.json").write_text('{"<pad>": 400}')
     with caplog.at_level(logging.WARNING):
         tokenizer = loaded(folder, 400)
-    assert tokenizer.special("<pad>") is None
+    assert tokenizer.specials.get("<pad>") is None
     assert "<pad>" in caplog.text
-    assert loaded(folder, 401).special("<pad>") == 400
+    assert loaded(folder, 401).specials.get("<pad>") == 400
 
 
 @pytest.mark.parametrize(

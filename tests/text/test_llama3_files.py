@@ -41,7 +41,7 @@ def test_the_real_llama_3(shared_tokenizers: Path) -> None:
         "<|python_tag|>": 128010,
         "<|reserved_special_token_247|>": 128255,
     }
-    assert {name: tokenizer.special(name) for name in published} == published
+    assert {name: tokenizer.specials.get(name) for name in published} == published
     assert tokenizer.encode("Hello world") == [128000, 9906, 1917]
     text = "größer 🌊  日本\n\n\tx = [1, 2] <|eot_id|> I'LL 1234567"
     assert tokenizer.decode(tokenizer.encode(text)) == text

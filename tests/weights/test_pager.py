@@ -21,8 +21,9 @@ import pytest
 from checkpoints import tiny_config, write_checkpoint
 from packed_rows import widened
 
-from tpilite.cli.memory_report import MemoryReport
+from tpilite.cli.memory_report import MemoryReport, paging_columns
 from tpilite.collective import Solo
+from tpilite.engine.usage import Usage
 from tpilite.errors import CheckpointError, ConfigError
 from tpilite.linear.linear import Linear
 from tpilite.linear.matrix import as_float32
@@ -434,7 +435,9 @@ def test_any_order_gives_the_right_rows(checkpoint, packs):
 
 def test_a_time_line_of_what_is_in_memory(checkpoint, tmp_path):
     with paged(checkpoint, budget_bytes=budget(checkpoint, 0.5)) as (pager, model):
-        with MemoryReport(tmp_path / "memory.csv", pager.sample, interval_s=0.001):
+        with MemoryReport(
+            tmp_path / "memory.csv", lambda: paging_columns(Usage(paging=pager.usage())), interval_s=0.001
+        ):
             within(lambda: logits(checkpoint, model))
             pager.begin_pass(cache_bytes=12345)
             usage = pager.usage()
@@ -687,7 +690,8 @@ from tpilite.weights.checkpoint import Checkpoint
 from tpilite.collective import Solo
 from tpilite.linear.linear import Linear
 from tpilite.machine import peak_rss_bytes, rss_bytes
-from tpilite.cli.memory_report import MemoryReport
+from tpilite.cli.memory_report import MemoryReport, paging_columns
+from tpilite.engine.usage import Usage
 from tpilite.model.llama import Llama, Segment
 from tpilite.weights.pager import Pager
 import numpy as np

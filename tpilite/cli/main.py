@@ -31,7 +31,7 @@ from tpilite.cli.configs import (
 )
 from tpilite.cli.hub import find_models, is_hub_name, model_name, resolve
 from tpilite.cli.local import LocalWorkers, end_with_stdin, share_of, worker_options
-from tpilite.cli.memory_report import MemoryReport
+from tpilite.cli.memory_report import MemoryReport, paging_columns
 from tpilite.cli.options import parse
 from tpilite.cli.terminal import Interrupt, answer, converse, interruptible, progress_bar
 from tpilite.cluster.config import ClusterConfig
@@ -231,7 +231,7 @@ def answer_all(
     """The service, a conversation with the person at the terminal, or the texts that follow the prompts."""
     with ExitStack() as stack:
         if args.memory_report is not None:
-            stack.enter_context(MemoryReport(args.memory_report, session.memory_sample))
+            stack.enter_context(MemoryReport(args.memory_report, lambda: paging_columns(session.usage)))
         if args.serve:
             serve(
                 session,

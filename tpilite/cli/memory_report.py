@@ -8,10 +8,24 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from tpilite.closing import Closing
+from tpilite.engine.usage import Usage
 from tpilite.errors import ConfigError
 from tpilite.machine import rss_bytes
 
 logger = logging.getLogger(__name__)
+
+
+def paging_columns(usage: Usage) -> dict[str, float]:
+    """What paging has in memory now and has read so far, by the names of the columns."""
+    paging = usage.paging
+    assert paging is not None, "a rank's own usage tells of its paging"
+    return {
+        "window_bytes": paging.filled_bytes,
+        "resident_bytes": paging.loaded_bytes,
+        "cache_bytes": paging.cache_bytes,
+        "loads": paging.loads,
+        "read_bytes": paging.read_bytes,
+    }
 
 
 class MemoryReport(Closing):

@@ -1,7 +1,7 @@
 """One rank made ready: its weights in memory as they should be, its threads, its model and its runner."""
 
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -111,11 +111,6 @@ class Rank(Closing):
         paging = self._pager.usage()
         compute_s = self.runner.forward_s - self._network.reduced_s - paging.load_wait_s
         return Usage(compute_s, paging.load_wait_s, self._network.waited_s, disk_read_bytes(), paging)
-
-    @property
-    def memory_sample(self) -> Callable[[], Mapping[str, float]]:
-        """What `memory.MemoryReport` writes down."""
-        return self._pager.sample
 
     def close(self) -> None:
         self._stack.close()

@@ -8,7 +8,7 @@
 Closing the loop early ends the request.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,11 +151,6 @@ class Session:
     def usage(self) -> Usage:
         """What rank 0 has spent and waited for since its start."""
         return self._rank.usage
-
-    @property
-    def memory_sample(self) -> Callable[[], Mapping[str, float]]:
-        """What `memory.MemoryReport` writes down about this rank."""
-        return self._rank.memory_sample
 
     def _start(self, prompt: EncodedPrompt, params: SamplingParams | None) -> Sequence:
         sequence = self.prepare(prompt, params or SamplingParams())

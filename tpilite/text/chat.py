@@ -55,7 +55,7 @@ def chat_format(tokenizer: Tokenizer, folder: Path, today: datetime.date | None 
     templates which tell it give; None leaves it to them.
     """
     template = _template(folder)
-    has_llama3_tokens = all(tokenizer.special(mark) is not None for mark in _LLAMA3_MARKS)
+    has_llama3_tokens = all(mark in tokenizer.specials for mark in _LLAMA3_MARKS)
     if template is None:
         is_bare = not (folder / "tokenizer_config.json").is_file()
         return Llama3Chat(tokenizer) if is_bare and has_llama3_tokens else None

@@ -31,7 +31,6 @@ class Tokenizer:
         strip_all: bool = False,  # also the next such token, while there is no text yet
     ) -> None:
         self.specials: Mapping[str, int] = names.specials
-        self.special_ids = frozenset(names.specials.values())
         self.bos_id = bos
         self.eos_id = eos
         self.eos_ids = frozenset([*more_eos] if eos is None else [eos, *more_eos])
@@ -75,10 +74,6 @@ class Tokenizer:
         """
         decoder = StreamDecoder(self, after)
         return "".join([decoder.add(token_id) for token_id in ids]) + decoder.finish()
-
-    def special(self, name: str) -> int | None:
-        """The id of the special token with this name."""
-        return self.specials.get(name)
 
     def token_bytes(self, token_id: int) -> bytes:
         """What the token adds to the text; empty for special tokens and the vocabulary's unused rows."""

@@ -207,17 +207,6 @@ class Pager(Closing):
             load_wait_s=table.wait_s,
         )
 
-    def sample(self) -> dict[str, float]:
-        """What is in memory now and what was read so far, for a time line."""
-        usage = self.usage()
-        return {
-            "window_bytes": usage.filled_bytes,
-            "resident_bytes": usage.loaded_bytes,
-            "cache_bytes": usage.cache_bytes,
-            "loads": usage.loads,
-            "read_bytes": usage.read_bytes,
-        }
-
     @property
     def _room_bytes(self) -> int | None:
         """What the budget leaves to window, weights and caches in the largest pass."""

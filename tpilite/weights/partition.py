@@ -15,7 +15,7 @@ Every cut is contiguous and in rank order, so counts per rank say everything.
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
 from typing import Any
 
@@ -68,21 +68,10 @@ def tensor_axes(config: LlamaConfig) -> dict[str, str]:
     return axes | LM_HEAD_AXES
 
 
-def axis_sizes(config: LlamaConfig) -> dict[str, int]:
-    """The whole model's size along each axis."""
-    return {
-        "D": config.hidden_size,
-        "F": config.intermediate_size,
-        "H": config.num_attention_heads * config.head_dim,
-        "K": config.num_key_value_heads * config.head_dim,
-        "V": config.vocab_size,
-    }
-
-
 def tensor_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor of the whole model."""
-    sizes = axis_sizes(config)
-    return {name: tuple(sizes[axis] for axis in axes) for name, axes in tensor_axes(config).items()}
+    alone = Partition.of(config, 1)
+    return {name: tuple(map(len, shard)) for name, shard in alone.shards(config, 0).items()}
 
 
 @dataclass(frozen=True)
@@ -178,17 +167,12 @@ class Partition:
 
     def to_dict(self) -> dict[str, list[Any]]:
         """Plain lists, for a manifest or a handshake."""
-        return {
-            "kv_heads": list(self.kv_heads),
-            "ffn_columns": list(self.ffn_columns),
-            "vocab_rows": list(self.vocab_rows),
-            "ratio": list(self.ratio),
-        }
+        return {name: list(ranks) for name, ranks in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, value: Any) -> "Partition":
         """The partition that `to_dict` described. Raises `ConfigError` for anything else."""
-        keys = {"kv_heads", "ffn_columns", "vocab_rows", "ratio"}
+        keys = {counts.name for counts in fields(cls)}
         if not isinstance(value, Mapping) or set(value) != keys:
             raise ConfigError(f"a partition must have exactly the keys {', '.join(sorted(keys))}")
         if not all(isinstance(ranks, list | tuple) for ranks in value.values()):
