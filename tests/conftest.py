@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tpilite.machine import limit_blas_threads
+
 _BESIDE = Path(__file__).resolve().parents[2] / "shared"
 
 
@@ -27,6 +29,12 @@ def ctrl_c() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_blas_thread() -> None:
+    """The BLAS as `Rank` has it."""
+    limit_blas_threads()
 
 
 @pytest.fixture(scope="session")

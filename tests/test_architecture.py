@@ -26,7 +26,7 @@ _FLOORS = [
 ]
 # Inside a folder, each module imports only from those before it: a new module needs its place here.
 _INSIDE = {
-    "linear": "packing products plans matrix blocks thread_pool linear",
+    "linear": "calls packing products plans matrix blocks thread_pool linear",
     "model": "ops kv_cache llama",
     "text": "added_tokens tokenizer llama2_files llama3_files load chat",
     "net": "auth messages wire address channel handshake control exchange codecs sums measure group listener "

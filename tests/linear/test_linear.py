@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from tpilite.linear import linear as module
 from tpilite.linear import plans
+from tpilite.linear.calls import part_rows
 from tpilite.linear.linear import Linear
-from tpilite.linear.matrix import InMemory, Matrix, as_float32, block_rows
+from tpilite.linear.matrix import InMemory, Matrix, as_float32
 from tpilite.linear.packing import pack
 from tpilite.linear.plans import KERNELS, Plan
 from tpilite.linear.thread_pool import ThreadPool
@@ -107,11 +108,11 @@ def test_is_the_product_of_the_stored_values(data):
 @pytest.mark.parametrize("makers", [KERNELS, *([maker] for maker in MAKERS if maker not in KERNELS)])
 def test_the_bits_depend_on_neither_threads_nor_numpys_way_nor_parts_nor_blocks(makers, dtype, t):
     rng = np.random.default_rng(1)
-    w = stored(rng, dtype, (1304, 600))
+    w = stored(rng, dtype, (584, 600))
     x = rows_of_x(rng, t, 600)
-    unit = block_rows(600)
-    paged = Matrix(1304, 600, tuple(Paged(w[i : i + unit], []) for i in range(0, 1304, unit)))
-    assert [part.n_rows for part in paged.parts] == [432, 432, 432, 8]
+    unit = part_rows(600)
+    paged = Matrix(584, 600, tuple(Paged(w[i : i + unit], []) for i in range(0, 584, unit)))
+    assert [part.n_rows for part in paged.parts] == [384, 200]
     results = []
     for n_threads in (1, 2, 3):
         for maker in makers:
@@ -296,7 +297,7 @@ def test_interrupted_it_still_waits_for_its_threads():
 def test_an_error_closes_the_part():
     log = []
     part = Paged(np.zeros((4, 3), np.float32), log)
-    with Linear(2, kernel="bits") as linear, pytest.raises(ValueError, match="not aligned"):
+    with Linear(2, kernel="bits") as linear, pytest.raises(ValueError, match="mismatch"):
         linear(np.ones((1, 2), np.float32), Matrix(4, 2, (part,)))
     assert [what for what, _ in log] == ["open", "close"]
 

@@ -25,6 +25,7 @@ from tpilite.cli.memory_report import MemoryReport, paging_columns
 from tpilite.collective import Solo
 from tpilite.engine.usage import Usage
 from tpilite.errors import CheckpointError, ConfigError
+from tpilite.linear import calls
 from tpilite.linear.linear import Linear
 from tpilite.linear.matrix import as_float32
 from tpilite.linear.packing import Packed
@@ -51,6 +52,8 @@ def spare(monkeypatch):
     """What the machine can spare: nothing, where a test does not say otherwise."""
     found = [0]
     monkeypatch.setattr(pager_module, "spare_bytes", lambda: found[0])
+    # Parts of a small model, as small as they are beside a large one.
+    monkeypatch.setattr(calls, "_MANY_BYTES", 1 << 19)
     # Nor does a slow machine make parts come out of their packing.
     monkeypatch.setattr(pager_module, "_SHORTEST_MEASURED_S", math.inf)
     return found
@@ -655,7 +658,7 @@ def test_a_disk_error_ends_its_pass_and_no_other(checkpoint, share, monkeypatch)
                 found = within(lambda: logits(checkpoint, model))
             except CheckpointError as error:
                 failed += "cannot be read: Input/output error" in str(error)
-        assert failed == 2 or n_reads[0] < 30
+        assert failed in (1, 2)  # what was read ahead and is not wanted fails no pass
         np.testing.assert_array_equal(found, expected)
 
 

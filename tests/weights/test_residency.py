@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tpilite.linear.matrix import block_rows
+from tpilite.linear.calls import part_rows
 from tpilite.weights.residency import (
     PagedPart,
     choose_evictions,
@@ -36,7 +36,7 @@ SIZE = parts(".")[0].kept_bytes
 
 @given(n_rows=st.integers(1, 5000), n_cols=st.integers(1, 3000), part_bytes=st.integers(1, 1 << 20))
 def test_parts_are_all_rows_in_order_and_begin_at_blocks(n_rows, n_cols, part_bytes):
-    whole, unit = tensor(n_rows, n_cols), block_rows(n_cols)
+    whole, unit = tensor(n_rows, n_cols), part_rows(n_cols)
     found = list(cut(whole, part_bytes))
     assert found[0].offset == whole.offset
     assert found[-1].end == whole.end

@@ -7,14 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tpilite.arrays import Array
+from tpilite.linear.calls import multiply_in_calls
 from tpilite.linear.matrix import Part, Stored, Weights, float16_bits
 from tpilite.linear.packing import Packed
-
-# For products of up to so many multiplications OpenBLAS has code for small matrices, which copies nothing and
-# is up to three times faster for few rows. All blocks of a matrix take this code or none does, since it gives
-# other last bits. Where a BLAS has no such code, the smaller products cost nothing.
-_SMALL_PRODUCT = 1_000_000
-SMALL_ROWS = 16
 
 _SIXTEEN = np.uint32(16)
 
@@ -109,6 +104,7 @@ class Block(NamedTuple):
     kernel: str
     columns: Array  # [D, T]
     missing_bits: int  # the sums' exponents are too small by so many
+    rows_per_call: int
     out: Array  # [T, stop - start]
 
 
@@ -116,9 +112,6 @@ def multiply(block: Block, scratch: Scratch) -> None:
     """out = x rows^T: [n, D] -> [T, n]."""
     n, columns, out = block.stop - block.start, block.columns, block.out
     n_cols, n_x = columns.shape
-    small_rows = _SMALL_PRODUCT // (n_cols * n_x)
-    small = small_rows >= SMALL_ROWS
-    enough = small or n_x == 1 or n >= SMALL_ROWS
     if isinstance(block.rows, Packed):
         bits, spare = scratch.unpacked(n, n_cols)
         block.rows.unpack(block.start, block.stop, bits, spare)
@@ -128,25 +121,14 @@ def multiply(block: Block, scratch: Scratch) -> None:
             weights.reshape(-1)[places] = values
     else:
         weights = block.rows[block.start : block.stop]
-        if weights.dtype != np.float32 or not weights.flags.aligned or not enough:
+        if weights.dtype != np.float32 or not weights.flags.aligned:
             weights = _widen(weights, block.kernel, scratch)
     if n_x == 1:
-        np.dot(weights, columns[:, 0], out=out[0])
-    elif small:
-        # All products in one call: the interpreter is handed over once, not once for each.
-        sums = scratch.sums(n, n_x)
-        step = small_rows // 8 * 8
-        whole = n // step * step
-        shape = (n // step, step)
-        np.matmul(weights[:whole].reshape(*shape, n_cols), columns, out=sums[:whole].reshape(*shape, n_x))
-        np.matmul(weights[whole:], columns, out=sums[whole:])
-        _copy_transposed(sums, out)
+        multiply_in_calls(weights, columns, out.T, block.rows_per_call)
     else:
-        if not enough:  # what is left in the scratch memory makes up the rows
-            weights = scratch.wide(SMALL_ROWS * n_cols).view(np.float32).reshape(SMALL_ROWS, n_cols)
-        sums = scratch.sums(len(weights), n_x)
-        np.matmul(weights, columns, out=sums)
-        _copy_transposed(sums[:n], out)
+        sums = scratch.sums(n, n_x)
+        multiply_in_calls(weights, columns, sums, block.rows_per_call)
+        _copy_transposed(sums, out)
     if block.missing_bits:
         out *= np.float32(2.0**block.missing_bits)
 

@@ -3,7 +3,7 @@
 What leaves here is float32. `Linear` cuts the parts of matrices into blocks of rows. A thread takes a block,
 widens it to float32 in memory of its own that stays in the cache, and multiplies; or `Products` that are
 handed in do all that. A sum's bits depend neither on the threads nor on the blocks; nor on the parts, if each
-begins at a multiple of `block_rows`.
+begins at a multiple of `part_rows`.
 """
 
 import logging
@@ -20,18 +20,15 @@ import numpy as np
 
 from tpilite.arrays import Array
 from tpilite.closing import Closing
-from tpilite.linear.blocks import SMALL_ROWS, Block, Input, Piece, Scratch, multiply
-from tpilite.linear.matrix import FLOAT16_EXPONENT_GAP, InMemory, Matrix, Part, Stored, Weights, block_rows
+from tpilite.linear.blocks import Block, Input, Piece, Scratch, multiply
+from tpilite.linear.calls import blas_repeats, call_rows, part_rows
+from tpilite.linear.matrix import FLOAT16_EXPONENT_GAP, InMemory, Matrix, Part, Stored, Weights
 from tpilite.linear.packing import Packed
 from tpilite.linear.plans import FEW_ROWS_BLOCK_BYTES, KERNELS, Notes, Plan
 from tpilite.linear.products import Product, Products
 from tpilite.linear.thread_pool import ThreadPool
 
 logger = logging.getLogger(__name__)
-
-# Beside many rows, x is what is large: each product lays it out anew, which large blocks pay off.
-_MANY_ROWS = 64
-_BLOCK_BYTES_OF_MANY = 1 << 22
 
 # Blocks per thread and call, at least: what one thread may wait for the other at the end of a call.
 _BLOCKS_PER_THREAD = 4
@@ -84,6 +81,8 @@ class Linear(Closing):
     def prepare(self, dtypes: Iterable[np.dtype[Any]]) -> None:
         """Measures now what large matrices of these dtypes would else have measured, and its memory."""
         if self._products is None or self._blas_for_many:
+            if not blas_repeats():
+                logger.debug("bits may depend on threads and paging: this BLAS does not repeat its own")
             for dtype in dtypes:
                 self._plan(dtype, _MEASURED_FROM)
 
@@ -148,15 +147,17 @@ class Linear(Closing):
             plan = self._plan(_BFLOAT16 if isinstance(rows, Packed) else rows.dtype, n_weights)
             kernel, gap = self._kernel_for(part, rows, plan)
             columns, missing_bits = x.scaled(gap)
-            most = plan.block_bytes if x.n_rows < _MANY_ROWS else _BLOCK_BYTES_OF_MANY
-            n_bytes = min(most, 4 * n_weights // (self.n_threads * _BLOCKS_PER_THREAD))
-            step = block_rows(n_cols, max(n_bytes, FEW_ROWS_BLOCK_BYTES[0]))
-            room = max(min(step, n_rows), SMALL_ROWS)
+            n_bytes = min(plan.block_bytes, 4 * n_weights // (self.n_threads * _BLOCKS_PER_THREAD))
+            per_call = call_rows(n_cols, x.n_rows)
+            step = -(-max(n_bytes, FEW_ROWS_BLOCK_BYTES[0]) // (4 * n_cols * per_call)) * per_call
+            room = min(step, n_rows)
             for scratch in self._scratch:
                 scratch.reserve(room * n_cols, room * x.n_rows, isinstance(rows, Packed))
             for start in range(0, n_rows, step):
                 stop = min(start + step, n_rows)
-                blocks.append(Block(rows, start, stop, kernel, columns, missing_bits, out[:, start:stop]))
+                blocks.append(
+                    Block(rows, start, stop, kernel, columns, missing_bits, per_call, out[:, start:stop])
+                )
 
         def work(thread: int) -> None:
             scratch = self._scratch[thread]
@@ -186,7 +187,7 @@ class Linear(Closing):
         """
         if self._finite.get(id(part)) is part:
             return True
-        step = block_rows(rows.shape[1])
+        step = part_rows(rows.shape[1])
         for start in range(0, rows.shape[0], step):
             bits = rows[start : start + step].view(np.int16)
             if (bits & np.int16(0x7C00)).max() == 0x7C00:

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from tpilite.arrays import Array
 from tpilite.linear.packing import Packed
-from tpilite.linear.plans import BLOCK_BYTES
 
 Stored = NDArray[Any]  # bfloat16 as uint16, float16, float32
 Weights = Stored | Packed
@@ -93,8 +92,3 @@ def float16_bits(stored: Stored, out: Array) -> Array:
     np.left_shift(bits, _THIRTEEN, out=bits)
     np.bitwise_and(bits, _SIGN_AND_VALUE, out=bits)
     return out
-
-
-def block_rows(n_cols: int, n_bytes: int = BLOCK_BYTES) -> int:
-    """How many rows make a block. The BLAS takes rows in groups of up to eight, which must not be cut."""
-    return max(8, n_bytes // (4 * n_cols) // 8 * 8)

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
-from tpilite.linear.matrix import Weights, block_rows
+from tpilite.linear.calls import part_rows
+from tpilite.linear.matrix import Weights
 from tpilite.linear.packing import ROWS, Packed, packed_bytes
 from tpilite.weights.tensor_file import StoredTensor
 from tpilite.weights.uncached import buffer_bytes
@@ -65,10 +66,10 @@ class PagedPart:
 def cut(tensor: StoredTensor, part_bytes: int) -> Iterator[StoredTensor]:
     """The matrix in parts of about equal size, at most `part_bytes` where rows allow it.
 
-    They begin where `linear` begins a block, so that the sums' bits do not depend on paging.
+    They begin where NumPy's products may be cut, so that the sums' bits do not depend on paging.
     """
     n_rows, n_cols = tensor.shape
-    unit = block_rows(n_cols)
+    unit = part_rows(n_cols)
     most = max(unit, part_bytes * n_rows // tensor.nbytes // unit * unit)
     n_parts = -(-n_rows // most)
     step = -(-n_rows // (n_parts * unit)) * unit
