@@ -248,7 +248,7 @@ def test_the_architecture_stands_for_a_missing_model_type():
         ({"hidden_size": 4096.0}, r"hidden_size .* found 4096\.0"),
         ({"vocab_size": "32000"}, r'vocab_size .* found "32000"'),
         ({"vocab_size": True}, r"vocab_size .* found true"),
-        ({"vocab_size": 10**400}, r"vocab_size must be a whole number from 1 to 2147483647, found 1000"),
+        ({"vocab_size": 10**400}, r"vocab_size must be a whole number from 1 to 2147483647, found a num"),
         ({"num_hidden_layers": 2**30}, r"num_hidden_layers must be at most 10000"),
         ({"num_attention_heads": None}, r"num_attention_heads .* found null"),
         ({"num_attention_heads": 30}, r"hidden_size \(4096\) is not a multiple of .* \(30\)"),
