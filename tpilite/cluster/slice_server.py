@@ -28,7 +28,7 @@ from tpilite.cluster.slice_protocol import (
 from tpilite.errors import SliceError
 from tpilite.net import auth
 from tpilite.net.address import format_address, plain_host
-from tpilite.net.listener import listen, shut_down
+from tpilite.net.listener import RefusalLog, listen, shut_down
 
 _log = logging.getLogger(__name__)
 
@@ -46,8 +46,6 @@ _POLL_S = 0.1
 _RETRY_AFTER_S = 2
 # TLS has no sendfile; one copy of this size keeps the per-call cost below a percent.
 _CHUNK_BYTES = 256 * 1024
-# A port scan is one line in the log every few seconds, not one for each of its connections.
-_LOG_EVERY_S = 5.0
 
 
 class SliceServer(Closing):
@@ -126,7 +124,7 @@ class _Listener(socketserver.TCPServer):
         self.catalog, self.token, self._tls = catalog, token, tls
         self._connections: dict[socket.socket, _Connection] = {}
         self._changed = threading.Condition()
-        self._last_line, self._unlogged = -_LOG_EVERY_S, 0
+        self.refusals = RefusalLog()
 
     def get_request(self) -> tuple[socket.socket, Any]:
         connection, address = super().get_request()
@@ -170,23 +168,13 @@ class _Listener(socketserver.TCPServer):
             self._connections[connection].authenticated = True
 
     def end_all(self) -> None:
+        """Ends every connection, and waits for their threads."""
         with self._changed:
             threads = [state.thread for state in self._connections.values()]
             for connection in self._connections:
                 shut_down(connection)
         for thread in threads:
             thread.join()
-
-    def log_refusal(self, address: Any, reason: str) -> None:
-        """Writes a line about a connection that ended without a proof, now and then with how many more."""
-        with self._changed:
-            now = time.monotonic()
-            if now - self._last_line < _LOG_EVERY_S:
-                self._unlogged += 1
-                return
-            more = f" (and {self._unlogged} more since the last such line)" if self._unlogged else ""
-            self._last_line, self._unlogged = now, 0
-        _log.warning("refused an unauthenticated connection from %s: %s%s", _name(address), reason, more)
 
     def _make_room(self) -> bool:
         if len(self._connections) < _MAX_CONNECTIONS:
@@ -235,7 +223,7 @@ class _Handler(BaseHTTPRequestHandler):
         with contextlib.suppress(OSError):
             self.wfile.close()
         if not self._authenticated:
-            self.server.log_refusal(self.client_address, self._refusal)
+            self.server.refusals.add(_name(self.client_address), self._refusal)
 
     def handle_one_request(self) -> None:
         self.close_connection = True
