@@ -1,7 +1,9 @@
 """Slices for several partitions in one folder: which go where, and what others may not take away."""
 
+import fcntl
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Iterator
@@ -75,6 +77,9 @@ def test_partitions_stand_side_by_side(checkpoint: Checkpoint, tmp_path: Path) -
     assert_whole(save_dir, 2)
     assert_whole(save_dir / identity(checkpoint, 3), 3)
     assert list(folders_in(save_dir)) == [save_dir, save_dir / identity(checkpoint, 3)]
+    for node in (save_dir / "node_0", save_dir / "node_1"):
+        shutil.rmtree(node)
+    assert make(checkpoint, 3, save_dir) == save_dir / identity(checkpoint, 3)
 
 
 def test_what_is_made_beside_is_said_with_its_size(
@@ -199,18 +204,25 @@ def test_a_place_that_cannot_be_written(checkpoint: Checkpoint, tmp_path: Path) 
 def test_find_split(checkpoint: Checkpoint, tmp_path: Path) -> None:
     make(checkpoint, 2, tmp_path)
     make(checkpoint, 3, tmp_path)
+    (tmp_path / identity(checkpoint, 2)).mkdir()
     assert find_split(tmp_path, identity(checkpoint, 2)) == tmp_path
     assert find_split(tmp_path, identity(checkpoint, 3)) == tmp_path / identity(checkpoint, 3)
     assert find_split(tmp_path, identity(checkpoint, 4)) == tmp_path
     assert find_split(tmp_path / "none", identity(checkpoint, 4)) == tmp_path / "none"
 
 
-def test_a_lock_file_that_was_removed_is_made_anew(tmp_path: Path) -> None:
-    first, second = (splits.FolderLock(tmp_path, ".used") for _ in range(2))
-    assert first.take()
-    assert not second.take()
-    (tmp_path / ".used").unlink()
-    assert second.take()
-    assert not splits.FolderLock(tmp_path, ".used").take()
-    first.close()
-    second.close()
+def test_a_lock_on_a_file_that_was_removed_meanwhile_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, flock = tmp_path / ".used", fcntl.flock
+
+    def removed_first(fd: int, operation: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", flock)
+        path.unlink()
+        flock(fd, operation)
+
+    with splits.FolderLock(tmp_path, ".used") as first, splits.FolderLock(tmp_path, ".used") as second:
+        monkeypatch.setattr(fcntl, "flock", removed_first)
+        assert first.take()
+        assert path.exists()
+        assert not second.take()

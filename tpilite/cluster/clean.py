@@ -66,7 +66,7 @@ def unneeded_of_model(save_dir: Path, fingerprint: str | None, *, own: bool) -> 
             folders.append(folder)
         elif own and fingerprint is not None and not _is_in_use(folder):
             yield _unneeded(folder, "made from other weights than those that the model has now")
-    yield from _not_used_last(folders, made_again=fingerprint is not None)
+    yield from _not_used_last(folders)
 
 
 def unneeded_of_cache(cache: Path) -> Iterator[Unneeded]:
@@ -77,7 +77,7 @@ def unneeded_of_cache(cache: Path) -> Iterator[Unneeded]:
     )
 
 
-def _not_used_last(folders: Iterable[Path], *, made_again: bool = True) -> Iterator[Unneeded]:
+def _not_used_last(folders: Iterable[Path]) -> Iterator[Unneeded]:
     """Those of some folders of slices that are unfinished, or not the ones that were used last."""
     whole = []
     for folder in folders:
@@ -85,7 +85,7 @@ def _not_used_last(folders: Iterable[Path], *, made_again: bool = True) -> Itera
             whole.append((_used_at(folder), folder))
         elif any(any(_files_of(node)) for node in node_folders(folder)) and not _is_in_use(folder):
             yield _unneeded(folder, "not finished")
-    for used_at, folder in sorted(whole)[:-1] if made_again else ():
+    for used_at, folder in sorted(whole)[:-1]:
         if not _is_in_use(folder):
             day = time.strftime("%Y-%m-%d %H:%M", time.localtime(used_at))
             yield _unneeded(folder, f"{_made_for(manifests_in(folder)[0])}, last used {day}, others since")
