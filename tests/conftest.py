@@ -2,6 +2,7 @@
 
 import shutil
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,3 +54,15 @@ def _there(path: Path) -> Path:
     if not path.is_dir():
         pytest.skip(f"needs {path}, which this machine does not have")
     return path
+
+
+@pytest.fixture
+def no_thread_left() -> Iterator[None]:
+    """Fails where a thread that the test has started is still there at its end."""
+    before = set(threading.enumerate())
+    yield
+    after = [thread for thread in threading.enumerate() if thread not in before]
+    for thread in after:  # that of a connection may be about to end
+        thread.join(5)
+    left = [thread.name for thread in after if thread.is_alive()]
+    assert not left, f"threads are left: {left}"
