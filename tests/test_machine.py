@@ -57,6 +57,8 @@ def test_any_text_is_a_size_or_a_configuration_error(text):
 def test_sizes_for_people():
     assert format_size(123_456_789) == "123 MB"
     assert format_size(12_345_678_900) == "12.3 GB"
+    assert format_size(1_234_567, fine=True) == "1.23 MB"
+    assert format_size(123_456_789, fine=True) == "0.12 GB"
 
 
 def test_own_memory_is_what_the_kernel_says():

@@ -150,7 +150,7 @@ class Worker:
             return found
         fetch_slices(
             self._address[0],
-            _port(membership.info),
+            _file_port(membership.info),
             membership.rank,
             self._cluster.token,
             folder,
@@ -184,7 +184,8 @@ def _known_terms(folder: Path | None) -> dict[str, Any]:
         return {"model": checkpoint.fingerprint}
 
 
-def _port(info: Mapping[str, Any]) -> int:
+def _file_port(info: Mapping[str, Any]) -> int:
+    """Where rank 0 serves slices, by what it told. Raises `ConfigError` where that is no port."""
     port = info.get("file_port")
     if not isinstance(port, int) or not 0 < port < 65536:
         raise ConfigError(
