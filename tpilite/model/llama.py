@@ -165,7 +165,7 @@ class Llama:
 
         def some(start: int, stop: int) -> None:
             heads = slice(start * n_groups, stop * n_groups)
-            attend(q[:, heads], keys[start:stop], values[start:stop], out[:, heads])
+            attend(q[:, heads], keys[start:stop], values[start:stop], out[:, heads], n_kv_heads)
 
         self.linear.share(n_kv_heads, some)
 
@@ -183,15 +183,21 @@ class Llama:
         return y
 
 
-def attend(q: Array, keys: Kept, values: Kept, out: Array) -> None:  # [T, H, d], [K, S, d] x 2 -> [T, H, d]
-    """Causal attention of the last T of S positions, written to `out`; G query heads share a KV head."""
+def attend(
+    q: Array, keys: Kept, values: Kept, out: Array, n_shared: int | None = None
+) -> None:  # [T, H, d], [K, S, d] x 2 -> [T, H, d]
+    """Causal attention of the last T of S positions, written to `out`; G query heads share a KV head.
+
+    Where these heads are some of `n_shared` KV heads, they are tiled as all of them would be: how many
+    threads share them changes no bit.
+    """
     n_rows, n_heads, d = q.shape
     n_kv_heads, n_cached, _ = keys.shape
     if n_heads == 0:
         return
-    n_groups = n_heads // n_kv_heads
+    n_groups, n_tiled = n_heads // n_kv_heads, n_shared or n_kv_heads
     scale = np.float32(1 / math.sqrt(d))
-    tile = max(1, _SCORE_BYTES // (4 * n_heads * n_cached))
+    tile = max(1, _SCORE_BYTES // (4 * n_tiled * n_groups * n_cached))
     for start in range(0, n_rows, tile):
         stop = min(start + tile, n_rows)
         t = stop - start
@@ -199,7 +205,7 @@ def attend(q: Array, keys: Kept, values: Kept, out: Array) -> None:  # [T, H, d]
         grouped = (q[start:stop] * scale).reshape(t, n_kv_heads, n_groups, d)
         grouped = grouped.transpose(1, 2, 0, 3).reshape(n_kv_heads, n_groups * t, d)
         scores = np.empty((n_kv_heads, n_groups * t, seen), np.float32)
-        for part, lift, k in _widened(keys[:, :seen]):
+        for part, lift, k in _widened(keys[:, :seen], n_tiled):
             np.matmul(grouped * lift, k.transpose(0, 2, 1), out=scores[:, :, part])
         if t > 1:
             hidden = np.arange(seen) > np.arange(seen - t, seen)[:, None]  # [t, S]
@@ -207,20 +213,22 @@ def attend(q: Array, keys: Kept, values: Kept, out: Array) -> None:  # [T, H, d]
             np.copyto(each, np.float32(-np.inf), where=hidden)
         softmax(scores)
         mixed = np.zeros((n_kv_heads, n_groups * t, d), np.float32)
-        for part, lift, v in _widened(values[:, :seen]):
+        for part, lift, v in _widened(values[:, :seen], n_tiled):
             mixed += (scores[:, :, part] * lift) @ v
         out[start:stop] = (
             mixed.reshape(n_kv_heads, n_groups, t, d).transpose(2, 0, 1, 3).reshape(t, n_heads, d)
         )
 
 
-def _widened(kept: Kept) -> Iterator[tuple[slice, np.float32, Array]]:  # [K, S, d] -> slice, [K, s, d]
+def _widened(
+    kept: Kept, n_tiled: int
+) -> Iterator[tuple[slice, np.float32, Array]]:  # [K, S, d] -> slice, [K, s, d]
     """What was kept, as float32, in parts by position that fit the cache; each times `lift` is the value."""
     n_heads, n_cached, d = kept.shape
     if kept.dtype == np.float32:
         yield slice(0, n_cached), np.float32(1), kept
         return
-    size = max(16, _WIDENED_BYTES // (4 * n_heads * d))
+    size = max(16, _WIDENED_BYTES // (4 * n_tiled * d))
     scratch = np.empty((n_heads, min(size, n_cached), d), np.float32)
     for start in range(0, n_cached, size):
         part = slice(start, min(start + size, n_cached))
