@@ -115,7 +115,7 @@ def test_a_full_disk_is_said_on_both_sides(nodes: Nodes, lan: Lan, story: Story,
     worker = cluster.start_worker("worker1", "--save_dir", disk)
     assert worker.finish() == 2
     for node in (worker, cluster.host):
-        node.wait_for_line("make room, or name another folder with --save_dir")
+        node.wait_for_line("make room or choose another place with --save_dir")
     assert not list(disk.iterdir())
     cluster.prefixes = prefixes
     cluster.start_worker("worker1", "--save_dir", disk)
