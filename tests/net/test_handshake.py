@@ -109,7 +109,7 @@ def hello(sock: socket.socket) -> None:
         (lambda s: s.sendall(b"\x16\x03\x01\x02\x00"), ProtocolError, "expected a tpilite node"),
         (lambda s: s.close(), PeerLost, "closed the connection between two frames"),
         (lambda s: (s.sendall(b"TPI"), s.close()), PeerLost, "closed the connection after 3 of 16 bytes"),
-        (lambda s: s.sendall(b"TPI"), PeerLost, "was silent for too long, after 3 of 16 bytes of a frame's"),
+        (lambda s: s.sendall(b"TPI"), PeerLost, "was silent for too long, after 3 of 16 bytes of a frame"),
         (
             lambda s: s.sendall(wire.encode(messages.Join(1, {}))),
             ProtocolError,

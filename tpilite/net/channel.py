@@ -28,7 +28,7 @@ _H = TypeVar("_H", bound=messages.Header)
 # The kernel's own watch over a dead wire, behind that of the heartbeats: idle, interval, count.
 _KEEPALIVE = (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4), ("TCP_USER_TIMEOUT", 30_000))
 
-Progress = wire.Decoder | tuple[int, int]  # how far a frame has come, the tuple in bytes of how many
+Progress = tuple[int, int]  # how many bytes of a frame have come, of how many
 
 
 class Channel:
@@ -42,7 +42,7 @@ class Channel:
         self.sent_bytes = 0
         self.broken = False  # by the peer or the network, not by `shutdown`
         self._sock = sock
-        self._decoder = wire.Decoder()
+        self._limits = wire.MAX_HEADER_BYTES, wire.MAX_PAYLOAD_BYTES
         self._payload = memoryview(bytearray())
         self._reason = ""
         sock.settimeout(None)
@@ -60,11 +60,11 @@ class Channel:
         try:
             return plain_host(str(self._sock.getpeername()[0]))
         except OSError as error:
-            raise self.lost(error, self._decoder) from error
+            raise self.lost(error, (0, 0)) from error
 
     def limit_frames(self, max_header_bytes: int, max_payload_bytes: int) -> None:
         """Refuses longer frames from the next one on."""
-        self._decoder = wire.Decoder(max_header_bytes, max_payload_bytes)
+        self._limits = max_header_bytes, max_payload_bytes
 
     def send(
         self, header: messages.Header, payload: NDArray[Any] | None = None, deadline_s: float | None = None
@@ -80,10 +80,9 @@ class Channel:
     def receive(self, deadline_s: float | None = None) -> tuple[messages.Header, memoryview]:
         """The next frame's header and payload, which is valid until the next call."""
         try:
-            header, payload = self._next_frame(deadline_s)
+            return self._next_frame(deadline_s)
         except ProtocolError as error:
             raise type(error)(f"{self.peer}: {error}") from None
-        return header, payload
 
     def expect(self, cls: type[_H], deadline_s: float | None = None) -> tuple[_H, memoryview]:
         """The next frame, which must be a `cls`; otherwise raises `ProtocolError`."""
@@ -104,14 +103,9 @@ class Channel:
         if self._reason:
             return PeerLost(self._reason)
         self.broken = True
-        progress = (
-            where.progress
-            if isinstance(where, wire.Decoder)
-            else f"after {where[0]} of {where[1]} bytes of a frame"
-        )
         if error is None:
-            return PeerLost(f"{self.peer} closed the connection {progress}")
-        return PeerLost(f"the connection to {self.peer} broke {progress}: {error.strerror or error}")
+            return PeerLost(f"{self.peer} closed the connection {_describe(where)}")
+        return PeerLost(f"the connection to {self.peer} broke {_describe(where)}: {error.strerror or error}")
 
     def end_sends(self) -> None:
         """Tells the peer that nothing follows what was sent; receiving goes on."""
@@ -132,24 +126,28 @@ class Channel:
             socket.socket.shutdown(self._sock, how)
 
     def _next_frame(self, deadline_s: float | None) -> tuple[messages.Header, memoryview]:
-        decoder = self._decoder
-        header: messages.Header | None = None
-        while True:
-            event = decoder.next_event()
-            if event is wire.NEED_MORE:
-                decoder.received(self.receive_some(decoder.wanted(), deadline_s, decoder))
-            elif isinstance(event, wire.FrameStart):
-                header = event.header
-                if event.n_payload_bytes > len(self._payload):
-                    self._payload = memoryview(bytearray(event.n_payload_bytes))
-                decoder.payload_into(self._payload[: event.n_payload_bytes])
-            else:
-                assert header is not None
-                return header, event.payload
+        prefix, n_bytes = memoryview(bytearray(wire.PREFIX.size)), 0
+        while n_bytes < len(prefix):
+            n_bytes += self.receive_some(prefix[n_bytes:], deadline_s, (n_bytes, len(prefix)))
+            wire.check_start(prefix[:n_bytes])
+        n_header_bytes, n_payload_bytes = wire.decode_prefix(prefix, *self._limits)
+        total = n_bytes + n_header_bytes + n_payload_bytes
+        packed = memoryview(bytearray(n_header_bytes))
+        self._fill(packed, n_bytes, total, deadline_s)
+        header = wire.decode_header(packed, n_payload_bytes)
+        if n_payload_bytes > len(self._payload):
+            self._payload = memoryview(bytearray(n_payload_bytes))
+        payload = self._payload[:n_payload_bytes]
+        self._fill(payload, total - n_payload_bytes, total, deadline_s)
+        return header, payload
+
+    def _fill(self, part: memoryview, n_before: int, total: int, deadline_s: float | None) -> None:
+        n_bytes = 0
+        while n_bytes < len(part):
+            n_bytes += self.receive_some(part[n_bytes:], deadline_s, (n_before + n_bytes, total))
 
     def _late(self, where: Progress) -> PeerLost:
-        progress = where.progress if isinstance(where, wire.Decoder) else "while it was to receive"
-        return PeerLost(f"{self.peer} was silent for too long, {progress}")
+        return PeerLost(f"{self.peer} was silent for too long, {_describe(where)}")
 
     # What a TLS channel does in another way:
 
@@ -238,6 +236,11 @@ class TlsChannel(Channel):
             raise self.lost(error, (n_sent, len(view))) from error
         self.sent_bytes += n_sent
         return n_sent
+
+
+def _describe(progress: Progress) -> str:
+    n_bytes, total = progress
+    return f"after {n_bytes} of {total} bytes of a frame" if n_bytes else "between two frames"
 
 
 def _tune(sock: socket.socket) -> None:

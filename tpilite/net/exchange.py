@@ -48,11 +48,8 @@ class Exchange:
         self.head = head
 
     def __call__(self) -> None:
-        rest = []
-        for channel, frame in self.sends:
-            n_bytes = channel.send_now(frame)
-            if n_bytes < len(frame):
-                rest.append((channel, frame[n_bytes:]))
+        rest = list(self.sends)
+        _hand_over(rest)
         for channel, frame in self.receives:
             self._receive(channel, frame, rest)
         while rest:
@@ -95,23 +92,26 @@ def _push(sends: list[Transfer], receiver: Channel | None) -> bool:
         both = any(channel is receiver for channel, _ in sends)
         poll.register(receiver, select.POLLIN | select.POLLOUT if both else select.POLLIN)
     poll.poll(0 if readable else None)
-    for i in range(len(sends) - 1, -1, -1):
-        channel, view = sends[i]
-        view = view[channel.send_now(view) :]
-        if view:
-            sends[i] = channel, view
-        else:
-            del sends[i]
+    _hand_over(sends)
     return readable
+
+
+def _hand_over(sends: list[Transfer]) -> None:
+    """Gives the kernel what it takes at once, of which only the rest stays in `sends`."""
+    sends[:] = [(channel, rest) for channel, view in sends if (rest := view[channel.send_now(view) :])]
 
 
 def _describe(head: bytes | memoryview) -> str:
     """A frame's start for an error's text."""
-    decoder = wire.Decoder()
+    head, n_prefix = memoryview(head), wire.PREFIX.size
     try:
-        for event in decoder.feed(bytes(head)):
-            if isinstance(event, wire.FrameStart):
-                return f"{event.header} with {event.n_payload_bytes} bytes"
+        wire.check_start(head)
+        n_header_bytes, n_payload_bytes = wire.decode_prefix(
+            head[:n_prefix], wire.MAX_HEADER_BYTES, wire.MAX_PAYLOAD_BYTES
+        )
+        if n_header_bytes > len(head) - n_prefix:
+            return "another frame"
+        header = wire.decode_header(head[n_prefix : n_prefix + n_header_bytes], n_payload_bytes)
     except ProtocolError as error:
         return f"no frame ({error})"
-    return "another frame"
+    return f"{header} with {n_payload_bytes} bytes"

@@ -13,23 +13,9 @@ A frame is
 with integers in little-endian order. Magic and version keep their place in every version to come, so that
 two nodes of different versions can tell each other so. `messages` says what a header can hold, and which
 messages have a payload.
-
-The decoder does no I/O. It offers a view of exactly the bytes that it wants next, so that a socket
-receives straight into place, the payload into an array of the caller's:
-
-    match decoder.next_event():
-        case FrameStart(header, n_payload_bytes): ...       # payload_into(array), or it makes a buffer
-        case FrameEnd(payload): ...                         # all of it is there
-        case NEED_MORE: decoder.received(sock.recv_into(decoder.wanted()))
-
-After a `ProtocolError` the stream has no meaning any more: close it.
 """
 
-import enum
 import struct
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Final, Literal
 
 from tpilite.errors import ProtocolError
 from tpilite.net.messages import VERSION, WITH_PAYLOAD, Header, pack, unpack
@@ -58,133 +44,35 @@ class OtherVersion(ProtocolError):
     """The peer is a tpilite node, of another version of the protocol."""
 
 
-class _NeedMore(enum.Enum):
-    NEED_MORE = "NEED_MORE"
+def check_start(start: memoryview) -> None:
+    """Refuses what is no tpilite node at its first bytes: one that sends three may never send sixteen."""
+    magic, version = bytes(start[: len(MAGIC)]), start[len(MAGIC) : len(MAGIC) + 1]
+    if magic != MAGIC[: len(magic)]:
+        raise ProtocolError(
+            f"expected a tpilite node, which begins with {MAGIC!r}, found {magic + version!r}"
+        )
+    if version and version[0] != VERSION:
+        raise OtherVersion(
+            f"this node speaks protocol version {VERSION}, the other {version[0]}; "
+            "install the same tpilite on both"
+        )
 
 
-NEED_MORE: Final = _NeedMore.NEED_MORE
+def decode_prefix(prefix: memoryview, max_header_bytes: int, max_payload_bytes: int) -> tuple[int, int]:
+    """The lengths of the header and of the payload that follow, within these limits."""
+    _, _, n_header_bytes, n_payload_bytes = PREFIX.unpack(prefix)
+    if not 0 < n_header_bytes <= max_header_bytes:
+        raise ProtocolError(f"expected a header of 1 to {max_header_bytes} bytes, found {n_header_bytes}")
+    if n_payload_bytes > max_payload_bytes:
+        raise ProtocolError(f"expected at most {max_payload_bytes} bytes of payload, found {n_payload_bytes}")
+    return n_header_bytes, n_payload_bytes
 
 
-@dataclass(frozen=True)
-class FrameStart:
-    """A header came; `n_payload_bytes` follow it."""
-
-    header: Header
-    n_payload_bytes: int
-
-
-@dataclass(frozen=True)
-class FrameEnd:
-    """The whole frame came; the payload is in the buffer given to `payload_into`, or in one of its own."""
-
-    payload: memoryview
-
-
-@dataclass
-class Decoder:
-    """Bytes in, frames out; the limits are checked before anything is allocated."""
-
-    max_header_bytes: int = MAX_HEADER_BYTES
-    max_payload_bytes: int = MAX_PAYLOAD_BYTES
-    _part: Literal["prefix", "header", "payload", "end"] = field(default="prefix", init=False)
-    _buffer: memoryview = field(default_factory=lambda: memoryview(bytearray(PREFIX.size)), init=False)
-    _filled: int = field(default=0, init=False)
-    _n_payload_bytes: int = field(default=0, init=False)
-    _failure: ProtocolError | None = field(default=None, init=False)
-
-    @property
-    def between_frames(self) -> bool:
-        return self._part == "prefix" and not self._filled
-
-    @property
-    def progress(self) -> str:
-        """How far the stream came, for an error's text."""
-        if self.between_frames:
-            return "between two frames"
-        part = "payload" if self._part == "end" else self._part
-        return f"after {self._filled} of {len(self._buffer)} bytes of a frame's {part}"
-
-    def wanted(self) -> memoryview:
-        """Where the next bytes belong: exactly those that are missing of the part at hand."""
-        return self._buffer[self._filled :]
-
-    def received(self, n_bytes: int) -> None:
-        """Says that the first `n_bytes` of `wanted()` are filled."""
-        self._filled += n_bytes
-        assert self._filled <= len(self._buffer)
-
-    def payload_into(self, buffer: memoryview) -> None:
-        """Has the payload that follows the last `FrameStart` received into these bytes, of its length."""
-        assert self._part == "payload", "only a FrameStart has a payload behind it"
-        assert len(buffer) == self._n_payload_bytes
-        self._buffer = buffer
-
-    def next_event(self) -> FrameStart | FrameEnd | Literal[_NeedMore.NEED_MORE]:
-        """What the bytes received so far hold. Raises `ProtocolError`, and from then on again each time."""
-        if self._failure is not None:
-            raise self._failure
-        try:
-            return self._next_event()
-        except ProtocolError as error:
-            self._failure = error
-            raise
-
-    def feed(self, data: bytes) -> Iterator[FrameStart | FrameEnd]:
-        """The events of `data`, for bytes that are at hand already; to be consumed whole."""
-        rest = memoryview(data)
-        while True:
-            while (event := self.next_event()) is not NEED_MORE:
-                yield event
-            if not rest:
-                return
-            room = self.wanted()
-            n_bytes = min(len(room), len(rest))
-            room[:n_bytes] = rest[:n_bytes]
-            self.received(n_bytes)
-            rest = rest[n_bytes:]
-
-    def _next_event(self) -> FrameStart | FrameEnd | Literal[_NeedMore.NEED_MORE]:
-        if self._part == "prefix":
-            self._check_start()
-        if self._part == "payload" and len(self._buffer) != self._n_payload_bytes:
-            self._buffer = memoryview(bytearray(self._n_payload_bytes))
-        if self._filled < len(self._buffer):
-            return NEED_MORE
-        if self._part == "prefix":
-            _, _, n_header_bytes, self._n_payload_bytes = PREFIX.unpack(self._buffer)
-            if not 0 < n_header_bytes <= self.max_header_bytes:
-                raise ProtocolError(
-                    f"expected a header of 1 to {self.max_header_bytes} bytes, found {n_header_bytes}"
-                )
-            if self._n_payload_bytes > self.max_payload_bytes:
-                raise ProtocolError(
-                    f"expected at most {self.max_payload_bytes} bytes of payload, "
-                    f"found {self._n_payload_bytes}"
-                )
-            self._expect("header", n_header_bytes)
-            return NEED_MORE
-        if self._part == "header":
-            header = unpack(self._buffer)
-            if self._n_payload_bytes and not isinstance(header, WITH_PAYLOAD):
-                raise ProtocolError(
-                    f"expected no payload with {type(header).__name__}, found {self._n_payload_bytes} bytes"
-                )
-            self._part, self._buffer, self._filled = "payload", memoryview(b""), 0
-            return FrameStart(header, self._n_payload_bytes)
-        payload = self._buffer
-        self._expect("prefix", PREFIX.size)
-        return FrameEnd(payload)
-
-    def _expect(self, part: Literal["prefix", "header"], n_bytes: int) -> None:
-        self._part, self._buffer, self._filled = part, memoryview(bytearray(n_bytes)), 0
-
-    def _check_start(self) -> None:
-        """Refuses what is no tpilite node at its first bytes: one that sends three may never send sixteen."""
-        start = bytes(self._buffer[: min(self._filled, len(MAGIC) + 1)])
-        if start[: len(MAGIC)] != MAGIC[: len(start)]:
-            raise ProtocolError(f"expected a tpilite node, which begins with {MAGIC!r}, found {start!r}")
-        if len(start) > len(MAGIC) and start[len(MAGIC)] != VERSION:
-            raise OtherVersion(
-                f"this node speaks protocol version {VERSION}, the other {start[len(MAGIC)]}; "
-                "install the same tpilite on both"
-            )
+def decode_header(packed: memoryview, n_payload_bytes: int) -> Header:
+    """The message in these bytes, which may have a payload of so many."""
+    header = unpack(packed)
+    if n_payload_bytes and not isinstance(header, WITH_PAYLOAD):
+        raise ProtocolError(
+            f"expected no payload with {type(header).__name__}, found {n_payload_bytes} bytes"
+        )
+    return header
