@@ -1,6 +1,7 @@
 """Groups of ranks as threads over socket pairs: sums bit for bit, messages, every way of falling apart."""
 
 import itertools
+import socket
 import time
 import tracemalloc
 from collections.abc import Callable
@@ -18,13 +19,30 @@ from tpilite.errors import ConfigError, PeerLost, ProtocolError
 from tpilite.native.exchange import sums_by
 from tpilite.net import messages, wire
 from tpilite.net.channel import Channel
-from tpilite.net.group import Group, RankLost, check_options, local_groups
-from tpilite.net.sums import NewSum, new_sum
+from tpilite.net.group import Group, MemberGroup, RankLost, RootGroup, check_options
+from tpilite.net.sums import STAR, NewSum, new_sum
 
 ALGORITHMS = ("star", "direct", "scatter")
 
 
 both = pytest.mark.parametrize("new", by_both(new_sum, sums_by(EXCHANGE), needs_exchange))
+
+
+def local_groups(
+    world_size: int, *, allreduce: str = STAR, payload: str = "f32", new_sum: NewSum = new_sum
+) -> list[Group]:
+    """The groups of all ranks over socket pairs within this process, one per thread that uses them."""
+    channels: list[list[Channel | None]] = [[None] * world_size for _ in range(world_size)]
+    for low in range(world_size):
+        for high in range(low + 1, world_size):
+            a, b = socket.socketpair()
+            channels[low][high] = Channel(a, f"rank {high}")
+            channels[high][low] = Channel(b, f"rank {low}")
+    classes = [RootGroup] + [MemberGroup] * (world_size - 1)
+    return [
+        cls(rank, channels[rank], allreduce=allreduce, payload=payload, new_sum=new_sum)
+        for rank, cls in enumerate(classes)
+    ]
 
 
 class Ranks:

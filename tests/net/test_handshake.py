@@ -1,6 +1,7 @@
 """The handshake over loopback: what it refuses, in what time, with TLS and without."""
 
 import contextlib
+import functools
 import logging
 import socket
 import ssl
@@ -15,7 +16,7 @@ import pytest
 from compiled_code import EXCHANGE, by_both, needs_exchange
 
 from tpilite.errors import ConfigError, PeerLost, ProtocolError
-from tpilite.native.exchange import exchanges_by
+from tpilite.native.exchange import CompiledExchange
 from tpilite.net import auth, handshake, messages, wire
 from tpilite.net.address import format_address
 from tpilite.net.channel import Channel
@@ -23,6 +24,7 @@ from tpilite.net.exchange import Exchange, Frames, NewExchange
 from tpilite.net.handshake import accept, connect
 
 TOKEN = "a token"
+_compiled = functools.partial(CompiledExchange, EXCHANGE)
 
 
 @contextlib.contextmanager
@@ -226,7 +228,7 @@ def test_waiting_for_a_peer_is_told_and_ends(
         waiting.result().close()
 
 
-@pytest.mark.parametrize("new_exchange", by_both(Exchange, exchanges_by(EXCHANGE), needs_exchange))
+@pytest.mark.parametrize("new_exchange", by_both(Exchange, _compiled, needs_exchange))
 def test_the_same_over_tls(
     new_exchange: NewExchange, tls: tuple[ssl.SSLContext, ssl.SSLContext], pool: ThreadPoolExecutor
 ) -> None:

@@ -53,7 +53,8 @@ def work_once(rendezvous: Rendezvous, rank: int | None = None, security: Securit
             assert group.broadcast(None).header == {"n": 1}
             with pytest.raises(GroupEnded, match="rank 0 ended the session"):
                 group.broadcast(None)
-        return membership.rank, result, group.has_mesh, group.allreduce
+        has_mesh = all(c is not None for r, c in enumerate(group._channels) if r != group.rank)
+        return membership.rank, result, has_mesh, group.allreduce
 
 
 @pytest.mark.parametrize("allreduce", ["star", "direct", "scatter", "auto"])
@@ -174,11 +175,9 @@ def test_another_token(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_waiting_names_who_is_missing_and_gives_up() -> None:
-    told: list[dict[int, str]] = []
     with rendezvous_of(3) as rendezvous, join(address(rendezvous), SECURITY, rank=2):
         with pytest.raises(PeerLost, match="gave up waiting: rank 1 is missing, rank 2 is preparing"):
-            rendezvous.wait_for_group(0.1, told.append)
-    assert told == [{1: "missing", 2: "preparing"}]
+            rendezvous.wait_for_group(0.1)
 
 
 def test_rank_0_that_ends_tells_those_who_wait() -> None:

@@ -139,7 +139,7 @@ class Host(Closing):
         while True:
             left_s = _SETTLE_S if timeout_s is None else started_s + timeout_s - time.monotonic()
             try:
-                return self._rendezvous.wait_for_group(min(_SETTLE_S, left_s), on_change=lambda _: None)
+                return self._rendezvous.wait_for_group(min(_SETTLE_S, left_s))
             except PeerLost:
                 now_s, waiting = time.monotonic(), _describe(self._rendezvous.states)
                 if timeout_s is not None and left_s <= _SETTLE_S:

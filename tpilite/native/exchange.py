@@ -6,6 +6,7 @@ slow wires, where the ranks wait in between and Python's code has left the cache
 """
 
 import ctypes
+import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,7 +50,7 @@ _DONE, _INTERRUPTED, _NOT_SENT, _NOT_RECEIVED, _CLOSED, _ANOTHER_HEAD = range(6)
 
 
 class CompiledExchange(Exchange):
-    """The same by `exchange.c`, between plain sockets."""
+    """The same by `exchange.c`, between plain sockets; over TLS, whose bytes pass through Python, by that."""
 
     def __init__(
         self, library: ctypes.CDLL, sends: Sequence[Transfer], receives: Sequence[Transfer], head: bytes
@@ -60,6 +61,7 @@ class CompiledExchange(Exchange):
             _transfers(sends), _transfers(receives), head, len(sends), len(receives), len(head)
         )
         self._sockets = {channel: channel.fileno() for channel, _ in (*sends, *receives)}
+        self._are_plain = not any(isinstance(channel, TlsChannel) for channel in self._sockets)
 
     def __call__(self) -> None:
         if self.is_open():
@@ -68,8 +70,10 @@ class CompiledExchange(Exchange):
             super().__call__()
 
     def is_open(self) -> bool:
-        """Whether the sockets are still those of the beginning: a closed one's number can be a file's."""
-        return all(channel.fileno() == number for channel, number in self._sockets.items())
+        """Whether these are plain sockets, and the first ones: a closed one's number can be a file's."""
+        return self._are_plain and all(
+            channel.fileno() == number for channel, number in self._sockets.items()
+        )
 
     def failure(self, outcome: int) -> Exception:
         """What to raise where a function of the library returned this."""
@@ -142,20 +146,9 @@ def load(folder: Path = FOLDER) -> ctypes.CDLL:
     return load_library("_exchange", functions, folder)
 
 
-def exchanges_by(library: ctypes.CDLL) -> NewExchange:
-    """What makes compiled exchanges; those over TLS, whose bytes pass through Python, are the plain ones."""
-
-    def new_exchange(sends: Sequence[Transfer], receives: Sequence[Transfer], head: bytes) -> Exchange:
-        if any(isinstance(channel, TlsChannel) for channel, _ in (*sends, *receives)):
-            return Exchange(sends, receives, head)
-        return CompiledExchange(library, sends, receives, head)
-
-    return new_exchange
-
-
 def sums_by(library: ctypes.CDLL) -> NewSum:
     """What makes sums over compiled exchanges, the scattered one in one call."""
-    new_exchange = exchanges_by(library)
+    new_exchange = functools.partial(CompiledExchange, library)
 
     def compiled_sum(way: str, rank: int, channels: Sequence[Channel | None], payload: str, n: int) -> Sum:
         return new_sum(way, rank, channels, payload, n, new_exchange, CompiledScatterSum)

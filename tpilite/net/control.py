@@ -45,13 +45,12 @@ class Control:
         with self._sending:
             self.channel.send(header, deadline_s=time.monotonic() + GRACE_S)
 
-    def send_last(self, last_message: messages.Header | None) -> None:
+    def send_last(self, last_message: messages.Header) -> None:
         """Sends what ends the connection, if the peer still takes it; its end is then no failure."""
         if not self._ending:
             self._ending = True
-            if last_message is not None:
-                with contextlib.suppress(PeerLost):
-                    self.send(last_message)
+            with contextlib.suppress(PeerLost):
+                self.send(last_message)
 
     def shutdown(self) -> None:
         """Ends the connection without waiting, from any thread."""

@@ -10,7 +10,6 @@ one ends the group: its thread shuts the data connections down, and whoever wait
 import contextlib
 import logging
 import math
-import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -49,7 +48,7 @@ class GroupEnded(PeerLost):
 
 
 class Group(Closing):
-    """What `RootGroup` and `MemberGroup` have in common, made when a group forms or by `local_groups`.
+    """What `RootGroup` and `MemberGroup` have in common, made when a group forms.
 
     `channels[r]` is the data connection to rank r, None for the own rank and for those not connected.
     `new_sum` makes the sums: in NumPy, unless something faster is handed in.
@@ -81,10 +80,6 @@ class Group(Closing):
         self._notifying = threading.Lock()  # held until all ranks know why the group failed
         self._costs: Costs = {}  # where they were measured
         self._sum: Sum | None = None
-
-    @property
-    def has_mesh(self) -> bool:
-        return all(c is not None for r, c in enumerate(self._channels) if r != self.rank)
 
     @property
     def controls(self) -> list[Control]:
@@ -281,23 +276,6 @@ class MemberGroup(Group):
             self.fail(PeerLost(reason) if header.rank is None else RankLost(header.rank, reason))
         else:
             self.fail(ProtocolError(f"expected no {type(header).__name__} from rank 0 in a running group"))
-
-
-def local_groups(
-    world_size: int, *, allreduce: str = STAR, payload: str = "f32", new_sum: NewSum = new_sum
-) -> list[Group]:
-    """The groups of all ranks over socket pairs within this process, one per thread that uses them."""
-    channels: list[list[Channel | None]] = [[None] * world_size for _ in range(world_size)]
-    for low in range(world_size):
-        for high in range(low + 1, world_size):
-            a, b = socket.socketpair()
-            channels[low][high] = Channel(a, f"rank {high}")
-            channels[high][low] = Channel(b, f"rank {low}")
-    classes = [RootGroup] + [MemberGroup] * (world_size - 1)
-    return [
-        cls(rank, channels[rank], allreduce=allreduce, payload=payload, new_sum=new_sum)
-        for rank, cls in enumerate(classes)
-    ]
 
 
 def check_options(allreduce: str, payload: str) -> None:

@@ -14,7 +14,7 @@ partitioned. A joining node may know only some of them; to be ready it must know
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from tpilite.closing import Closing
@@ -80,10 +80,8 @@ class Rendezvous(Closing):
         """Listens: workers can join from now on. Raises `ConfigError` where the address cannot be had."""
         self._listener.open()
 
-    def wait_for_group(
-        self, timeout_s: float | None = None, on_change: Callable[[dict[int, str]], None] | None = None
-    ) -> RootGroup:
-        """The group of all ranks, once all are ready. `on_change` is told the states whenever they change.
+    def wait_for_group(self, timeout_s: float | None = None) -> RootGroup:
+        """The group of all ranks, once all are ready.
 
         Raises `PeerLost` after `timeout_s`, naming who is missing. The last group must have failed or ended.
         """
@@ -91,7 +89,7 @@ class Rendezvous(Closing):
         if self._group is not None:
             self._group.close()
         while True:
-            self._wait_until_ready(deadline_s, on_change)
+            self._wait_until_ready(deadline_s)
             try:
                 group = self._form()
             except (PeerLost, ProtocolError) as error:
@@ -109,19 +107,10 @@ class Rendezvous(Closing):
             self._group.close()
         _close([*self._members.take_all(), *self._members.take_gone()], messages.Goodbye())
 
-    def _wait_until_ready(
-        self, deadline_s: float | None, on_change: Callable[[dict[int, str]], None] | None
-    ) -> None:
-        reported: dict[int, str] = {}
+    def _wait_until_ready(self, deadline_s: float | None) -> None:
         while True:
             _close(self._members.take_gone())
             states = self.states
-            if states != reported:
-                if on_change is not None:
-                    on_change(states)
-                elif any(state != "ready" for state in states.values()):
-                    log.info("waiting: %s", _describe(states))
-            reported = states
             if all(state == "ready" for state in states.values()):
                 return
             remaining_s = None if deadline_s is None else deadline_s - time.monotonic()

@@ -129,8 +129,7 @@ class ScatterSum(Sum):
         parts, chunks = self.frames(self.world_size, size), self.frames(self.world_size, size)
         self.parts = parts.payloads  # [world_size, size]: this rank's chunk of every rank's x
         self.chunks = chunks.payloads  # [world_size, size]: all of this rank's x, then of the sum
-        self.total = np.empty(size, np.float32)
-        self.padded = np.zeros(parts.payloads.size, np.float32)
+        self.padded = np.zeros(parts.payloads.size if self.n % self.world_size else 0, np.float32)
         self.scatter = self.new_exchange(
             [(channel, chunks[r]) for r, channel in self.targets],
             [(channel, parts[r]) for r, channel in self.sources],
@@ -143,18 +142,18 @@ class ScatterSum(Sum):
         )
 
     def __call__(self, x: Array) -> None:
-        codec, rank, fits = self.codec, self.rank, x.size == self.chunks.size
-        if not fits:
+        codec, rank = self.codec, self.rank
+        if self.padded.size:
             self.padded[: x.size] = x
-        rows = (x if fits else self.padded).reshape(self.chunks.shape)
+        rows = (self.padded if self.padded.size else x).reshape(self.chunks.shape)
         codec.narrow(rows, self.chunks)
         np.copyto(self.parts[rank], self.chunks[rank])
         self.scatter()
-        sum_in_rank_order(codec.widen(self.parts), self.total)
-        codec.narrow(self.total, self.chunks[rank])
+        sum_in_rank_order(codec.widen(self.parts), rows[rank])  # which has been sent
+        codec.narrow(rows[rank], self.chunks[rank])
         self.gather()
         np.copyto(rows, codec.widen(self.chunks))
-        if not fits:
+        if self.padded.size:
             np.copyto(x, self.padded[: x.size])
 
 
