@@ -66,16 +66,21 @@ def store(values: NDArray[np.float32], dtype: str) -> NDArray[Any]:
 
 
 def write_checkpoint(
-    folder: Path, config: LlamaConfig, dtype: str = "BF16", seed: int = 0, shards: int = 1
+    folder: Path,
+    config: LlamaConfig,
+    dtype: str = "BF16",
+    seed: int = 0,
+    shards: int = 1,
+    tensors: Mapping[str, NDArray[Any]] | None = None,
 ) -> Path:
-    """Writes a random model into `folder`, in one file or in `shards` with an index."""
+    """Writes `tensors`, or a random model's, into `folder`, in one file or in `shards` with an index."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(hf_config(config)))
-    tensors = list(random_tensors(config, dtype, seed).items())
+    entries = list((tensors or random_tensors(config, dtype, seed)).items())
     if shards == 1:
-        names = {"model.safetensors": tensors}
+        names = {"model.safetensors": entries}
     else:
-        names = {f"model-{i + 1:05}-of-{shards:05}.safetensors": tensors[i::shards] for i in range(shards)}
+        names = {f"model-{i + 1:05}-of-{shards:05}.safetensors": entries[i::shards] for i in range(shards)}
         weight_map = {name: shard for shard, part in names.items() for name, _ in part}
         index = {"metadata": {}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))

@@ -367,3 +367,11 @@ def test_an_engine_needs_whole_numbers(changes):
     (name,) = changes
     with pytest.raises(ConfigError, match=f"{name} must be a whole number"):
         EngineConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    "name", ["LlamaForSequenceClassification", "LlamaForTokenClassification", "LlamaForQuestionAnswering", 7]
+)
+def test_a_model_with_another_head_is_refused_by_name(name):
+    with pytest.raises(ConfigError, match=f"architectures = .*{name}.* expected LlamaForCausalLM"):
+        LlamaConfig.from_hf(_LLAMA_2 | {"architectures": [name]})

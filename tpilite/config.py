@@ -5,6 +5,7 @@ are not supported are errors; keys that do not touch the maths are ignored.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ _ONLY_SUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 _FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
 _WITH_DEFAULT = ("max_position_embeddings", "rms_norm_eps", *_FLAGS)
+
+_LANGUAGE_MODELS = re.compile(r"ForCausalLM|ForConditionalGeneration|^LlamaModel$")
 
 _MAX_LAYERS = 10_000  # Llama 3.1 405B has 126; every layer named costs memory before a file is looked at
 
@@ -132,6 +135,7 @@ class LlamaConfig:
                     f"config.json has {key} = {short(value)}, which is not supported; "
                     f"expected {' or '.join(repr(v) for v in supported if v is not None) or 'none'}"
                 )
+        _check_architectures(config.get("architectures"))
         try:
             hidden_size, num_heads = config["hidden_size"], config["num_attention_heads"]
             intermediate_size, vocab_size = config["intermediate_size"], config["vocab_size"]
@@ -191,6 +195,16 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object, found a {type(value).__name__}")
     return value
+
+
+def _check_architectures(names: Any) -> None:
+    """Raises `ConfigError` for a model whose head does not score tokens: a classifier's, a reward model's."""
+    for name in names if isinstance(names, list) else []:
+        if not isinstance(name, str) or not _LANGUAGE_MODELS.search(name):
+            raise ConfigError(
+                f"config.json has architectures = {short(names)}, which is not supported; "
+                "expected LlamaForCausalLM: a model whose head scores tokens"
+            )
 
 
 def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:

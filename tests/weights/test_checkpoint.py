@@ -52,6 +52,91 @@ def test_without_lm_head_the_embeddings_are_tied(tmp_path: Path) -> None:
         assert checkpoint.tensors["lm_head.weight"].shape == (50, 32)
 
 
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("same", [True, False])
+def test_a_head_of_its_own_counts_whatever_the_flag_says(shards: int, same: bool, tmp_path: Path) -> None:
+    tensors = random_tensors(tiny_config())
+    if same:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    write_checkpoint(tmp_path, tiny_config(tie_word_embeddings=True), shards=shards, tensors=tensors)
+    with Checkpoint(tmp_path) as checkpoint:
+        assert not checkpoint.config.tie_word_embeddings
+        for name, values in tensors.items():
+            np.testing.assert_array_equal(checkpoint.tensors[name].array(), values)
+        assert checkpoint.nbytes == sum(values.nbytes for values in tensors.values())
+
+
+PREFIXES = [
+    ("", "lm_head.weight"),
+    ("language_model.model.", "language_model.lm_head.weight"),
+    ("model.language_model.", "lm_head.weight"),
+    ("language_model.", "lm_head.weight"),
+    ("base_model.model.model.", "base_model.model.lm_head.weight"),
+    ("_orig_mod.model.", "_orig_mod.lm_head.weight"),
+    ("model.model.", "model.lm_head.weight"),
+    ("transformer.", "transformer.lm_head.weight"),
+]
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("prefix", "head"), PREFIXES)
+def test_tensors_are_known_behind_any_prefix(
+    prefix: str, head: str, tied: bool, shards: int, tmp_path: Path
+) -> None:
+    config = tiny_config(tie_word_embeddings=tied)
+    tensors = random_tensors(config)
+    renamed = {prefixed(name, prefix, head): values for name, values in tensors.items()}
+    renamed["vision_tower.layers.0.self_attn.q_proj.weight"] = tensors["model.norm.weight"]
+    renamed["speech.embed_tokens.weight"] = tensors["model.norm.weight"]
+    write_checkpoint(tmp_path / "renamed", config, shards=shards, tensors=renamed)
+    with Checkpoint(tmp_path / "renamed") as checkpoint:
+        for name, values in tensors.items():
+            np.testing.assert_array_equal(checkpoint.tensors[name].array(), values)
+        assert checkpoint.config == config
+        with Checkpoint(write_checkpoint(tmp_path / "usual", config)) as usual:
+            assert usual.nbytes == checkpoint.nbytes
+            assert usual.fingerprint == checkpoint.fingerprint
+
+
+def prefixed(name: str, prefix: str, head: str) -> str:
+    return head if name == "lm_head.weight" else prefix + name.removeprefix("model.")
+
+
+def test_what_is_missing_behind_a_prefix_is_told_by_its_name_there(tmp_path: Path) -> None:
+    tensors = random_tensors(tiny_config())
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    renamed = {prefixed(name, "language_model.model.", name): values for name, values in tensors.items()}
+    write_checkpoint(tmp_path, tiny_config(), tensors=renamed)
+    with pytest.raises(CheckpointError, match=r"no tensor language_model\.model\.layers\.1\.mlp\.up_proj"):
+        Checkpoint(tmp_path)
+
+
+HEADS = ["score.weight", "qa_outputs.weight", "classifier.weight", "v_head.summary.weight"]
+
+
+@pytest.mark.parametrize("prefix", ["model.", ""])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("head", HEADS)
+def test_another_head_is_refused_by_its_name(prefix: str, tied: bool, head: str, tmp_path: Path) -> None:
+    tensors = {prefixed(n, prefix, head): v for n, v in random_tensors(tiny_config()).items()}
+    write_checkpoint(tmp_path, tiny_config(tie_word_embeddings=tied), tensors=tensors)
+    with pytest.raises(CheckpointError, match=f"another head than a language model's: it has {head}"):
+        Checkpoint(tmp_path)
+
+
+def test_a_model_without_a_head_is_refused(tmp_path: Path) -> None:
+    tensors = random_tensors(tiny_config(tie_word_embeddings=True))
+    bare = {prefixed(name, "", ""): values for name, values in tensors.items()}
+    write_checkpoint(tmp_path, tiny_config(), tensors=bare)
+    value = hf_config(tiny_config()) | {"architectures": ["LlamaModel"]}
+    (tmp_path / "config.json").write_text(json.dumps(value))
+    with pytest.raises(CheckpointError, match="a LlamaModel without a head"):
+        Checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(value | {"tie_word_embeddings": True}))
+    Checkpoint(tmp_path).close()
+
+
 def test_the_fingerprint_is_of_the_model_and_not_of_its_files(tmp_path: Path) -> None:
     def fingerprint(name: str, **how: int) -> str:
         with Checkpoint(write_checkpoint(tmp_path / name, tiny_config(), **how)) as checkpoint:

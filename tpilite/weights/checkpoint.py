@@ -7,7 +7,8 @@ or in the shards that `model.safetensors.index.json` names. Nothing is converted
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,10 @@ from tpilite.weights.tensor_file import StoredTensor, TensorFile
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 
+_INNER = "model."  # what Hugging Face's names have before those of LlamaModel itself
+# A classifier's, a reward model's and the like, as transformers and TRL name them.
+_OTHER_HEAD = re.compile(r"(^|\.)(score|classifier|qa_outputs|regression\w*|\w*_head|head)\.")
+
 # A fine-tune changes nearly every row of the matrices that it changes, but it may change only some of the
 # matrices; so a little of each tensor is hashed, rather than much of some.
 _SAMPLE_BYTES = 2048
@@ -30,8 +35,8 @@ class Checkpoint(Closing):
     """The model in a folder. Raises `CheckpointError` or `ConfigError` when it cannot be used.
 
     `tensors` has every tensor of the architecture by Hugging Face's name, its shape checked against
-    `config`; with tied embeddings `lm_head.weight` is the embedding's own `StoredTensor`. What else the
-    files hold is ignored.
+    `config`, whatever the files have before these names. Where they have no `lm_head.weight`, it is the
+    embedding's own `StoredTensor`. What else they hold is ignored.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -41,11 +46,12 @@ class Checkpoint(Closing):
             raise CheckpointError(f"{folder} is not a folder; expected a model folder with config.json")
         config = LlamaConfig.from_folder(folder)
         try:
-            stored = self._open_files(config)
-            # Some published folders leave lm_head out without saying that it is tied.
-            config = replace(config, tie_word_embeddings=config.tie_word_embeddings or LM_HEAD not in stored)
-            self.config = config
-            self.tensors: Mapping[str, StoredTensor] = _checked(config, stored, folder)
+            found = self._find(config)
+            # The file's own head counts, whatever the flag says (merged adapters are published so); and some
+            # published folders leave lm_head out without saying that it is tied.
+            self.config = replace(config, tie_word_embeddings=LM_HEAD not in found)
+            self.tensors: Mapping[str, StoredTensor] = {LM_HEAD: found[EMBEDDING]} | found
+            _check_shapes(self.config, self.tensors)
         except BaseException:
             self.close()
             raise
@@ -58,7 +64,7 @@ class Checkpoint(Closing):
     @property
     def nbytes(self) -> int:
         """The bytes of all weights; a table that is used twice counts once."""
-        return sum(t.nbytes for name, t in self.tensors.items() if t.name == name)
+        return sum(tensor.nbytes for tensor in set(self.tensors.values()))
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -76,28 +82,45 @@ class Checkpoint(Closing):
                 digest.update(tensor.bytes_at(start, n_bytes))
         return digest.hexdigest()
 
-    def _open_files(self, config: LlamaConfig) -> dict[str, StoredTensor]:
-        """What the files hold, by name; of the shards, those that hold something of the architecture."""
+    def _find(self, config: LlamaConfig) -> dict[str, StoredTensor]:
+        """What the files hold of the architecture; of the shards, those that hold something of it are opened.
+
+        Raises `CheckpointError` where anything but lm_head is missing, or a shard holds not what it should.
+        """
+        weight_map = self._weight_map()
+        names = _names_in_files(config, weight_map)
+        _check_head(self.folder, names[LM_HEAD], weight_map)
+        found = {}
+        for name, shape in tensor_shapes(config).items():
+            stored_name = names[name]
+            shard = weight_map.get(stored_name)
+            if shard is None and name == LM_HEAD:
+                continue
+            if shard is None:
+                raise CheckpointError(
+                    f"{self.folder} has no tensor {stored_name}, which its config.json implies "
+                    f"(expected shape {list(shape)}); download the missing files"
+                )
+            _check_file_name(shard, self.folder / _INDEX)
+            file = self._open(shard)
+            if stored_name not in file.tensors:
+                raise CheckpointError(
+                    f"{file.path} does not hold {stored_name}, which {_INDEX} expects there; "
+                    "download both again"
+                )
+            found[name] = file.tensors[stored_name]
+        return found
+
+    def _weight_map(self) -> dict[str, Any]:
+        """Which file holds which tensor, by the names that these have there."""
         if (self.folder / _SINGLE).exists():
-            return dict(self._open(_SINGLE).tensors)
+            return dict.fromkeys(self._open(_SINGLE).tensors, _SINGLE)
         if not (self.folder / _INDEX).exists():
             raise _no_weights(self.folder)
         weight_map = read_json(self.folder / _INDEX).get("weight_map")
         if not isinstance(weight_map, dict):
             raise CheckpointError(f"{self.folder / _INDEX} has no weight_map; download it again")
-        stored = {}
-        for name in tensor_shapes(config):
-            shard = weight_map.get(name)
-            if shard is None:
-                continue  # said by name, with what was expected, when all are checked
-            _check_file_name(shard, self.folder / _INDEX)
-            file = self._open(shard)
-            if name not in file.tensors:
-                raise CheckpointError(
-                    f"{file.path} does not hold {name}, which {_INDEX} expects there; download both again"
-                )
-            stored[name] = file.tensors[name]
-        return stored
+        return weight_map
 
     def _open(self, name: str) -> TensorFile:
         if name not in self._files:
@@ -105,26 +128,55 @@ class Checkpoint(Closing):
         return self._files[name]
 
 
-def _checked(
-    config: LlamaConfig, stored: Mapping[str, StoredTensor], folder: Path
-) -> dict[str, StoredTensor]:
-    """Every tensor of the architecture. Raises `CheckpointError` where one is missing or of another shape."""
-    tensors = {}
+def _names_in_files(config: LlamaConfig, stored: Collection[str]) -> dict[str, str]:
+    """The tensors of the architecture: Hugging Face's name to the one in the files.
+
+    The layers may stand behind nothing, as a LlamaModel saves itself, or `language_model.` or what else
+    wrapped the model. What has an embedding is the language model; of several, the most complete one.
+    """
+    anchor = EMBEDDING.removeprefix(_INNER)
+    prefixes = [name.removesuffix(anchor) for name in stored if name.endswith(anchor)]
+    named = [_prefixed(config, prefix, stored) for prefix in prefixes if f".{prefix}".endswith(".")]
+    usual = _prefixed(config, _INNER, stored)
+    return max([usual, *named], key=lambda names: sum(name in stored for name in names.values()))
+
+
+def _prefixed(config: LlamaConfig, prefix: str, stored: Collection[str]) -> dict[str, str]:
+    """The names where `prefix` stands for `model.`; lm_head stands behind the prefix or a part of it."""
+    parts = prefix.split(".")[:-1]
+    heads = [".".join([*parts[:n], LM_HEAD]) for n in range(len(parts), -1, -1)]
+    names = {name: prefix + name.removeprefix(_INNER) for name in tensor_shapes(config)}
+    return names | {LM_HEAD: next((head for head in heads if head in stored), LM_HEAD)}
+
+
+def _check_head(folder: Path, lm_head: str, stored: Collection[str]) -> None:
+    """Raises `CheckpointError` for a model that ends in something else than scores of tokens."""
+    if lm_head in stored:
+        return
+    other = next((name for name in stored if _OTHER_HEAD.search(name)), None)
+    if other is not None:
+        raise CheckpointError(
+            f"{folder} holds a model with another head than a language model's: it has {other} and no "
+            f"{LM_HEAD}; use the folder of a LlamaForCausalLM"
+        )
+    config = read_json(folder / "config.json")
+    if config.get("architectures") == ["LlamaModel"] and config.get("tie_word_embeddings") is not True:
+        raise CheckpointError(
+            f"{folder} holds a LlamaModel without a head: it has no {LM_HEAD}, and its config.json does not "
+            "say tie_word_embeddings; use the folder of a LlamaForCausalLM"
+        )
+
+
+def _check_shapes(config: LlamaConfig, tensors: Mapping[str, StoredTensor]) -> None:
+    """Raises `CheckpointError` where a tensor is of another shape, or of a dtype that is not supported."""
     for name, shape in tensor_shapes(config).items():
-        tensor = stored.get(EMBEDDING if name == LM_HEAD and config.tie_word_embeddings else name)
-        if tensor is None:
-            raise CheckpointError(
-                f"{folder} has no tensor {name}, which its config.json implies "
-                f"(expected shape {list(shape)}); download the missing files"
-            )
+        tensor = tensors[name]
         if tensor.shape != shape:
             raise CheckpointError(
-                f"{tensor.file.path}: {name} has shape {list(tensor.shape)}, but config.json implies "
+                f"{tensor.file.path}: {tensor.name} has shape {list(tensor.shape)}, but config.json implies "
                 f"{list(shape)}; the weights and the config.json must be of the same model"
             )
         _ = tensor.stored_dtype
-        tensors[name] = tensor
-    return tensors
 
 
 def _check_file_name(name: Any, index: Path) -> None:
