@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from checkpoints import tiny_config, write_checkpoint
 
-from tpilite.cli.hub import FoundModel, find_models, is_hub_name, model_name, resolve
+from tpilite.cli.hub import find_models, is_hub_name, model_name, resolve
 from tpilite.errors import ConfigError
 
 
@@ -38,13 +38,10 @@ def test_models_are_found_in_the_cache_and_here(tmp_path: Path) -> None:
     damaged = write_checkpoint(here / "damaged", tiny_config())
     (damaged / "config.json").write_text("{")
     (cache / "datasets--x").mkdir()
-    assert find_models(here, cache) == [
-        FoundModel("meta-llama/Llama-3.2-1B", main),
-        FoundModel("mine", here / "mine"),
-    ]
+    assert find_models(here, cache) == {"meta-llama/Llama-3.2-1B": main, "mine": here / "mine"}
     (main / "model.safetensors").unlink()
-    assert find_models(here, cache)[0].folder == old
-    assert find_models(here / "mine", tmp_path / "nothing") == [FoundModel(".", here / "mine")]
+    assert find_models(here, cache)["meta-llama/Llama-3.2-1B"] == old
+    assert find_models(here / "mine", tmp_path / "nothing") == {".": here / "mine"}
     assert model_name(here / "mine") == "mine"
 
 

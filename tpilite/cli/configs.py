@@ -3,7 +3,9 @@
 import argparse
 import hashlib
 import os
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from tpilite.cluster.config import ClusterConfig
 from tpilite.cluster.token import checked_token, kept_token
@@ -16,44 +18,29 @@ from tpilite.shipped import SHIPPED
 
 def sampling_params(args: argparse.Namespace) -> SamplingParams:
     """The options that say how text is made."""
-    return SamplingParams(
-        temperature=args.temperature,
-        k=args.k,
-        p=args.p,
-        min_p=args.min_p,
-        repetition_penalty=args.repetition_penalty,
-        seed=args.seed,
-        length=args.length,
-        stop=tuple(args.stop),
-    )
+    return SamplingParams(**same_named(SamplingParams, args) | {"stop": tuple(args.stop)})
 
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:
     """The options that say what this rank may use."""
-    return EngineConfig(
-        threads=args.threads,
-        kv_dtype=args.kv_dtype,
-        memory_budget=parse_budget(args.memory_budget),
-        memory_window=args.memory_window,
-    )
+    budget = parse_budget(args.memory_budget)
+    return EngineConfig(**same_named(EngineConfig, args) | {"memory_budget": budget})
 
 
 def cluster_config(args: argparse.Namespace, world_size: int, *, make_token: bool) -> ClusterConfig:
     """The options that say how ranks find and trust each other."""
-    return ClusterConfig(
-        token=_token(args, make=make_token),
-        world_size=world_size,
-        ratio=args.ratio,
-        broadcast_port=args.broadcast_port,
-        file_port=args.file_port,
-        timeout_s=args.timeout,
-        rejoin_timeout_s=args.rejoin_timeout,
-        allreduce=args.allreduce,
-        payload=args.payload,
-        tls_cert=args.tls_cert,
-        tls_key=args.tls_key,
-        tls_ca=args.tls_ca,
-    )
+    others = {
+        "token": _token(args, make=make_token),
+        "world_size": world_size,
+        "timeout_s": args.timeout,
+        "rejoin_timeout_s": args.rejoin_timeout,
+    }
+    return ClusterConfig(**same_named(ClusterConfig, args) | others)
+
+
+def same_named(config: type, args: argparse.Namespace) -> dict[str, Any]:
+    """The options that are called as fields of a configuration are."""
+    return {field.name: getattr(args, field.name) for field in fields(config) if field.name in args}
 
 
 def rank_of(args: argparse.Namespace) -> int | None:

@@ -1,15 +1,11 @@
 """Models that others brought: those on this machine, and those of the Hugging Face Hub by their names."""
 
 import json
-import logging
+import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from tpilite.errors import ConfigError
-
-logger = logging.getLogger(__name__)
 
 _CACHE = Path("~/.cache/huggingface/hub")
 _MAX_FOLDERS = 2000  # looked into, so that a start in a huge folder stays a start
@@ -30,29 +26,20 @@ _WANTED = [
 ]
 
 
-@dataclass(frozen=True)
-class FoundModel:
-    """A Llama model on this machine: what people call it, and its folder."""
-
-    name: str
-    folder: Path
-
-
-def find_models(current: Path | None = None, cache: Path | None = None) -> list[FoundModel]:
+def find_models(current: Path | None = None, cache: Path = _CACHE) -> dict[str, Path]:
     """The Llama models in Hugging Face's cache, in the current folder and in the folders of it, by name."""
     current = current or Path.cwd()
-    cache = (cache or _CACHE).expanduser()
-    found = {}
-    for folder in (current, *_folders(current)):
-        if _is_llama(folder):
-            found[folder.resolve()] = FoundModel(str(folder.relative_to(current)), folder)
-    for repository in _folders(cache):
+    found = {
+        folder.resolve(): (str(folder.relative_to(current)), folder)
+        for folder in (current, *_folders(current))
+        if _is_llama(folder)
+    }
+    for repository in _folders(cache.expanduser()):
         if repository.name.startswith("models--"):
-            for folder in _snapshots(repository):
-                if _is_llama(folder):
-                    found.setdefault(folder.resolve(), FoundModel(model_name(folder), folder))
-                    break
-    return sorted(found.values(), key=lambda model: model.name)
+            folder = next(filter(_is_llama, _snapshots(repository)), None)
+            if folder is not None:
+                found.setdefault(folder.resolve(), (model_name(folder), folder))
+    return dict(sorted(found.values()))
 
 
 def model_name(folder: Path) -> str:
@@ -92,18 +79,13 @@ def resolve(name: str) -> Path:
         ) from error
 
 
-def _folders(parent: Path) -> Iterator[Path]:
+def _folders(parent: Path) -> list[Path]:
+    """The folders in a folder that are not hidden; none where it cannot be read."""
     try:
         entries = sorted(parent.iterdir())[:_MAX_FOLDERS]
     except OSError:
-        return
-    for entry in entries:
-        try:
-            is_folder = entry.is_dir()
-        except OSError:
-            continue
-        if is_folder and not entry.name.startswith("."):
-            yield entry
+        return []
+    return [entry for entry in entries if not entry.name.startswith(".") and os.path.isdir(entry)]
 
 
 def _snapshots(repository: Path) -> list[Path]:
@@ -112,7 +94,7 @@ def _snapshots(repository: Path) -> list[Path]:
         main = (repository / "refs" / "main").read_text().strip()
     except OSError:
         main = ""
-    folders = list(_folders(repository / "snapshots"))
+    folders = _folders(repository / "snapshots")
     return sorted(folders, key=lambda folder: (folder.name != main, -folder.stat().st_mtime))
 
 

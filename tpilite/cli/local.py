@@ -40,18 +40,14 @@ def share_of(engine: EngineConfig, world_size: int) -> EngineConfig:
 def worker_options(port: int, save_dir: Path, engine: EngineConfig, cluster: ClusterConfig) -> list[str]:
     """The options of a worker for the rank 0 that listens on `port` of this machine."""
     budget = engine.memory_budget
-    options: dict[str, object] = {
-        "--join": f"127.0.0.1:{port}",
-        "--threads": engine.threads,
-        "--kv_dtype": engine.kv_dtype,
-        "--memory_budget": f"{budget}B" if isinstance(budget, int) else budget,
-        "--memory_window": engine.memory_window,
-        "--save_dir": save_dir,
-        "--tls_cert": cluster.tls_cert,
-        "--tls_key": cluster.tls_key,
-        "--tls_ca": cluster.tls_ca,
+    options = {
+        "join": f"127.0.0.1:{port}",
+        "save_dir": save_dir,
+        "memory_budget": f"{budget}B" if isinstance(budget, int) else budget,
+        **{name: getattr(engine, name) for name in ("threads", "kv_dtype", "memory_window")},
+        **{name: getattr(cluster, name) for name in ("tls_cert", "tls_key", "tls_ca")},
     }
-    given = ((name, str(value)) for name, value in options.items() if value is not None)
+    given = ((f"--{name}", str(value)) for name, value in options.items() if value is not None)
     return ["--once", *chain.from_iterable(given)]
 
 

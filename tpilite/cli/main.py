@@ -24,6 +24,7 @@ from tpilite.cli.configs import (
     own_save_dir,
     rank_0_of,
     rank_of,
+    same_named,
     sampling_params,
     save_dir_of,
     server_config,
@@ -38,6 +39,7 @@ from tpilite.cluster.config import ClusterConfig
 from tpilite.cluster.host import Host, own_address
 from tpilite.cluster.splits import Split
 from tpilite.cluster.worker import Worker, WorkerOptions
+from tpilite.engine.config import EngineConfig
 from tpilite.engine.sampling import SamplingParams
 from tpilite.engine.session import Completion, Session
 from tpilite.errors import ConfigError, TpiliteError
@@ -159,13 +161,7 @@ def work(args: argparse.Namespace, rank: int | None) -> int:
 
 def run_alone(args: argparse.Namespace, folder: Path, params: SamplingParams) -> int:
     """The whole model in this process."""
-    with LLM(
-        folder,
-        threads=args.threads,
-        kv_dtype=args.kv_dtype,
-        memory_budget=args.memory_budget,
-        memory_window=args.memory_window,
-    ) as llm:
+    with LLM(folder, **same_named(EngineConfig, args)) as llm:
         return answer_all(llm, args, params)
 
 
@@ -304,9 +300,8 @@ def _no_model() -> str:
     """What to do without a model: which ones there are."""
     text = "--model_path is missing: give a model's folder, or 'fable' for the one that ships"
     found = find_models()
-    if not found:
-        return text
-    return f"{text}; found here: " + ", ".join(f"{model.name} ({model.folder})" for model in found)
+    listed = ", ".join(f"{name} ({folder})" for name, folder in found.items())
+    return f"{text}; found here: {listed}" if found else text
 
 
 def _folder_of(name: str) -> Path:

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import TextIO
+from typing import Any, NoReturn, TextIO
 
 from tqdm import tqdm
 
@@ -65,18 +65,14 @@ def interruptible(recover: Recover) -> Recover:
     return waiting
 
 
+def _bar(**options: Any) -> "tqdm[NoReturn]":
+    return tqdm(**options, delay=_PROGRESS_AFTER_S, leave=False, disable=None)
+
+
 @contextmanager
 def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
     """A bar that appears after a while, and the function that tells it the bytes done and in all."""
-    with tqdm(
-        desc=what,
-        unit="B",
-        unit_scale=True,
-        unit_divisor=1000,
-        delay=_PROGRESS_AFTER_S,
-        leave=False,
-        disable=None,
-    ) as bar:
+    with _bar(desc=what, unit="B", unit_scale=True, unit_divisor=1000) as bar:
 
         def show(n_done: int, n_total: int) -> None:
             bar.total = n_total
@@ -88,14 +84,7 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
 def answer(llm: Session, request: Sequence, out: TextIO, interrupt: Interrupt) -> Completion:
     """Serves `request`, its text written to `out` as it is made, until it ends or is interrupted."""
     n_prompt = len(request.prompt_ids)
-    with tqdm(
-        total=n_prompt,
-        desc="reading the prompt",
-        unit="token",
-        delay=_PROGRESS_AFTER_S,
-        leave=False,
-        disable=None,
-    ) as bar:
+    with _bar(desc="reading the prompt", unit="token", total=n_prompt) as bar:
         while request.finish_reason is None:
             for output in llm.engine.step():
                 out.write(output.text)
