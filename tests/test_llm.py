@@ -51,6 +51,13 @@ def test_the_same_seed_gives_the_same_text(fable: Path) -> None:
     assert texts[0] == texts[1] == texts[3] != texts[2]
 
 
+def test_large_seeds_give_texts_of_their_own(fable: Path) -> None:
+    seeds = (2**63 - 1, 2**63, 2**63 + 1, 2**64 - 1)
+    with LLM(fable) as llm:
+        texts = {llm.generate("One day", SamplingParams(seed=seed, length=30)).text for seed in seeds}
+    assert len(texts) == len(seeds)
+
+
 def test_a_stop_text_ends_the_text_before_it(fable: Path) -> None:
     with LLM(fable) as llm:
         whole = llm.generate("Once upon a time", GREEDY).text

@@ -118,6 +118,15 @@ def test_random_numbers_depend_on_seed_and_position_alone() -> None:
     assert abs(float(np.mean(numbers)) - 0.5) < 5 / math.sqrt(12 * 1000)
 
 
+def test_every_seed_of_64_bits_has_numbers_of_its_own() -> None:
+    edges = [0, 1, 2**53 + 1, 2**63 - 1, 2**63, 2**63 + 1, 2**64 - 2, 2**64 - 1]
+    for position in (0, 7, 2**31):
+        assert len({uniform(seed, position) for seed in edges}) == len(edges)
+    assert len({uniform(2**63 + 5, position) for position in range(200)}) == 200
+    # What seeds below 2**63 gave before, they give for ever.
+    assert [uniform(1, 5), uniform(2**63 - 1, 131072)] == [0.7988550069253694, 0.6246517620401683]
+
+
 def test_penalties_and_biases_change_what_they_name() -> None:
     params = SamplingParams(
         repetition_penalty=2.0, presence_penalty=0.5, frequency_penalty=0.25, logit_bias={1: 10.0, 3: -1.0}
@@ -160,6 +169,10 @@ def test_edits_of_the_ranks_are_those_of_the_whole(ids: set[int], cut: int, seed
         ("repetition_penalty", 0),
         ("seed", -1),
         ("seed", 1 << 64),
+        ("seed", 1 << 300),
+        ("seed", True),
+        ("seed", 1.0),
+        ("k", 1 << 70),
         ("length", -1),
         ("stop", "text"),
         ("stop", ("",)),

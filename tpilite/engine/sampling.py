@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tpilite.arrays import Array
+from tpilite.checks import check_whole, short
 from tpilite.errors import ConfigError
 
 # Top-p of 0.9 over a trained model's scores is covered by far fewer; 256 cost 2 KiB per rank and token.
@@ -27,8 +28,10 @@ N_CANDIDATES = 256
 class SamplingParams:
     """How tokens are chosen and when the text ends. `temperature=0` is greedy; `k=0` and `p=1` do not cut.
 
-    `length` is the most new tokens, None as many as the context holds. `seed=None` draws one at random.
-    `logprobs` asks for the log-probability of each token and of that many of the likeliest beside it.
+    `length` is the most new tokens, None as many as the context holds. `seed` is a whole number
+    of 64 bits, None draws one at random. `logprobs` asks for the log-probability of each token and
+    of that many of the likeliest beside it.
+
     Raises `ConfigError` for values that make no sense.
     """
 
@@ -53,14 +56,14 @@ class SamplingParams:
         _in_range("repetition_penalty", self.repetition_penalty, 0, 100, above=True)
         _in_range("presence_penalty", self.presence_penalty, -100, 100)
         _in_range("frequency_penalty", self.frequency_penalty, -100, 100)
-        _whole("k", self.k, 0)
-        for name, least in (("seed", 0), ("length", 0), ("logprobs", 0)):
+        check_whole("k", self.k, least=0)
+        for name in ("length", "logprobs"):
             if getattr(self, name) is not None:
-                _whole(name, getattr(self, name), least)
-        if self.seed is not None and self.seed >= 1 << 64:
-            raise ConfigError(f"seed must be below 2**64, found {self.seed}")
+                check_whole(name, getattr(self, name), least=0)
+        if self.seed is not None and not (type(self.seed) is int and 0 <= self.seed < 1 << 64):
+            raise ConfigError(f"seed must be a whole number from 0 to 2**64 - 1, found {short(self.seed)}")
         for token_id, bias in self.logit_bias.items():
-            _whole("logit_bias's token id", token_id, 0)
+            check_whole("logit_bias's token id", token_id, least=0)
             _in_range(f"logit_bias of {token_id}", bias, -1000, 1000)
         if isinstance(self.stop, str) or not all(isinstance(s, str) and s for s in self.stop):
             raise ConfigError(f"stop must be a tuple of texts that are not empty, found {self.stop!r}")
@@ -70,11 +73,6 @@ def _in_range(name: str, value: Any, low: float, high: float, *, above: bool = F
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not (low < value <= high if above else low <= value <= high):
         raise ConfigError(f"{name} must be {'above' if above else 'from'} {low} to {high}, found {value!r}")
-
-
-def _whole(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ConfigError(f"{name} must be a whole number from {least}, found {value!r}")
 
 
 @dataclass(frozen=True)
@@ -204,4 +202,5 @@ def choose(candidates: Candidates, params: SamplingParams, seed: int, position: 
 
 def uniform(seed: int, position: int) -> float:
     """A random number in [0, 1) that depends on its two keys alone (Philox, a counter-based generator)."""
-    return float(np.random.Generator(np.random.Philox(key=[seed, position])).random())
+    key = np.array([seed, position], np.uint64)  # of a list that holds one above 2**63, NumPy makes floats
+    return float(np.random.Generator(np.random.Philox(key=key)).random())
