@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tpilite.config import LlamaConfig, RopeScaling, read_json
+from tpilite.config import GenerationDefaults, LlamaConfig, RopeScaling, read_json
 from tpilite.engine.config import EngineConfig
 from tpilite.errors import CheckpointError, ConfigError, TpiliteError
 
@@ -375,3 +375,39 @@ def test_an_engine_needs_whole_numbers(changes):
 def test_a_model_with_another_head_is_refused_by_name(name):
     with pytest.raises(ConfigError, match=f"architectures = .*{name}.* expected LlamaForCausalLM"):
         LlamaConfig.from_hf(_LLAMA_2 | {"architectures": [name]})
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, {}),
+        ({}, {}),
+        ({"temperature": None, "eos_token_id": 2, "max_length": 4096}, {}),
+        ({"do_sample": True, "temperature": 0.6, "top_p": 0.9}, {"temperature": 0.6, "p": 0.9}),
+        ({"do_sample": False}, {"temperature": 0.0}),
+        ({"do_sample": False, "temperature": 0.6, "top_p": 0.9}, {"temperature": 0.0, "p": 0.9}),
+        ({"temperature": 1, "top_k": 20, "min_p": 0.05}, {"temperature": 1, "k": 20, "min_p": 0.05}),
+        ({"repetition_penalty": 1.05, "top_k": -1}, {"repetition_penalty": 1.05, "k": 0}),
+    ],
+)
+def test_what_the_publisher_means_is_read(content, expected, tmp_path):
+    if content is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(content))
+    assert GenerationDefaults.from_folder(tmp_path).given() == expected
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"temperature": "hot"},
+        {"top_p": 1.5},
+        {"top_p": float("nan")},
+        {"top_k": 2.5},
+        {"top_k": True},
+        {"repetition_penalty": -1},
+    ],
+)
+def test_defaults_that_make_no_sense_are_refused_by_name(content, tmp_path):
+    (tmp_path / "generation_config.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=rf"generation_config.json has {next(iter(content))} = "):
+        GenerationDefaults.from_folder(tmp_path)

@@ -31,6 +31,15 @@ _WITH_DEFAULT = ("max_position_embeddings", "rms_norm_eps", *_FLAGS)
 
 _LANGUAGE_MODELS = re.compile(r"ForCausalLM|ForConditionalGeneration|^LlamaModel$")
 
+# The publisher's defaults: our name, that of generation_config.json, and the most that makes sense.
+_GENERATION: dict[str, tuple[str, float]] = {
+    "temperature": ("temperature", 100),
+    "k": ("top_k", 1e9),
+    "p": ("top_p", 1),
+    "min_p": ("min_p", 1),
+    "repetition_penalty": ("repetition_penalty", 100),
+}
+
 _MAX_LAYERS = 10_000  # Llama 3.1 405B has 126; every layer named costs memory before a file is looked at
 
 
@@ -178,6 +187,43 @@ class LlamaConfig:
         generation_path = folder / "generation_config.json"
         generation = read_json(generation_path) if generation_path.exists() else None
         return cls.from_hf(read_json(folder / "config.json"), generation)
+
+
+@dataclass(frozen=True)
+class GenerationDefaults:
+    """How the model's publisher wants tokens to be chosen; None where generation_config.json says nothing.
+
+    The names are those of `SamplingParams`.
+    """
+
+    temperature: float | None = None
+    k: int | None = None
+    p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "GenerationDefaults":
+        """The defaults of a model folder. Raises `CheckpointError` for values that make no sense."""
+        path = folder / "generation_config.json"
+        config = read_json(path) if path.exists() else {}
+        found = {name: config.get(key) for name, (key, _) in _GENERATION.items()}
+        if found["k"] == -1:  # as other programs say that all count
+            found["k"] = 0
+        for name, (key, most) in _GENERATION.items():
+            value = found[name]
+            kinds = (int,) if name == "k" else (int, float)
+            if value is not None and not (type(value) in kinds and 0 <= value <= most):
+                raise CheckpointError(
+                    f"{path} has {key} = {short(value)}; expected a number from 0 to {most:g}: correct the file"
+                )
+        if config.get("do_sample") is False:
+            found["temperature"] = 0.0
+        return cls(**found)
+
+    def given(self) -> dict[str, float]:
+        """What the file says, by name."""
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 def read_json(path: Path) -> dict[str, Any]:
