@@ -8,8 +8,8 @@
 
 enum { N = 44, COLUMNS = N_COLUMNS, X = 19 };
 
-static void *serve(void *team) {
-    for (int64_t n = 0; n < 2;) n = products_serve(team, n);
+static void *serve(void *pool) {
+    for (int64_t n = 0; n < 2;) n = products_serve(pool, n);
     return NULL;
 }
 
@@ -62,14 +62,14 @@ static void check(const Piece *piece, const float *x, int64_t n_x) {
 /* Products of all kinds, in memory from malloc of just the size. */
 static float *products_by(int n_threads, int64_t n_x) {
     static const int64_t half_bytes[] = {4, 4, 8, 3};
-    Team *team = products_team(n_threads);
+    Pool *pool = products_new_pool(n_threads);
     pthread_t threads[2];
     float *x = malloc(4 * n_x * COLUMNS), *y = malloc(4 * 4 * n_x * N);
     float *panels = malloc(4 * (n_x + LANES - 1) / LANES * LANES * COLUMNS);
     int64_t *places = malloc(8 * N), *firsts = malloc(8 * (N / 4 + 1));
     float *values = malloc(4 * N);
     Piece pieces[4];
-    for (int i = 0; i < n_threads - 1; i++) pthread_create(threads + i, NULL, serve, team);
+    for (int i = 0; i < n_threads - 1; i++) pthread_create(threads + i, NULL, serve, pool);
     for (int64_t i = 0; i < n_x * COLUMNS; i++) x[i] = (float)(i % 7) - 3;
     for (int i = 0; i < N; i++) {
         places[i] = i * COLUMNS + (i % 2 ? COLUMNS - 1 - i : i);
@@ -83,14 +83,14 @@ static float *products_by(int n_threads, int64_t n_x) {
         for (int64_t i = 0; i < n_bytes; i++) rows[i] = i % 2 ? i * 37 % 61 + i % 3 % 2 * 128 : i * 41 % 251;
         pieces[dtype] = (Piece){(char *)rows, y + dtype * n_x * N, N, N, dtype, 2.0f, places, firsts, values};
     }
-    for (int round = 0; round < 20; round++) products_multiply(team, pieces, 4, x, n_x, COLUMNS, panels);
+    for (int round = 0; round < 20; round++) products_multiply(pool, pieces, 4, x, n_x, COLUMNS, panels);
     for (int dtype = 0; dtype < 4; dtype++) check(pieces + dtype, x, n_x);
-    products_recall(team);
-    products_recall(team);
+    products_recall(pool);
+    products_recall(pool);
     for (int i = 0; i < n_threads - 1; i++) pthread_join(threads[i], NULL);
     for (int dtype = 0; dtype < 4; dtype++) free((char *)pieces[dtype].rows);
     free(x), free(panels), free(places), free(firsts), free(values);
-    products_end(team);
+    products_free_pool(pool);
     return y;
 }
 

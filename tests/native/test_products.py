@@ -1,5 +1,7 @@
 """Compiled products against float64 on the same stored values, and what happens where there are none."""
 
+import platform
+import re
 import shutil
 import subprocess
 import threading
@@ -187,19 +189,42 @@ def test_a_library_that_cannot_be_used_is_told_of(tmp_path, caplog):
     assert "cannot be used" in caplog.text
 
 
-@needs_products
-def test_a_processor_without_the_instructions_is_left_to_numpy(tmp_path):
-    """The same source, asked by a processor that says no."""
-    source = _SOURCE.read_text().replace(
-        "int products_run_here(void) {", "int products_run_here(void) {\nreturn 0;"
-    )
-    assert "return 0;\n" in source
-    (tmp_path / "products.c").write_text(source)
+def library_of(source, folder):
+    """The C source as a library in the folder."""
     if shutil.which("cc") is None:
         pytest.skip("there is no compiler now")
-    library = tmp_path / f"_products{EXTENSION_SUFFIXES[0]}"
-    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, tmp_path / "products.c"], check=True)
-    with pytest.raises(Unavailable, match="need a processor with AVX2"):
+    (folder / "products.c").write_text(source)
+    path = folder / f"_products{EXTENSION_SUFFIXES[0]}"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", path, folder / "products.c"], check=True)
+
+
+def test_a_library_of_another_version_says_what_to_do(tmp_path, caplog):
+    caplog.set_level("INFO")
+    library_of("int products_run_here(void) { return 1; }", tmp_path)
+    with pytest.raises(Unavailable, match="was built for another version; run pip install again"):
+        compiled.load(tmp_path)
+    assert [(record.levelname, record.name) for record in caplog.records] == [
+        ("INFO", "tpilite.native.bindings")
+    ]
+
+
+_X86 = platform.machine() == "x86_64"
+_CHECKS = {
+    "avx2": '__builtin_cpu_supports("avx2")',
+    "fma": '__builtin_cpu_supports("fma")',
+    "f16c": "c & bit_F16C",
+}
+
+
+@pytest.mark.skipif(not _X86, reason="NEON is in every processor of this kind")
+@pytest.mark.parametrize("missing", _CHECKS)
+def test_a_processor_without_the_instructions_is_left_to_numpy(missing, tmp_path):
+    """The same source, asked by a processor that lacks one of those that it is compiled for."""
+    source = _SOURCE.read_text()
+    assert set(re.findall(r'target\("(.*?)"\)', source)) == {",".join(_CHECKS)}
+    assert source.count(_CHECKS[missing]) == 1
+    library_of(source.replace(_CHECKS[missing], "0"), tmp_path)
+    with pytest.raises(Unavailable, match="need a processor with AVX2, FMA and F16C"):
         compiled.load(tmp_path)
 
 

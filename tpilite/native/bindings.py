@@ -32,7 +32,11 @@ def load_library(name: str, functions: Functions, folder: Path = FOLDER) -> ctyp
         for function, (returned, *taken) in functions.items():
             getattr(library, function).restype = returned
             getattr(library, function).argtypes = taken
-    except (OSError, AttributeError) as error:
+    except AttributeError as error:  # a function that there is not: the file is left from an earlier install
+        reason = f"{path} was built for another version; run pip install again"
+        logger.info("%s", reason)
+        raise Unavailable(reason) from error
+    except OSError as error:
         logger.warning("%s cannot be used: %s", path, error)
         raise Unavailable(f"{path} cannot be used: {error}") from error
     return library

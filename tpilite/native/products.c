@@ -20,6 +20,7 @@
 #include <time.h>
 
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
 #define VECTOR 32
 #define ROWS 6
@@ -38,10 +39,12 @@
 #endif
 
 /* Whether this processor has the instructions. Everything else here may be called only if it does. Not every
- * compiler can ask for F16C, which all processors with AVX2 have. */
+ * compiler can be asked for F16C; whether the system keeps such registers is in the answer for AVX2. */
 int products_run_here(void) {
 #if defined(__x86_64__)
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    unsigned a, b, c, d;
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __get_cpuid(1, &a, &b, &c, &d) &&
+           (c & bit_F16C) != 0;
 #else
     return 1;
 #endif
@@ -63,7 +66,7 @@ typedef float AnyFloats __attribute__((vector_size(VECTOR), aligned(1), may_alia
 
 /* ---- weights ---- */
 
-enum { BFLOAT16, FLOAT16, FLOAT32, PACKED }; /* how a piece is stored: compiled.py has the same numbers */
+enum { BFLOAT16, FLOAT16, FLOAT32, PACKED }; /* how a piece is stored: products.py has the same numbers */
 
 #define PACKED_ROWS 4 /* lie in three that are stored */
 
@@ -426,10 +429,10 @@ static void several_rows(const Piece *piece, int64_t start, int64_t stop, const 
 #define AWAKE_NS 100000
 #define UNIT_BYTES 32768 /* of weights: the least that a thread takes */
 
-typedef struct Team {
+typedef struct Pool {
     int64_t n_threads;
     /* What is being done: units 0 to n_units - 1, taken from the front in ever smaller runs. */
-    void (*work)(struct Team *team, int64_t start, int64_t stop);
+    void (*work)(struct Pool *pool, int64_t start, int64_t stop);
     int64_t n_units;
     _Atomic int64_t n_left, n_undone; /* that nobody has taken; that are not done */
     /* A product. */
@@ -441,62 +444,62 @@ typedef struct Team {
     pthread_mutex_t mutex;
     pthread_cond_t changed;
     _Atomic int64_t n_asleep, n_recalls;
-} Team;
+} Pool;
 
-Team *products_team(int64_t n_threads) {
-    Team *team = calloc(1, sizeof *team);
-    if (team) {
-        team->n_threads = n_threads;
-        pthread_mutex_init(&team->mutex, NULL);
-        pthread_cond_init(&team->changed, NULL);
+Pool *products_new_pool(int64_t n_threads) {
+    Pool *pool = calloc(1, sizeof *pool);
+    if (pool) {
+        pool->n_threads = n_threads;
+        pthread_mutex_init(&pool->mutex, NULL);
+        pthread_cond_init(&pool->changed, NULL);
     }
-    return team;
+    return pool;
 }
 
 /* No thread may be in `products_serve` any more. */
-void products_end(Team *team) {
-    pthread_mutex_destroy(&team->mutex);
-    pthread_cond_destroy(&team->changed);
-    free(team);
+void products_free_pool(Pool *pool) {
+    pthread_mutex_destroy(&pool->mutex);
+    pthread_cond_destroy(&pool->changed);
+    free(pool);
 }
 
-static int take(Team *team, int64_t *start, int64_t *stop) {
-    int64_t left = atomic_load(&team->n_left), n;
+static int take(Pool *pool, int64_t *start, int64_t *stop) {
+    int64_t left = atomic_load(&pool->n_left), n;
     do {
         if (left == 0) return 0;
-        n = left / (2 * team->n_threads);
+        n = left / (2 * pool->n_threads);
         n = n ? n : 1;
-    } while (!atomic_compare_exchange_weak(&team->n_left, &left, left - n));
-    /* What the team does does not change before this run is done. */
-    *start = team->n_units - left;
+    } while (!atomic_compare_exchange_weak(&pool->n_left, &left, left - n));
+    /* What is being done does not change before this run is done. */
+    *start = pool->n_units - left;
     *stop = *start + n;
     return 1;
 }
 
-static void take_part(Team *team) {
+static void take_part(Pool *pool) {
     int64_t start, stop;
-    while (take(team, &start, &stop)) {
-        team->work(team, start, stop);
-        atomic_fetch_sub(&team->n_undone, stop - start);
+    while (take(pool, &start, &stop)) {
+        pool->work(pool, start, stop);
+        atomic_fetch_sub(&pool->n_undone, stop - start);
     }
 }
 
-static void wake(Team *team) {
-    if (atomic_load(&team->n_asleep)) {
-        pthread_mutex_lock(&team->mutex);
-        pthread_cond_broadcast(&team->changed);
-        pthread_mutex_unlock(&team->mutex);
+static void wake(Pool *pool) {
+    if (atomic_load(&pool->n_asleep)) {
+        pthread_mutex_lock(&pool->mutex);
+        pthread_cond_broadcast(&pool->changed);
+        pthread_mutex_unlock(&pool->mutex);
     }
 }
 
-static void do_together(Team *team, void (*work)(Team *, int64_t, int64_t), int64_t n_units) {
-    team->work = work;
-    team->n_units = n_units;
-    atomic_store(&team->n_undone, n_units);
-    atomic_store(&team->n_left, n_units);
-    if (n_units > 1) wake(team);
-    take_part(team);
-    for (int i = 0; atomic_load(&team->n_undone); i++)
+static void share_out(Pool *pool, void (*work)(Pool *, int64_t, int64_t), int64_t n_units) {
+    pool->work = work;
+    pool->n_units = n_units;
+    atomic_store(&pool->n_undone, n_units);
+    atomic_store(&pool->n_left, n_units);
+    if (n_units > 1) wake(pool);
+    take_part(pool);
+    for (int i = 0; atomic_load(&pool->n_undone); i++)
         if (i < 1000)
             PAUSE();
         else
@@ -510,45 +513,45 @@ static int64_t now_ns(void) {
 }
 
 /* Takes part until there have been other than `n_recalls` calls back; how many there have been. */
-int64_t products_serve(Team *team, int64_t n_recalls) {
+int64_t products_serve(Pool *pool, int64_t n_recalls) {
     int64_t awake_until = now_ns() + AWAKE_NS;
-    while (atomic_load(&team->n_recalls) == n_recalls) {
-        if (atomic_load(&team->n_left)) {
-            take_part(team);
+    while (atomic_load(&pool->n_recalls) == n_recalls) {
+        if (atomic_load(&pool->n_left)) {
+            take_part(pool);
             awake_until = now_ns() + AWAKE_NS;
         } else if (now_ns() < awake_until) {
             for (int i = 0; i < 16; i++) PAUSE();
         } else {
-            pthread_mutex_lock(&team->mutex);
-            atomic_fetch_add(&team->n_asleep, 1);
-            while (!atomic_load(&team->n_left) && atomic_load(&team->n_recalls) == n_recalls)
-                pthread_cond_wait(&team->changed, &team->mutex);
-            atomic_fetch_sub(&team->n_asleep, 1);
-            pthread_mutex_unlock(&team->mutex);
+            pthread_mutex_lock(&pool->mutex);
+            atomic_fetch_add(&pool->n_asleep, 1);
+            while (!atomic_load(&pool->n_left) && atomic_load(&pool->n_recalls) == n_recalls)
+                pthread_cond_wait(&pool->changed, &pool->mutex);
+            atomic_fetch_sub(&pool->n_asleep, 1);
+            pthread_mutex_unlock(&pool->mutex);
         }
     }
-    return atomic_load(&team->n_recalls);
+    return atomic_load(&pool->n_recalls);
 }
 
 /* Brings every thread back from `products_serve`. */
-void products_recall(Team *team) {
-    atomic_fetch_add(&team->n_recalls, 1);
-    wake(team);
+void products_recall(Pool *pool) {
+    atomic_fetch_add(&pool->n_recalls, 1);
+    wake(pool);
 }
 
 /* ---- products ---- */
 
-static void lay_out(Team *team, int64_t start, int64_t stop) {
+static void lay_out(Pool *pool, int64_t start, int64_t stop) {
     enum { COLUMNS = 64 }; /* at a time: both sides stay in the cache */
     for (int64_t p = start; p < stop; p++) {
-        const float *x = team->x + p * LANES * team->n_cols;
-        float *panel = team->panels + p * LANES * team->n_cols;
-        int64_t n = team->n_x - p * LANES < LANES ? team->n_x - p * LANES : LANES;
-        if (n < LANES) memset(panel, 0, sizeof(float) * LANES * team->n_cols);
-        for (int64_t first = 0; first < team->n_cols; first += COLUMNS)
+        const float *x = pool->x + p * LANES * pool->n_cols;
+        float *panel = pool->panels + p * LANES * pool->n_cols;
+        int64_t n = pool->n_x - p * LANES < LANES ? pool->n_x - p * LANES : LANES;
+        if (n < LANES) memset(panel, 0, sizeof(float) * LANES * pool->n_cols);
+        for (int64_t first = 0; first < pool->n_cols; first += COLUMNS)
             for (int64_t t = 0; t < n; t++)
-                for (int64_t j = first; j < first + COLUMNS && j < team->n_cols; j++)
-                    panel[j * LANES + t] = x[t * team->n_cols + j];
+                for (int64_t j = first; j < first + COLUMNS && j < pool->n_cols; j++)
+                    panel[j * LANES + t] = x[t * pool->n_cols + j];
     }
 }
 
@@ -563,17 +566,17 @@ static int64_t units_of(const Piece *piece, int64_t n_cols) {
     return (piece->n_rows + n - 1) / n;
 }
 
-static void multiply(Team *team, int64_t start, int64_t stop) {
-    for (const Piece *piece = team->pieces; start < stop; piece++) {
-        int64_t n_units = units_of(piece, team->n_cols), n = unit_rows(piece, team->n_cols);
+static void multiply(Pool *pool, int64_t start, int64_t stop) {
+    for (const Piece *piece = pool->pieces; start < stop; piece++) {
+        int64_t n_units = units_of(piece, pool->n_cols), n = unit_rows(piece, pool->n_cols);
         if (start < n_units) {
             int64_t end = stop < n_units ? stop * n : piece->n_rows;
-            if (team->n_x == 1)
-                one_row(piece, start * n, end, team->x, team->n_cols);
-            else if (team->n_x <= FEW)
-                few_rows(piece, start * n, end, team->x, team->n_x, team->n_cols);
+            if (pool->n_x == 1)
+                one_row(piece, start * n, end, pool->x, pool->n_cols);
+            else if (pool->n_x <= FEW)
+                few_rows(piece, start * n, end, pool->x, pool->n_x, pool->n_cols);
             else
-                several_rows(piece, start * n, end, team->panels, team->n_x, team->n_cols);
+                several_rows(piece, start * n, end, pool->panels, pool->n_x, pool->n_cols);
         }
         start = start < n_units ? 0 : start - n_units;
         stop -= n_units;
@@ -582,17 +585,17 @@ static void multiply(Team *team, int64_t start, int64_t stop) {
 
 /* The products of x [n_x, n_cols] with all pieces. `panels` has room for x with its rows rounded up to LANES; it
  * is not used for a few. Threads in `products_serve` help. */
-void products_multiply(Team *team, const Piece *pieces, int64_t n_pieces, const float *x, int64_t n_x,
+void products_multiply(Pool *pool, const Piece *pieces, int64_t n_pieces, const float *x, int64_t n_x,
                        int64_t n_cols, float *panels) {
     int64_t n_units = 0;
-    team->pieces = pieces;
-    team->x = x;
-    team->n_x = n_x;
-    team->n_cols = n_cols;
-    team->panels = panels;
-    if (n_x > FEW) do_together(team, lay_out, (n_x + LANES - 1) / LANES);
+    pool->pieces = pieces;
+    pool->x = x;
+    pool->n_x = n_x;
+    pool->n_cols = n_cols;
+    pool->panels = panels;
+    if (n_x > FEW) share_out(pool, lay_out, (n_x + LANES - 1) / LANES);
     for (int64_t i = 0; i < n_pieces; i++) n_units += units_of(pieces + i, n_cols);
-    do_together(team, multiply, n_units);
+    share_out(pool, multiply, n_units);
 }
 
 #if defined(__x86_64__) && defined(__clang__)

@@ -21,7 +21,7 @@ _PACKED = 3
 # The rows of x are laid out in groups of this many, or of less.
 _GROUP = 8
 
-_Team = ctypes.c_void_p
+_Pool = ctypes.c_void_p
 _Pieces = ctypes.c_void_p
 _Address = ctypes.c_void_p
 _Int = ctypes.c_int64
@@ -43,11 +43,11 @@ class _Piece(ctypes.Structure):
 
 _FUNCTIONS = {
     "products_run_here": (ctypes.c_int,),
-    "products_team": (_Team, _Int),
-    "products_end": (None, _Team),
-    "products_recall": (None, _Team),
-    "products_serve": (_Int, _Team, _Int),
-    "products_multiply": (None, _Team, _Pieces, _Int, _Address, _Int, _Int, _Address),
+    "products_new_pool": (_Pool, _Int),
+    "products_free_pool": (None, _Pool),
+    "products_recall": (None, _Pool),
+    "products_serve": (_Int, _Pool, _Int),
+    "products_multiply": (None, _Pool, _Pieces, _Int, _Address, _Int, _Int, _Address),
 }
 
 
@@ -55,7 +55,7 @@ def load(folder: Path = FOLDER) -> ctypes.CDLL:
     """The compiled library in `folder`. Raises `Unavailable`, also for a processor that cannot run it."""
     library = load_library("_products", _FUNCTIONS, folder)
     if not library.products_run_here():
-        raise Unavailable("compiled products need a processor with AVX2 and FMA")
+        raise Unavailable("compiled products need a processor with AVX2, FMA and F16C")
     return library
 
 
@@ -64,22 +64,22 @@ class CompiledProducts:
 
     def __init__(self, library: ctypes.CDLL, n_threads: int) -> None:
         self._library = library
-        self._team = library.products_team(n_threads)
-        if not self._team:
+        self._pool = library.products_new_pool(n_threads)
+        if not self._pool:
             raise MemoryError
         self._panels = np.empty(0, np.float32)
 
     def serve(self, n_recalls: int) -> int:
         """Helps until there have been other than `n_recalls` recalls, and says how many there have been."""
-        return int(self._library.products_serve(self._team, n_recalls))
+        return int(self._library.products_serve(self._pool, n_recalls))
 
     def recall(self) -> None:
         """Brings every thread back from `serve`."""
-        self._library.products_recall(self._team)
+        self._library.products_recall(self._pool)
 
     def close(self) -> None:
         """Gives the memory back. No thread may be in `serve`, nor call anything here again."""
-        self._library.products_end(self._team)
+        self._library.products_free_pool(self._pool)
 
     def multiply(self, x: Array, products: Sequence[Product]) -> None:  # [T, D]
         """Each product's `out` = x rows^T."""
@@ -89,7 +89,7 @@ class CompiledProducts:
             self._panels = np.empty(n_panels, np.float32)
         pieces = (_Piece * len(products))(*(_piece(product) for product in products))
         self._library.products_multiply(
-            self._team, pieces, len(pieces), address(x), n_x, n_cols, address(self._panels)
+            self._pool, pieces, len(pieces), address(x), n_x, n_cols, address(self._panels)
         )
 
 
