@@ -6,23 +6,17 @@ import signal
 import socket
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
-from c_programs import assert_prints, built
 from compiled_code import EXCHANGE, by_both, needs_exchange
 
 from tpilite.errors import PeerLost, ProtocolError
-from tpilite.native import exchange as compiled
 from tpilite.native.exchange import CompiledExchange, sums_by
 from tpilite.net import messages, wire
 from tpilite.net.channel import Channel
 from tpilite.net.exchange import Exchange, Frames
 from tpilite.net.sums import new_sum, sum_in_rank_order
-
-_SOURCE = Path(compiled.__file__).with_name("exchange.c")
 
 
 def by_compiled(*args):
@@ -32,12 +26,6 @@ def by_compiled(*args):
 both = pytest.mark.parametrize("new", by_both(Exchange, by_compiled, needs_exchange))
 
 HEAD = wire.encode(messages.Reduce("f32"), 12)
-
-
-@pytest.fixture
-def pool():
-    with ThreadPoolExecutor(4) as executor:
-        yield executor
 
 
 @pytest.fixture
@@ -352,9 +340,3 @@ def test_signals_in_both_exchanges_of_a_scattered_sum(sum_of):
             with at_a_signal(handle, 0.02, 0.02):
                 sum_up(x)
             check_sum(x, given, peer, 3, 6)
-
-
-@needs_exchange
-def test_below_sanitizers(tmp_path):
-    options = ["-fsanitize=address,undefined", "-fno-sanitize-recover", "-g", "-O1"]
-    assert_prints("right\n", built(tmp_path, _SOURCE, "exchange_main.c", "cc", *options))
