@@ -401,6 +401,7 @@ def test_what_the_publisher_means_is_read(content, expected, tmp_path):
     [
         {"temperature": "hot"},
         {"top_p": 1.5},
+        {"top_p": 0},
         {"top_p": float("nan")},
         {"top_k": 2.5},
         {"top_k": True},

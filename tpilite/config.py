@@ -213,9 +213,10 @@ class GenerationDefaults:
         for name, (key, most) in _GENERATION.items():
             value = found[name]
             kinds = (int,) if name == "k" else (int, float)
-            if value is not None and not (type(value) in kinds and 0 <= value <= most):
+            least = 0 if name in ("temperature", "k", "min_p") else 1e-6
+            if value is not None and not (type(value) in kinds and least <= value <= most):
                 raise CheckpointError(
-                    f"{path} has {key} = {short(value)}; expected a number from 0 to {most:g}: correct the file"
+                    f"{path} has {key} = {short(value)}; expected a number from {least:g} to {most:g}"
                 )
         if config.get("do_sample") is False:
             found["temperature"] = 0.0
