@@ -241,7 +241,7 @@ def test_a_rank_without_heads(checkpoint):
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.7])
 @pytest.mark.parametrize("packs", [True, False])
 def test_each_pass_reads_what_is_not_resident_once(checkpoint, share, packs, reads):
-    # Room for larger passes would be given back before the first one, to a part that may have been read by then.
+    # With larger passes to come, parts would return before the first one, which may have been read by then.
     rows = {"max_rows": 1}
     room = budget(checkpoint, share, **rows)
     with paged(checkpoint, budget_bytes=room, may_pack=packs, **rows) as (pager, model):
