@@ -33,7 +33,7 @@ _INSIDE = {
     "members rendezvous membership",
     "weights": "partition tensor_file uncached assemble checkpoint disk slices slicer "
     "residency part_table loader pager",
-    "native": "bindings products exchange library",
+    "native": "bindings products exchange",
     "engine": "compiled config sampling usage sequence scheduler stats step runner rank engine session",
     "cluster": "config token slice_protocol catalog slice_server slice_client fetch terms splits clean host "
     "worker",
@@ -42,9 +42,9 @@ _INSIDE = {
     "cli": "memory_report local terminal hub configs options clean main __main__",
     "shipped": "",
 }
-# `local` hands its own environment on to the ranks that it starts; `library` asks whether it may use itself;
-# `__main__` tells the BLAS its threads.
-_MAY_READ_ENVIRONMENT = {"cli.configs", "cli.local", "native.library", "__main__"}
+# `local` hands its own environment on to the ranks that it starts; `compiled` asks whether compiled code is
+# wanted; `__main__` tells the BLAS its threads.
+_MAY_READ_ENVIRONMENT = {"cli.configs", "cli.local", "engine.compiled", "__main__"}
 _FILES_AND_SOCKETS = {"mmap", "socket", "ssl", "http", "socketserver", "urllib", "msgpack", "safetensors"}
 
 

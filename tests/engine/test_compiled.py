@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from compiled_code import EXCHANGE, PRODUCTS
 
-from tpilite.native import exchange, library, products
+from tpilite.engine import compiled
+from tpilite.native import exchange, products
 from tpilite.native.bindings import Unavailable
 from tpilite.net import sums
 
@@ -66,9 +67,9 @@ def test_the_version_says_why_numpy_does_everything(without):
 def undecided(monkeypatch):
     """As at the start of a process whose environment says nothing."""
     monkeypatch.delenv("TPILITE_NATIVE", raising=False)
-    library._decision.cache_clear()
+    compiled._decision.cache_clear()
     yield
-    library._decision.cache_clear()
+    compiled._decision.cache_clear()
 
 
 @needs_both
@@ -77,10 +78,10 @@ def test_compiled_code_is_used_where_it_can_be_and_loaded_once(undecided, monkey
     for module in (products, exchange):
         load = module.load
         monkeypatch.setattr(module, "load", lambda load=load: loaded.append(1) or load())
-    assert library.why_not() == ""
-    library.new_products(1).close()
-    library.new_products(2).close()
-    assert library.new_sums() is not sums.new_sum
+    assert compiled.why_not() == ""
+    compiled.new_products(1).close()
+    compiled.new_products(2).close()
+    assert compiled.new_sums() is not sums.new_sum
     assert len(loaded) == 2
 
 
@@ -91,6 +92,6 @@ def test_both_libraries_are_used_or_none(undecided, monkeypatch, module):
 
     for other in (products, exchange):
         monkeypatch.setattr(other, "load", load if other is module else lambda: None)
-    assert library.new_products(1) is None
-    assert library.new_sums() is sums.new_sum
-    assert library.why_not() == "it is broken"
+    assert compiled.new_products(1) is None
+    assert compiled.new_sums() is sums.new_sum
+    assert compiled.why_not() == "it is broken"

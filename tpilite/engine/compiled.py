@@ -1,26 +1,56 @@
-"""The compiled code that is handed to the engine and to the groups: nothing, where it cannot be imported.
+"""Whether compiled code is used, and what it then does instead of NumPy: decided here alone.
 
-All other modules do without `tpilite.native`; its `library` decides whether it is used.
+It is used if it can be imported, both libraries load and this processor can run them, unless the environment
+has TPILITE_NATIVE=0. All other modules do without `tpilite.native`.
 """
+
+import functools
+import logging
+import os
+from collections.abc import Callable
 
 from tpilite.linear.products import Products
 from tpilite.net import sums
 
-__all__ = ["new_products", "new_sums", "why_not"]
-
 try:
-    from tpilite.native.library import new_products, new_sums, why_not
-except ImportError as _error:
-    _REASON = f"it cannot be imported: {_error}"
+    from tpilite.native import exchange, products
+    from tpilite.native.bindings import Unavailable
+except ImportError as error:
+    _IMPORT_ERROR = f"it cannot be imported: {error}"
+else:
+    _IMPORT_ERROR = ""
 
-    def new_products(n_threads: int) -> Products | None:  # noqa: ARG001
-        """None: NumPy makes the products."""
-        return None
+logger = logging.getLogger(__name__)
 
-    def new_sums() -> sums.NewSum:
-        """What makes the sums of a group."""
-        return sums.new_sum
 
-    def why_not() -> str:
-        """Why NumPy does everything."""
-        return _REASON
+def new_products(n_threads: int) -> Products | None:
+    """Compiled products by so many threads; None where NumPy makes them."""
+    return _decision()[0](n_threads)
+
+
+def new_sums() -> sums.NewSum:
+    """What makes the sums of a group."""
+    return _decision()[1]
+
+
+def why_not() -> str:
+    """Why NumPy does everything; empty where compiled code is used."""
+    return _decision()[2]
+
+
+@functools.cache
+def _decision() -> tuple[Callable[[int], Products | None], sums.NewSum, str]:
+    """What makes products, what makes sums, and why NumPy does."""
+    why = "TPILITE_NATIVE is 0" if os.environ.get("TPILITE_NATIVE") == "0" else _IMPORT_ERROR
+    if not why:
+        try:
+            of_products, of_exchange = products.load(), exchange.load()
+            return (
+                functools.partial(products.CompiledProducts, of_products),
+                exchange.sums_by(of_exchange),
+                "",
+            )
+        except Unavailable as error:
+            why = str(error)
+    logger.debug("no compiled code: %s", why)
+    return lambda _: None, sums.new_sum, why

@@ -15,22 +15,11 @@ _SIXTEEN = np.uint32(16)
 
 
 class Input:
-    """The rows x of one call as the products take them, in memory that is kept between calls."""
+    """The rows x of one call, as the products take them."""
 
-    def __init__(self) -> None:
-        self._memory: dict[int, Array] = {}  # by gap
-        self._scaled: dict[int, tuple[Array, int]] = {}  # of this call
-        self._exponent: int | None = None
-        self.rows: Array  # [T, D]
-
-    def set(self, x: Array) -> None:
-        self.rows = np.ascontiguousarray(x)
-        self._scaled.clear()
-        self._exponent = None
-
-    @property
-    def n_rows(self) -> int:
-        return self.rows.shape[0]
+    def __init__(self, x: Array) -> None:
+        self.rows = np.ascontiguousarray(x)  # [T, D]
+        self._scaled: dict[int, tuple[Array, int]] = {}  # by gap
 
     def scaled(self, gap: int) -> tuple[Array, int]:
         """Columns [D, T] of x for weights that are too small by 2**gap, and how much the sums still lack.
@@ -39,23 +28,17 @@ class Input:
         and the second value is gap - n: the sums must be multiplied by two to that power. To multiply the
         sums by all of 2**gap would be simpler, but products of small numbers would have lost bits before.
         """
-        if 0 not in self._scaled:
-            columns = self._room(0)
-            _copy_transposed(self.rows, columns)
-            self._scaled[0] = columns, 0
         if gap not in self._scaled:
-            columns, out = self._scaled[0][0], self._room(gap)
-            if self._exponent is None:
-                _, self._exponent = math.frexp(max(columns.max(), -columns.min()))
-            bits = min(gap, 126 - self._exponent)
-            np.multiply(columns, np.float32(2.0**bits), out=out)
-            self._scaled[gap] = out, gap - bits
+            out, missing = np.empty(self.rows.shape[::-1], np.float32), 0
+            if gap == 0:
+                _copy_transposed(self.rows, out)
+            else:
+                columns, _ = self.scaled(0)
+                _, exponent = math.frexp(max(columns.max(), -columns.min()))
+                missing = max(0, gap - (126 - exponent))
+                np.multiply(columns, np.float32(2.0 ** (gap - missing)), out=out)
+            self._scaled[gap] = out, missing
         return self._scaled[gap]
-
-    def _room(self, gap: int) -> Array:  # -> [D, T]
-        if gap not in self._memory or self._memory[gap].size < self.rows.size:
-            self._memory[gap] = np.empty(self.rows.size, np.float32)
-        return self._memory[gap][: self.rows.size].reshape(self.rows.shape[::-1])
 
 
 class Scratch:

@@ -12,7 +12,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -24,7 +23,7 @@ from tpilite.linear.blocks import Block, Input, Piece, Scratch, multiply
 from tpilite.linear.calls import blas_repeats, call_rows, part_rows
 from tpilite.linear.matrix import FLOAT16_EXPONENT_GAP, InMemory, Matrix, Part, Stored, Weights
 from tpilite.linear.packing import Packed
-from tpilite.linear.plans import FEW_ROWS_BLOCK_BYTES, KERNELS, Notes, Plan
+from tpilite.linear.plans import FEW_ROWS_BLOCK_BYTES, KERNELS, Plan
 from tpilite.linear.products import Product, Products
 from tpilite.linear.thread_pool import ThreadPool
 
@@ -53,8 +52,7 @@ class Linear(Closing):
 
     Where `products` are given, which must be for as many threads, they do the work and are closed with this.
     Else NumPy does it by `kernel`, one of `KERNELS`, or by the faster one for this machine: that is measured
-    when a large matrix of a dtype first comes, in 0.1 to 0.3 s, and noted in the file `cache` (default: one
-    in the user's cache directory).
+    when a large matrix of a dtype first comes, in 0.1 to 0.3 s.
     """
 
     def __init__(
@@ -63,7 +61,6 @@ class Linear(Closing):
         products: Products | None = None,
         *,
         kernel: str | None = None,
-        cache: Path | None = None,
         blas_for_many: bool = _BLAS_FOR_MANY,
     ) -> None:
         assert kernel is None or kernel in KERNELS
@@ -72,10 +69,8 @@ class Linear(Closing):
         self._kernel = kernel
         self._products = products
         self._blas_for_many = blas_for_many
-        self._notes = Notes(cache, n_threads)
         self._pool = ThreadPool(n_threads, products)
         self._scratch = [Scratch() for _ in range(n_threads)]
-        self._input = Input()
         self._finite: WeakValueDictionary[int, Part] = WeakValueDictionary()
 
     def prepare(self, dtypes: Iterable[np.dtype[Any]]) -> None:
@@ -113,7 +108,7 @@ class Linear(Closing):
 
     def _multiply(self, x: Array, matrices: tuple[Matrix, ...], results: list[Array]) -> None:
         """What is in memory goes first, all at once: meanwhile the disk brings the paged parts."""
-        self._input.set(x)
+        given = Input(x)
         here: list[Piece] = []
         paged: list[tuple[Part, Array]] = []
         for matrix, y in zip(matrices, results, strict=True):
@@ -126,21 +121,21 @@ class Linear(Closing):
                 else:
                     here.append(Piece(part, part.array, out))
         if here:
-            self._run(self._input, here)
+            self._run(given, here)
         for part, out in paged:
             with part.open() as rows:
-                self._run(self._input, [Piece(part, rows, out)])
+                self._run(given, [Piece(part, rows, out)])
 
-    def _run(self, x: "Input", pieces: list["Piece"]) -> None:
+    def _run(self, x: Input, pieces: list[Piece]) -> None:
         """Multiplies all pieces."""
-        if self._products is not None and (x.n_rows == 1 or not self._blas_for_many):
+        if self._products is not None and (len(x.rows) == 1 or not self._blas_for_many):
             self._products.multiply(x.rows, [Product(piece.rows, piece.out) for piece in pieces])
         else:
             self._run_blocks(x, pieces)
 
-    def _run_blocks(self, x: "Input", pieces: list["Piece"]) -> None:
+    def _run_blocks(self, x: Input, pieces: list[Piece]) -> None:
         """Multiplies all pieces in NumPy, each thread taking the next block once it is done with one."""
-        n_weights = sum(piece.rows.size for piece in pieces)
+        n_weights = sum(math.prod(piece.rows.shape) for piece in pieces)
         blocks: deque[Block] = deque()
         for part, rows, out in pieces:
             n_rows, n_cols = rows.shape
@@ -148,11 +143,11 @@ class Linear(Closing):
             kernel, gap = self._kernel_for(part, rows, plan)
             columns, missing_bits = x.scaled(gap)
             n_bytes = min(plan.block_bytes, 4 * n_weights // (self.n_threads * _BLOCKS_PER_THREAD))
-            per_call = call_rows(n_cols, x.n_rows)
+            per_call = call_rows(n_cols, len(x.rows))
             step = -(-max(n_bytes, FEW_ROWS_BLOCK_BYTES[0]) // (4 * n_cols * per_call)) * per_call
             room = min(step, n_rows)
             for scratch in self._scratch:
-                scratch.reserve(room * n_cols, room * x.n_rows, isinstance(rows, Packed))
+                scratch.reserve(room * n_cols, room * len(x.rows), isinstance(rows, Packed))
             for start in range(0, n_rows, step):
                 stop = min(start + step, n_rows)
                 blocks.append(
@@ -202,11 +197,7 @@ class Linear(Closing):
             return Plan(self._kernel)
         if n_weights < _MEASURED_FROM:
             return Plan(KERNELS[0])
-        plan = self._notes.read(dtype.name)
-        if plan is None:
-            plan = self._measure(dtype)
-            self._notes.write(dtype.name, plan)
-        self.plans[dtype] = plan
+        plan = self.plans[dtype] = self._measure(dtype)
         logger.debug("%s weights: %s", dtype.name, plan)
         return plan
 
@@ -215,8 +206,7 @@ class Linear(Closing):
         values = np.linspace(-0.1, 0.1, 4093, dtype=np.float32)
         few = values.view(np.uint16)[1::2] if dtype == np.uint16 else values.astype(dtype)
         stored = np.resize(few, (_MEASURED_BYTES // dtype.itemsize // _MEASURED_COLS, _MEASURED_COLS))
-        part, x = InMemory(stored), Input()
-        x.set(values[None, :_MEASURED_COLS])
+        part, x = InMemory(stored), Input(values[None, :_MEASURED_COLS])
         out = np.empty((1, part.n_rows), np.float32)
 
         def fastest(plans: list[Plan]) -> Plan:

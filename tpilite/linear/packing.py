@@ -64,10 +64,6 @@ class Packed:
         return ROWS * n_groups, n_cols
 
     @property
-    def size(self) -> int:
-        return self.shape[0] * self.shape[1]
-
-    @property
     def nbytes(self) -> int:
         return self.words.nbytes + self.places.nbytes + self.values.nbytes
 

@@ -1,7 +1,7 @@
 """All C and its bindings: the products and the exchanges of `linear` and `net`, compiled where pip can.
 
-Begin with `library.py`, which decides whether the compiled code is used; each C file has a binding beside it.
+Begin with `products.py`; each C file has a binding beside it.
 May import: `linear` and `net`, whose protocols it fulfils, and what they stand on.
-Must never know: models, files of weights, engines. `engine/compiled.py` alone imports this folder; what it
-gives is handed in everywhere else.
+Must never know: models, files of weights, engines. `engine/compiled.py` alone imports this folder and
+decides whether it is used; what it gives is handed in everywhere else.
 """
