@@ -218,6 +218,66 @@ def test_a_template_sees_the_contents(small_llama3: Tokenizer) -> None:
     assert shown(small_llama3, format.encode(messages)) == "THE SEA"
 
 
+SEEN = [
+    "{{ c | length }}",
+    "{{ c | upper }}",
+    "{{ c | replace('<', '[') | replace('[INST', 'x') }}",
+    "{{ c | replace('eot', 'EOT') }}",
+    "{{ c[:6] }}|{{ c[3:] }}|{{ c[-2:] }}",
+    "{{ c[::-1] }}",
+    "{{ '<' in c }} {{ '<|eot_id|>' in c }} {{ c.find('<|eot') }} {{ c == other }}",
+    "{{ c.split('<|eot_id|>') | length }}",
+    "{{ c.split('</think>')[-1] | trim }}",
+    "{{ c | tojson }}",
+    "{{ {'b': c, 'a': [c, '<>&']} | tojson(indent=2) }}",
+    "{{ c | list | join('') }}",
+    "{% for x in c %}{{ loop.index if x == '|' else x }}{% endfor %}",
+    "{{ c | wordcount }} {{ c | title }}",
+]
+SPELT = [
+    "the sea",
+    "<|eot_id|>",
+    "a<|eot_id|>b </think> c<|eot_id|>",
+    "< <b> é \U000f0000<|eot",
+    "[INST] <|begin_of_text|>\n\"x\" & 'y' <|eot_id|",
+]
+
+
+@pytest.mark.parametrize("expression", SEEN)
+@pytest.mark.parametrize("content", SPELT)
+def test_a_template_sees_what_the_user_wrote(small_llama3: Tokenizer, expression: str, content: str) -> None:
+    jinja2 = pytest.importorskip("jinja2")
+    before, after = "<|start_header_id|>", "<|eot_id|>"
+    environment = jinja2.Environment()
+    environment.filters["tojson"] = lambda value, indent=None: json.dumps(
+        value, ensure_ascii=False, indent=indent
+    )
+    expected = environment.from_string(expression).render(c=content, other="<|eot_id|>")
+    template = (
+        f"{before}{{% set c = messages[0].content %}}{{% set other = '<|eot_id|>' %}}{expression}{after}"
+    )
+    ids = JinjaChat(small_llama3, template).encode([message("user", content)])
+    assert (ids[0], ids[-1]) == (small_llama3.specials[before], small_llama3.specials[after])
+    assert not set(small_llama3.specials.values()).intersection(ids[1:-1])
+    assert small_llama3.decode(ids) == expected
+
+
+def test_tojson_takes_the_options_of_transformers(small_llama3: Tokenizer) -> None:
+    pytest.importorskip("jinja2")
+    options = "ensure_ascii=True, indent=1, separators=(';', '='), sort_keys=True"
+    format = JinjaChat(small_llama3, f"{{{{ {{'b': 'é', 'a': '<'}} | tojson({options}) }}}}")
+    assert small_llama3.decode(format.encode(HELLO)) == '{\n "a"="<";\n "b"="\\u00e9"\n}'
+
+
+def test_special_tokens_that_cannot_be_told_apart_are_refused(small_llama3: Tokenizer) -> None:
+    pytest.importorskip("jinja2")
+    template = "{{ 'y' if '<|eot_id|>' in messages[0].content else 'n' }}{{ messages[0].content }}<|eot_id|>"
+    format = JinjaChat(small_llama3, template)
+    assert format.encode([message("user", "a")])[-1] == small_llama3.specials["<|eot_id|>"]
+    with pytest.raises(ConfigError, match="a message that spells a special token"):
+        format.encode([message("user", "a<|eot_id|>")])
+
+
 # ---- which format
 
 

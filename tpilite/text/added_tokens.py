@@ -1,6 +1,9 @@
 """The tokens that are matched by name: what tokenizer_config.json and its like add to a vocabulary."""
 
+import contextlib
+import json
 import logging
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +14,15 @@ from tpilite.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
+# A token of this shape is special where its file does not tell; others (runs of spaces, digits) are text.
+MARKUP = re.compile(r"▁?[<\[].+[>\]]")
+
+
+Strip = tuple[bool, bool]  # whether a token takes the white space before and behind it along
+# Where a text gets a space in front: every part between special tokens, as sentencepiece and the first
+# tokenizer.json do it; the same, but for parts that begin with a space; only where the text begins; nowhere.
+PREFIX_SPACES = ("sentencepiece", "always", "first", "never")
+
 
 @dataclass(frozen=True)
 class AddedToken:
@@ -18,6 +30,7 @@ class AddedToken:
 
     text: str
     special: bool  # otherwise a word like any other, but matched before the rest of the text
+    strip: Strip = (False, False)
 
 
 @dataclass(frozen=True)
@@ -26,6 +39,7 @@ class TokenNames:
 
     specials: dict[str, int]
     words: dict[str, int]
+    strips: dict[str, Strip]
 
     @classmethod
     def of(cls, added: Mapping[int, AddedToken], path: Path, vocab_size: int) -> "TokenNames":
@@ -38,6 +52,7 @@ class TokenNames:
         return cls(
             {token.text: i for i, token in fitting.items() if token.special},
             {token.text: i for i, token in fitting.items() if not token.special},
+            {token.text: token.strip for token in fitting.values()},
         )
 
     def extend(self, tokens: list[bytes]) -> list[bytes]:
@@ -53,33 +68,95 @@ class TokenNames:
 
 @dataclass(frozen=True)
 class TokenizerSettings:
-    """What tokenizer_config.json says; without one, what both Llama 2 and 3 do."""
+    """What the files beside a vocabulary say; without any, what both Llama 2 and 3 do."""
 
     add_bos: bool
     bos: str | None
     eos: str | None
     added: dict[int, AddedToken]
+    prefix_space: str  # one of PREFIX_SPACES, where the vocabulary is one of those that put a space in front
 
     @classmethod
     def from_folder(cls, folder: Path) -> "TokenizerSettings":
-        """The settings of a model folder. Raises `CheckpointError` where its files are damaged."""
+        """The settings of a model folder. Raises `CheckpointError` where its files are damaged.
+
+        A token counts as the newest kind of file says that knows it: added_tokens.json, then tokenizer.json,
+        which since transformers 5 may be the only one, then the table in tokenizer_config.json.
+        """
         path = folder / "tokenizer_config.json"
-        config = read_json(path) if path.is_file() else {}
+        config = _read_if_there(path)
+        older_names = _read_if_there(folder / "special_tokens_map.json")
         add_bos = config.get("add_bos_token")
         if add_bos not in (None, True, False):
             raise CheckpointError(f"{path} has add_bos_token = {add_bos!r}; expected true or false")
-        older = folder / "added_tokens.json"  # {text: id}, before added_tokens_decoder
-        table = config.get("added_tokens_decoder")
-        if table is None and older.is_file():
-            path, table = older, {i: {"content": text} for text, i in read_json(older).items()}
-        if not isinstance(table, dict | None):
+        head = _head(folder / "tokenizer.json")
+        table = config.get("added_tokens_decoder") or {}
+        if not isinstance(table, dict):
             raise CheckpointError(f"{path} has added tokens that are no object; download it again")
+        added = _read_older(folder / "added_tokens.json", older_names)
+        added |= read_json_added(folder / "tokenizer.json", head)
+        added |= read_added(path, table.items())
+        names = older_names | config
         return cls(
             add_bos is not False,
-            _token_name(config.get("bos_token")),
-            _token_name(config.get("eos_token")),
-            read_added(path, (table or {}).items()),
+            _token_name(names.get("bos_token")),
+            _token_name(names.get("eos_token")),
+            added,
+            "never" if config.get("add_prefix_space") is False else _prefix_space(head),
         )
+
+
+def _read_if_there(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def _head(path: Path) -> dict[str, Any]:
+    """A tokenizer.json without its model, which is long and comes last in files as they are written."""
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    with contextlib.suppress(ValueError, RecursionError):
+        head = json.loads(raw[: raw.index(b'"model"')].rstrip().removesuffix(b",") + b"}")
+        if "added_tokens" in head:
+            return head
+    return read_json(path)
+
+
+def _read_older(path: Path, older_names: Mapping[str, Any]) -> dict[int, AddedToken]:
+    """The tokens of an added_tokens.json, {text: id}: special where special_tokens_map.json names them.
+
+    Where there is no such file, or a token looks like markup, it is special too.
+    """
+    special: set[Any] = set()
+    for value in older_names.values():
+        special |= {_token_name(entry) for entry in (value if isinstance(value, list) else [value])}
+    return read_added(
+        path,
+        (
+            (i, {"content": text, "special": not special or text in special or bool(MARKUP.fullmatch(text))})
+            for text, i in _read_if_there(path).items()
+        ),
+    )
+
+
+def _prefix_space(head: Mapping[str, Any]) -> str:
+    """Where a tokenizer.json puts a space in front of a text, as one of `PREFIX_SPACES`."""
+    for step in _steps(head.get("pre_tokenizer"), "pretokenizers"):
+        if step.get("type") == "Metaspace":
+            scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
+            return scheme if scheme in PREFIX_SPACES else "sentencepiece"
+    steps = _steps(head.get("normalizer"), "normalizers")
+    replaces = any(step.get("type") == "Replace" for step in steps)
+    return "never" if replaces and not any(s.get("type") == "Prepend" for s in steps) else "sentencepiece"
+
+
+def _steps(value: Any, key: str) -> list[dict[str, Any]]:
+    """The steps of a normalizer or pre_tokenizer: itself, or those of a sequence."""
+    steps = value.get(key, [value]) if isinstance(value, dict) else []
+    return [step for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
 
 
 def _token_name(value: Any) -> str | None:
@@ -87,6 +164,14 @@ def _token_name(value: Any) -> str | None:
     if isinstance(value, dict):
         value = value.get("content")
     return value if isinstance(value, str) else None
+
+
+def read_json_added(path: Path, content: Mapping[str, Any]) -> dict[int, AddedToken]:
+    """The added tokens of a tokenizer.json. Raises `CheckpointError`."""
+    entries = content.get("added_tokens", [])
+    if not isinstance(entries, list):
+        raise CheckpointError(f"{path} has no list of added_tokens; download it again")
+    return read_added(path, ((e.get("id") if isinstance(e, dict) else None, e) for e in entries))
 
 
 def read_added(path: Path, entries: Iterable[tuple[Any, Any]]) -> dict[int, AddedToken]:
@@ -102,7 +187,8 @@ def read_added(path: Path, entries: Iterable[tuple[Any, Any]]) -> dict[int, Adde
                 f"{path} has the added token {str(entry)[:60]} with id {str(token_id)[:20]}; "
                 "expected a whole number and an object with the token's content"
             ) from None
-        added[number] = AddedToken(text, bool(special))
+        strip = (entry.get("lstrip") is True, entry.get("rstrip") is True)
+        added[number] = AddedToken(text, bool(special), strip)
     return added
 
 

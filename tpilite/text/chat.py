@@ -5,9 +5,9 @@ itself gives special tokens: a content that spells one stays the characters that
 """
 
 import datetime
+import json
 import logging
 import re
-import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -105,9 +105,9 @@ class Llama2Chat:
                 text = f"[INST] {content.strip()} [/INST]"
                 ids += _existing(self._tokenizer.bos_id)
             else:
-                ids += self._tokenizer.encode(f"{text} {content.strip()} ", bos=False)
+                ids += self._tokenizer.encode(f"{text} {content.strip()} ", bos=False, at_start=not ids)
                 ids += _existing(self._tokenizer.eos_id)
-        return ids + self._tokenizer.encode(text, bos=False)
+        return ids + self._tokenizer.encode(text, bos=False, at_start=not ids)
 
 
 class Llama3Chat:
@@ -143,9 +143,8 @@ class Llama3Chat:
 class JinjaChat:
     """The model's own `chat_template`, run in jinja2's sandbox with the names that transformers gives it.
 
-    Contents reach the template with an unguessable word put inside everything that could be read as a
-    special token afterwards, and lose it when the rendered text is encoded; so a template may trim and
-    compare contents as it likes. Raises `ImportError` without jinja2.
+    A template sees the contents as they are, and may do with them what it likes; special tokens that they
+    spell stay text. Raises `ImportError` without jinja2.
     """
 
     def __init__(self, tokenizer: Tokenizer, template: str, today: datetime.date | None = None) -> None:
@@ -162,6 +161,7 @@ class JinjaChat:
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
         )
+        environment.filters["tojson"] = _to_json
         environment.globals.update(raise_exception=refuse, strftime_now=strftime_now)
         self._template_error = jinja2.TemplateError
         try:
@@ -175,45 +175,83 @@ class JinjaChat:
         if today is not None:
             self._variables["date_string"] = today.strftime("%d %b %Y")
         self._tokenizer = tokenizer
-        self._guard = _Guard(tokenizer.specials)
+        self._names = _Names(tokenizer.specials)
         self.stop_ids = tokenizer.eos_ids
 
     def encode(self, messages: Messages) -> list[int]:
-        word = secrets.token_hex(16)
-        turns = [{"role": role, "content": self._guard(text, word)} for role, text in _checked(messages)]
-        try:
-            rendered = self._template.render(messages=turns, **self._variables)
-        except (self._template_error, TypeError, ValueError, LookupError, ArithmeticError) as error:
-            raise ConfigError(
-                f"the model's chat template fails on this conversation: {_one_line(error)}"
-            ) from error
+        turns = _checked(messages)
+        rendered, shown = self._guarded(turns)
         ids: list[int] = []
         for part in self._tokenizer.split_specials(rendered):
             if isinstance(part, int):
                 ids.append(part)
             else:
-                ids += self._tokenizer.encode(part.replace(word, ""), bos=False)
+                ids += self._tokenizer.encode(part.translate(shown), bos=False, at_start=not ids)
         return ids
 
+    def _guarded(self, turns: list[tuple[str, str]]) -> tuple[str, dict[int, str]]:
+        """The rendered text, with stand-ins where contents spell special tokens, and what these stand for.
 
-class _Guard:
-    """Puts a word behind each character where a special token's name begins.
+        What counts is the text that the template makes of the contents as they are. Which special tokens in
+        it are the contents' is found by rendering them again with stand-ins for characters: for all that can
+        begin a special token, or, where the template looks at these, for those that do begin one.
+        """
+        plain = self._render(turns)
+        stand_ins = self._stand_ins("".join(content for _, content in turns))
+        shown = {ord(stand_in): char for char, stand_in in stand_ins.items()}
+        table = str.maketrans(stand_ins)
+        guarded = [(role, content.translate(table)) for role, content in turns]
+        if guarded == turns:
+            return plain, {}
+        rendered = self._render(guarded)
+        if rendered.translate(shown) == plain:
+            return rendered, shown
+        if self._specials(rendered) == self._specials(plain):
+            return plain, {}
+        rendered = self._render([(role, self._names.replace(content, stand_ins)) for role, content in turns])
+        if rendered.translate(shown) == plain:
+            return rendered, shown
+        raise ConfigError(
+            "the model's chat template changes a message that spells a special token of the model, so that "
+            "the two cannot be told apart; write the message without it"
+        )
+
+    def _stand_ins(self, text: str) -> dict[str, str]:
+        """For each character that begins a special token, one of private use that is not in the text."""
+        unused = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in text)
+        return {name[0]: next(unused) for name in self._tokenizer.specials}
+
+    def _specials(self, text: str) -> list[int]:
+        return [part for part in self._tokenizer.split_specials(text) if isinstance(part, int)]
+
+    def _render(self, turns: list[tuple[str, str]]) -> str:
+        messages = [{"role": role, "content": content} for role, content in turns]
+        try:
+            return self._template.render(messages=messages, **self._variables)
+        except (self._template_error, TypeError, ValueError, LookupError, ArithmeticError) as error:
+            raise ConfigError(
+                f"the model's chat template fails on this conversation: {_one_line(error)}"
+            ) from error
+
+
+class _Names:
+    """Where in a content special tokens' names begin.
 
     Also where one may begin at the end of the content, once that is trimmed, for what follows to complete.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
         whole = "|".join(map(re.escape, names))
-        self._name = re.compile(rf"(?={whole}).", re.DOTALL) if whole else re.compile(r"(?!)")
+        self._begins = re.compile(f"(?={whole})" if whole else r"(?!)")
         self._cut = {name[:length] for name in names for length in range(1, len(name))}
         self._longest = max(map(len, self._cut), default=0)
 
-    def __call__(self, content: str, word: str) -> str:
+    def replace(self, content: str, stand_ins: Mapping[str, str]) -> str:
+        """The content with a stand-in for the first character of each."""
         end = len(content.rstrip())
-        starts = [i for i in range(max(0, end - self._longest), end) if content[i:end] in self._cut]
-        for start in reversed(starts):
-            content = content[: start + 1] + word + content[start + 1 :]
-        return self._name.sub(lambda first: first[0] + word, content)
+        starts = {found.start() for found in self._begins.finditer(content)}
+        starts |= {i for i in range(max(0, end - self._longest), end) if content[i:end] in self._cut}
+        return "".join(stand_ins[char] if i in starts else char for i, char in enumerate(content))
 
 
 def _checked(messages: Messages) -> list[tuple[str, str]]:
@@ -231,6 +269,19 @@ def _checked(messages: Messages) -> list[tuple[str, str]]:
             raise ConfigError(f"message {number} has a content of {type(content).__name__}; expected text")
         turns.append((role, content))
     return turns
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """The filter `tojson` as transformers has it: jinja2's own escapes HTML and sorts."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 def _one_line(error: Exception) -> str:

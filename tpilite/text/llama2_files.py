@@ -1,21 +1,17 @@
 """Llama 2's tokenizer file: a sentencepiece `tokenizer.model`."""
 
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import sentencepiece
 
 from tpilite.errors import CheckpointError
-from tpilite.text.added_tokens import AddedToken, TokenizerSettings, TokenNames, check_vocabulary
+from tpilite.text.added_tokens import MARKUP, AddedToken, TokenizerSettings, TokenNames, check_vocabulary
 from tpilite.text.tokenizer import Tokenizer
 
 # Piece types and fields of the normalizer in sentencepiece_model.proto.
 _CONTROL, _USER_DEFINED = 3, 4
 _ADD_DUMMY_PREFIX, _REMOVE_EXTRA_WHITESPACES = 3, 4
-
-# A user-defined piece of this shape is a special token; others (runs of spaces, digits) are text.
-_MARKUP = re.compile(r"▁?[<\[].+[>\]]")
 
 
 def from_sentencepiece(path: Path, raw: bytes, settings: TokenizerSettings, vocab_size: int) -> Tokenizer:
@@ -43,15 +39,27 @@ def _read(path: Path, raw: bytes, settings: TokenizerSettings, vocab_size: int) 
     names = TokenNames.of(added, path, vocab_size)
     tokens = _token_bytes(processor, pieces)
     in_text = {i for i in names.specials.values() if i < n_pieces and not processor.is_control(i)}
+    prefix_space = settings.prefix_space if rules.get(_ADD_DUMMY_PREFIX, 1) else "never"
     if in_text:
-        processor = sentencepiece.SentencePieceProcessor(model_proto=_as_control(raw, in_text))
+        processor = sentencepiece.SentencePieceProcessor(model_proto=_edited(raw, in_text))
+    bare = processor
+    if prefix_space != "sentencepiece":
+        bare = sentencepiece.SentencePieceProcessor(model_proto=_edited(raw, in_text, add_prefix=False))
     strip_all = bool(rules.get(_REMOVE_EXTRA_WHITESPACES, 1))
-    strips = strip_all or rules.get(_ADD_DUMMY_PREFIX, 1)
+    strips = strip_all or prefix_space != "never"
+
+    def encode_plain(text: str, at_start: bool) -> list[int]:
+        prefixed = prefix_space == "sentencepiece" or (
+            not text.startswith((" ", "\u2581"))
+            and (prefix_space == "always" or (prefix_space == "first" and at_start))
+        )
+        return (processor if prefixed else bare).encode(text)
+
     bos = names.specials.get(settings.bos or "", processor.bos_id())
     eos = names.specials.get(settings.eos or "", processor.eos_id())
     return Tokenizer(
         names.extend(tokens),
-        processor.encode,
+        encode_plain,
         vocab_size=vocab_size,
         names=names,
         bos=bos if bos >= 0 else None,
@@ -80,7 +88,7 @@ def _special_ids(
     """The ids of control pieces, and of those that the model's maker defined as markup."""
     for token_id, piece in enumerate(pieces):
         if processor.is_control(token_id) or (
-            _MARKUP.fullmatch(piece) and dict(_protobuf(records[token_id])).get(3) == _USER_DEFINED
+            MARKUP.fullmatch(piece) and dict(_protobuf(records[token_id])).get(3) == _USER_DEFINED
         ):
             yield token_id
 
@@ -97,10 +105,11 @@ def _token_bytes(processor: sentencepiece.SentencePieceProcessor, pieces: Sequen
     return tokens
 
 
-def _as_control(raw: bytes, ids: set[int]) -> bytes:
+def _edited(raw: bytes, control: set[int], add_prefix: bool = True) -> bytes:
     """The sentencepiece model with these pieces made control symbols, which no text can become.
 
-    A protobuf's last value of a field counts, so the new type is appended to the piece's own record.
+    Without `add_prefix` it puts no space before a text. A protobuf's last value of a field counts, so the new
+    values are appended.
     """
     model = bytearray()
     token_id = 0
@@ -108,9 +117,11 @@ def _as_control(raw: bytes, ids: set[int]) -> bytes:
         if not isinstance(value, bytes):
             raise ValueError(f"field {number} is no message")
         if number == 1:
-            if token_id in ids:
+            if token_id in control:
                 value += bytes([3 << 3, _CONTROL])
             token_id += 1
+        elif number == 3 and not add_prefix:
+            value += bytes([_ADD_DUMMY_PREFIX << 3, 0])
         model += _varint(number << 3 | 2) + _varint(len(value)) + value
     return bytes(model)
 

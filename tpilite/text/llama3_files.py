@@ -9,7 +9,13 @@ from typing import Any
 import tiktoken
 
 from tpilite.errors import CheckpointError
-from tpilite.text.added_tokens import AddedToken, TokenizerSettings, TokenNames, check_vocabulary, read_added
+from tpilite.text.added_tokens import (
+    AddedToken,
+    TokenizerSettings,
+    TokenNames,
+    check_vocabulary,
+    read_json_added,
+)
 from tpilite.text.tokenizer import Tokenizer
 
 PATTERN = (
@@ -82,8 +88,7 @@ def from_json(
 
     There the order of the ids is the order of the merges (`ignore_merges`), so the merges need no reading.
     """
-    entries = content.get("added_tokens", [])
-    added = read_added(path, ((e.get("id") if isinstance(e, dict) else None, e) for e in entries))
+    added = read_json_added(path, content)
     to_byte = {ord(char): byte for byte, char in enumerate(_byte_characters())}
     try:
         ranks = {
@@ -144,7 +149,7 @@ def _from_ranks(
     specials = names.specials
     encoding = tiktoken.Encoding(path.name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
 
-    def encode_plain(text: str) -> list[int]:
+    def encode_plain(text: str, _: bool) -> list[int]:
         return [i for piece in _bounded(text) for i in encoding.encode_ordinary(piece)]
 
     return Tokenizer(

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from tpilite.errors import ConfigError
-from tpilite.text.added_tokens import TokenNames
+from tpilite.text.added_tokens import Strip, TokenNames
 
 
 class Tokenizer:
@@ -19,7 +19,7 @@ class Tokenizer:
     def __init__(
         self,
         tokens: Sequence[bytes],  # by id; empty for those without text
-        encode_plain: Callable[[str], list[int]],
+        encode_plain: Callable[[str, bool], list[int]],  # a text, and whether nothing stands before it
         *,
         vocab_size: int,
         names: TokenNames,
@@ -42,30 +42,32 @@ class Tokenizer:
         self._tokens = tokens
         self._encode_plain = encode_plain
         self._words = names.words
-        self._find_special = _any_of(names.specials)
-        self._find_word = _any_of(names.words)
+        self._find_special = _any_of(names.specials, names.strips)
+        self._find_word = _any_of(names.words, names.strips)
 
-    def encode(self, text: str, bos: bool = True, allow_special: bool = False) -> list[int]:
+    def encode(
+        self, text: str, bos: bool = True, allow_special: bool = False, at_start: bool = True
+    ) -> list[int]:
         """The ids of `text`, after BOS where the model wants it and `bos` does not forbid it.
 
-        With `allow_special`, the names of special tokens in the text become these tokens.
+        With `allow_special`, the names of special tokens in the text become these tokens. `at_start` is
+        whether it is a text of its own; otherwise it goes on behind a special token.
         """
         ids = [self.bos_id] if bos and self.add_bos and self.bos_id is not None else []
         text = _whole_characters(text)
         for part in self.split_specials(text) if allow_special else [text]:
             if isinstance(part, int):
                 ids.append(part)
+                at_start = False
                 continue
-            for word in self._find_word.split(part) if self._find_word else [part]:
-                word_id = self._words.get(word)
-                ids += self._encode_plain(word) if word_id is None else [word_id]
+            for piece in _split(part, self._find_word, self._words):
+                ids += [piece] if isinstance(piece, int) else self._encode_plain(piece, at_start)
+                at_start = False
         return ids
 
     def split_specials(self, text: str) -> list[str | int]:
         """The text with its special tokens' names replaced by their ids, in order."""
-        if self._find_special is None:
-            return [text]
-        return [self.specials.get(part, part) for part in self._find_special.split(text) if part]
+        return _split(text, self._find_special, self.specials)
 
     def decode(self, ids: Iterable[int], after: Iterable[int] = ()) -> str:
         """The text of `ids`: of their own, or as what follows the text of `after`.
@@ -119,10 +121,23 @@ class StreamDecoder:
         return self._utf8.decode(b"", final=True)
 
 
-def _any_of(names: Iterable[str]) -> re.Pattern[str] | None:
-    """A pattern that finds any of the names, the longest first, and keeps it when splitting."""
-    longest_first = sorted(names, key=len, reverse=True)
-    return re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
+def _any_of(names: Iterable[str], strips: Mapping[str, Strip]) -> re.Pattern[str] | None:
+    """A pattern that finds any of the names, the longest first, with the spaces that each takes along."""
+    whole = []
+    for name in sorted(names, key=len, reverse=True):
+        left, right = strips.get(name, (False, False))
+        whole.append((r"\s*" if left else "") + f"({re.escape(name)})" + (r"\s*" if right else ""))
+    return re.compile("|".join(whole)) if whole else None
+
+
+def _split(text: str, found: re.Pattern[str] | None, ids: Mapping[str, int]) -> list[str | int]:
+    """The text around the names that a pattern finds, and their ids, in order."""
+    parts: list[str | int] = []
+    end = 0
+    for match in found.finditer(text) if found else ():
+        parts += [text[end : match.start()], ids[match[match.lastindex or 0]]]
+        end = match.end()
+    return [part for part in [*parts, text[end:]] if part != ""]
 
 
 def _whole_characters(text: str) -> str:
