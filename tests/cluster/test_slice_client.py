@@ -20,7 +20,7 @@ from slice_transfer import (
 )
 
 from tpilite.cluster import slice_server
-from tpilite.errors import ConfigError, PeerLost, ProtocolError, TpiliteError
+from tpilite.errors import PeerLost, TpiliteError
 from tpilite.net import auth
 from tpilite.weights.slices import Manifest
 
@@ -91,8 +91,8 @@ def reflected(head: bytes) -> bytes:
     ],
 )
 def test_impostor(tmp_path: Path, answers: list[Callable[[bytes], bytes]], error: str) -> None:
-    with Impostor(*answers) as impostor, pytest.raises(ProtocolError, match=error):
-        fetch(impostor.port, tmp_path / "here")
+    with Impostor(*answers) as impostor, pytest.raises(PeerLost, match=error):
+        fetch(impostor.port, tmp_path / "here", patience_s=0)
     assert list((tmp_path / "here" / "node_1").iterdir()) == []
 
 
@@ -104,17 +104,17 @@ def test_proof_covers_the_content(tmp_path: Path) -> None:
     with serving(tmp_path / "split") as server:
         with (
             Relay(server.port, change=lambda packet: packet.replace(digest, own)) as relay,
-            pytest.raises(ProtocolError, match="is not the one that it vouches for"),
+            pytest.raises(PeerLost, match="is not the one that it vouches for"),
         ):
-            fetch(relay.port, tmp_path / "here")
+            fetch(relay.port, tmp_path / "here", patience_s=0)
 
         raw = (tmp_path / "split" / "node_1" / "manifest.json").read_bytes()
         tags = [hashlib.sha256(text).hexdigest().encode() for text in (raw, raw.replace(digest, own))]
         with (
             Relay(server.port, change=lambda packet: packet.replace(digest, own).replace(*tags)) as relay,
-            pytest.raises(ProtocolError, match="cannot prove"),
+            pytest.raises(PeerLost, match="cannot prove"),
         ):
-            fetch(relay.port, tmp_path / "here")
+            fetch(relay.port, tmp_path / "here", patience_s=0)
     assert list((tmp_path / "here" / "node_1").iterdir()) == []
 
 
@@ -150,10 +150,11 @@ def test_tls(tmp_path: Path, certificates: Path) -> None:
     with serving(tmp_path / "split", tls=server_tls) as server:
         with Relay(server.port, cuts=(700_000,)) as relay:
             assert_whole(fetch(relay.port, tmp_path / "here", tls=client_tls), contents)
-        with pytest.raises(ConfigError, match="refuses our token"):
-            fetch(server.port, tmp_path / "here", tls=client_tls, token="another")
-        with pytest.raises(ConfigError, match=r"no TLS with 127\.0\.0\.1.*CERTIFICATE_VERIFY_FAILED"):
-            fetch(server.port, tmp_path / "here", tls=auth.client_tls(at("other.pem"), None, None))
+        with pytest.raises(PeerLost, match="refuses our token"):
+            fetch(server.port, tmp_path / "here", tls=client_tls, token="another", patience_s=0)
+        other = auth.client_tls(at("other.pem"), None, None)
+        with pytest.raises(PeerLost, match=r"no TLS with 127\.0\.0\.1.*CERTIFICATE_VERIFY_FAILED"):
+            fetch(server.port, tmp_path / "here", tls=other, patience_s=0)
         # The refusal of a client without certificate may be overtaken by the end of the connection.
         with pytest.raises(TpiliteError):
             fetch(server.port, tmp_path / "x", tls=auth.client_tls(at("ca.pem"), None, None), patience_s=0.3)
@@ -165,7 +166,7 @@ def test_tls(tmp_path: Path, certificates: Path) -> None:
 def test_tls_against_a_server_without(tmp_path: Path, certificates: Path) -> None:
     make_slices(tmp_path / "split", size=1000)
     client_tls = auth.client_tls(certificates / "ca.pem", None, None)
-    with serving(tmp_path / "split") as server, pytest.raises((ConfigError, PeerLost), match="TLS"):
+    with serving(tmp_path / "split") as server, pytest.raises(PeerLost, match="TLS"):
         fetch(server.port, tmp_path / "here", tls=client_tls, patience_s=0.3)
 
 

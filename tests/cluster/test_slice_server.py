@@ -26,7 +26,7 @@ from slice_transfer import (
 
 from tpilite.cluster import slice_server
 from tpilite.cluster.slice_server import SliceServer
-from tpilite.errors import ConfigError
+from tpilite.errors import PeerLost
 
 # --- who is let in ----------------------------------------------------------------------------------------
 from tpilite.net.listener import LOG_LINES
@@ -173,9 +173,9 @@ def test_recorded_exchange_is_worth_nothing(tmp_path: Path) -> None:
 
 def test_wrong_token(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     make_slices(tmp_path / "split", size=1000)
-    refusal = pytest.raises(ConfigError, match=r"127\.0\.0\.1:\d+ refuses our token; take the --token")
+    refusal = pytest.raises(PeerLost, match=r"127\.0\.0\.1:\d+ refuses our token; take the --token")
     with serving(tmp_path / "split") as server, refusal:
-        fetch(server.port, tmp_path / "here", token="another")
+        fetch(server.port, tmp_path / "here", token="another", patience_s=0)
     assert list((tmp_path / "here" / "node_1").iterdir()) == []
     assert re.search(r"an unauthenticated connection: 127\.0\.0\.1:\d+: its proof is wrong", caplog.text)
     assert TOKEN not in caplog.text

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import logging
+import re
 import socket
 import ssl
 import threading
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 from compiled_code import EXCHANGE, by_both, needs_exchange
 
-from tpilite.errors import ConfigError, PeerLost, ProtocolError
+from tpilite.errors import PeerLost, ProtocolError
 from tpilite.native.exchange import CompiledExchange
 from tpilite.net import auth, handshake, messages, wire
 from tpilite.net.address import format_address
@@ -24,6 +25,7 @@ from tpilite.net.exchange import Exchange, Frames, NewExchange
 from tpilite.net.handshake import accept, connect
 
 TOKEN = "a token"
+HELLO = wire.encode(messages.Hello(bytes(32)))
 _compiled = functools.partial(CompiledExchange, EXCHANGE)
 
 
@@ -62,9 +64,7 @@ def test_both_sides_prove_the_token_and_talk(host: str, pool: ThreadPoolExecutor
 def test_another_token_is_told_on_both_sides(pool: ThreadPoolExecutor) -> None:
     with listening() as server:
         accepted = pool.submit(accept_one, server)
-        with pytest.raises(
-            ConfigError, match="did not accept the token; start this node with that of rank 0"
-        ):
+        with pytest.raises(PeerLost, match="did not accept the token; start this node with that of rank 0"):
             connect(server.getsockname(), "another", timeout_s=10)
         with pytest.raises(ProtocolError, match="the client does not know the token; start it with that of"):
             accepted.result()
@@ -95,9 +95,64 @@ def test_another_version_is_told_on_both_sides(
 
     with listening() as server:
         served = pool.submit(new_server, server)
-        with pytest.raises(ProtocolError, match="version 1, the other 2; install the same tpilite on both"):
+        with pytest.raises(PeerLost, match="version 1, the other 2; install the same tpilite on both"):
             connect(server.getsockname(), TOKEN, timeout_s=10)
         served.result()
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", r"expected a tpilite node.* found b'HTTP' \(an HTTP server\)"),
+        (b"SSH-2.0-OpenSSH_9.9\r\n", r"found b'SSH-' \(an SSH server\)"),
+        (b"\x15\x03\x01\x00\x02", "TLS: start both sides with it or without"),
+        (b"TPI\x07", "the other 7; install the same tpilite on both"),
+        (wire.encode(messages.Hello(b"short")), "expected a nonce of 32 bytes"),
+        (wire.encode(messages.Barrier()), "expected Hello from"),
+        (
+            wire.encode(messages.Hello(bytes(32))) + wire.encode(messages.Proof(b"")),
+            "does not know the token",
+        ),
+        (
+            wire.encode(messages.Hello(bytes(32))) + wire.encode(messages.Refused("go")),
+            "not accept the token",
+        ),
+        (bytes(300), "expected a tpilite node"),
+    ],
+)
+def test_who_has_not_proved_the_token_is_waited_out(
+    answer: bytes, text: str, pool: ThreadPoolExecutor, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What answers where rank 0 will be is named, and does not end the one who waits."""
+    caplog.set_level(logging.INFO)
+    with listening() as server:
+        waiting = pool.submit(handshake.connect_until, server.getsockname(), TOKEN)
+        for _ in range(2):
+            with server.accept()[0] as sock:
+                sock.sendall(answer)
+                while sock.recv(1000):
+                    pass
+        accept_one(server).close()
+        waiting.result().close()
+    assert re.search(f"waiting for rank 0: .*{text}", caplog.text)
+
+
+def test_a_line_of_its_own_for_each_answer_has_an_end(
+    pool: ThreadPoolExecutor, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handshake, "_LAST_DELAY_S", 0.01)
+    monkeypatch.setattr(handshake, "_FIRST_DELAY_S", 0.01)
+    caplog.set_level(logging.INFO)
+    with listening() as server:
+        waiting = pool.submit(handshake.connect_until, server.getsockname(), TOKEN)
+        for i in range(20):
+            with server.accept()[0] as sock:
+                sock.sendall(b"no%c" % (65 + i))
+                while sock.recv(1000):
+                    pass
+        accept_one(server).close()
+        waiting.result().close()
+    assert len(caplog.records) == 8
 
 
 def hello(sock: socket.socket) -> None:
@@ -180,7 +235,7 @@ def test_a_server_cannot_pass_with_the_clients_own_proof(pool: ThreadPoolExecuto
 
     with listening() as server:
         served = pool.submit(reflect, server)
-        with pytest.raises(ProtocolError, match="does not know the token: it is not the cluster's rank 0"):
+        with pytest.raises(PeerLost, match="does not know the token: it is not the cluster's rank 0"):
             connect(server.getsockname(), TOKEN, timeout_s=10)
         served.result()
 
@@ -262,7 +317,7 @@ def test_without_tls_a_tls_port_gives_nothing(
 ) -> None:
     with listening() as server:
         accepted = pool.submit(accept_one, server, tls=tls[0])
-        with pytest.raises((ProtocolError, PeerLost)):
+        with pytest.raises(PeerLost, match="TLS"):
             connect(server.getsockname(), TOKEN, timeout_s=10)
         with pytest.raises(ProtocolError, match=r"TLS with the client failed: .*start both sides with TLS"):
             accepted.result()

@@ -165,8 +165,8 @@ def test_a_taken_rank_and_a_full_cluster_can_be_waited_for(caplog: pytest.LogCap
 
 def test_another_token(caplog: pytest.LogCaptureFixture) -> None:
     with rendezvous_of(2) as rendezvous:
-        with pytest.raises(ConfigError, match="did not accept the token"):
-            join(address(rendezvous), Security("another"))
+        with pytest.raises(PeerLost, match="did not accept the token"):
+            join(address(rendezvous), Security("another"), timeout_s=0.2)
         until(lambda: bool(caplog.records))
         assert "does not know the token; start it with that of this node" in caplog.text
         assert "a token" not in caplog.text + repr(SECURITY)

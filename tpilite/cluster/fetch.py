@@ -29,7 +29,7 @@ from typing import Any, TypeVar
 from tpilite.cluster.config import ClusterConfig
 from tpilite.cluster.slice_client import SliceClient
 from tpilite.cluster.slice_protocol import etag_of, folder_path
-from tpilite.errors import PeerLost, ProtocolError, SliceError
+from tpilite.errors import PeerLost, SliceError
 from tpilite.machine import format_size
 from tpilite.weights.disk import free_bytes, full_error, is_full, sync_folder, write_durably
 from tpilite.weights.slices import (
@@ -81,8 +81,8 @@ def fetch_slices(
     through retries, until `PeerLost`.
     A server that is still slicing is waited for as long as it says so.
 
-    Raises `ConfigError` for a wrong token or certificate, `ProtocolError` for a server that is none of
-    ours, `SliceError` for what is wrong with the slices or this disk.
+    Raises `PeerLost` also for a server that has not proved the token or that another could have spoken
+    for, `SliceError` for what is wrong with the slices or this disk.
     """
     folder = node_folder(save_dir, rank)
     try:
@@ -231,7 +231,7 @@ class _Fetch:
         response = self._get(MANIFEST_NAME, {})
         raw = self._client.read(response, MAX_MANIFEST_BYTES)
         if response.getheader("ETag") != etag_of(hashlib.sha256(raw).hexdigest()):
-            raise ProtocolError(f"the manifest from {self._client.name} is not the one that it vouches for")
+            raise PeerLost(f"the manifest from {self._client.name} is not the one that it vouches for")
         return raw
 
     def _download(self, name: str, entry: FileEntry) -> None:
@@ -266,7 +266,7 @@ class _Fetch:
         expected = f"bytes {n_have}-{entry.size - 1}/{entry.size}" if n_have else None
         found = response.getheader("Content-Range")
         if found != expected or response.length != entry.size - n_have:
-            raise ProtocolError(
+            raise PeerLost(
                 f"{self._client.name} answers for {name} with {response.length} bytes, range {found}; "
                 f"expected {entry.size - n_have} bytes, range {expected}"
             )

@@ -18,14 +18,14 @@ from tpilite.cluster.slice_protocol import (
     read_challenge,
     server_role,
 )
-from tpilite.errors import ConfigError, PeerLost, ProtocolError, TpiliteError
+from tpilite.errors import PeerLost, TpiliteError
 from tpilite.net import auth
 
 
 class SliceClient(Closing):
     """Connections to one server, one at a time, each proved in both directions before anything is read.
 
-    Raises `PeerLost` for what another connection may mend, `ProtocolError` and `ConfigError` otherwise.
+    Raises `PeerLost`, whatever answers there: only who has proved the token can end a worker for good.
     """
 
     def __init__(
@@ -46,13 +46,13 @@ class SliceClient(Closing):
                 headers = {**headers, "Authorization": self._answer_challenge(self._connection, path)}
             response = self._request(self._connection, path, headers)
             if response.status == HTTPStatus.UNAUTHORIZED:
-                raise ConfigError(
+                raise PeerLost(
                     f"{self.name} refuses our token; take the --token that its first machine shows"
                 )
             proof = read_authentication_info(response.getheader("Authentication-Info", ""))
             role = server_role(response.status, path, response.getheader("ETag", ""))
             if not auth.verify(self._token, role, self._server_nonce, self._client_nonce, proof):
-                raise ProtocolError(
+                raise PeerLost(
                     f"{self.name} cannot prove that it knows the token, so nothing was taken from it; "
                     "is it the first machine of this cluster?"
                 )
@@ -62,7 +62,7 @@ class SliceClient(Closing):
         """The whole body, which must be announced and not longer than `max_bytes`."""
         if response.length is None or response.length > max_bytes:
             self.close()
-            raise ProtocolError(
+            raise PeerLost(
                 f"{self.name} sends {response.length or 'any number of'} bytes where at most "
                 f"{max_bytes} make sense"
             )
@@ -116,13 +116,13 @@ class SliceClient(Closing):
         response = self._request(connection, path, {})
         found = read_challenge(response.getheader("WWW-Authenticate", ""))
         if response.status != HTTPStatus.UNAUTHORIZED or not found or response.length != 0:
-            raise ProtocolError(
+            raise PeerLost(
                 f"{self.name} answers {response.status} without asking for the token; "
                 "is that the --file_port of the cluster's first machine?"
             )
         version, self._server_nonce = found
         if version != AUTH_VERSION:
-            raise ProtocolError(
+            raise PeerLost(
                 f"{self.name} serves slices by version {version}, we read version {AUTH_VERSION}; "
                 "install the same tpilite on both machines"
             )
@@ -144,7 +144,7 @@ class SliceClient(Closing):
             raise PeerLost(f"{self.name} closed the TLS connection; is TLS on there, too?") from error
         except ssl.SSLError as error:
             self.close()
-            raise ConfigError(
+            raise PeerLost(
                 f"no TLS with {self.name}: {error.reason or error}; "
                 "--tls_cert, --tls_key and --tls_ca must fit together on both machines"
             ) from error
@@ -154,7 +154,7 @@ class SliceClient(Closing):
             raise PeerLost(f"no answer from {self.name}: {reason}") from error
         except http.client.HTTPException as error:
             self.close()
-            raise ProtocolError(
+            raise PeerLost(
                 f"{self.name} does not speak HTTP ({type(error).__name__}); "
                 "is that the --file_port, and is TLS on at both ends?"
             ) from error

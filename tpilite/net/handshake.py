@@ -26,6 +26,8 @@ CONNECT_TIMEOUT_S = 5.0
 # Between attempts: quick at first, as nodes are mostly started together; then easy on the network.
 _FIRST_DELAY_S, _DELAY_GROWTH, _LAST_DELAY_S = 0.1, 1.5, 2.0
 _REMINDER_S = 60.0
+# Reasons told at once: what answers there may give another one each time.
+_MAX_REPORTED = 8
 
 # How a TLS connection ends that nothing is wrong with.
 _TLS_ENDS = (ssl.SSLEOFError, ssl.SSLZeroReturnError)
@@ -34,8 +36,7 @@ _TLS_ENDS = (ssl.SSLEOFError, ssl.SSLZeroReturnError)
 def connect(address: Address, token: str, *, timeout_s: float, tls: ssl.SSLContext | None = None) -> Channel:
     """A channel to `address`, where both sides have proved the token. One attempt.
 
-    Raises `PeerLost` where trying again can help, `ConfigError` for another token, `ProtocolError` for
-    another kind of service or version.
+    Raises `PeerLost`, whatever answers there: only who has proved the token can end a node for good.
     """
     deadline_s = time.monotonic() + timeout_s
     peer = format_address(address)
@@ -43,10 +44,13 @@ def connect(address: Address, token: str, *, timeout_s: float, tls: ssl.SSLConte
         sock = socket.create_connection(address, timeout_s)
     except OSError as error:
         raise PeerLost(f"{peer} cannot be reached: {error.strerror or error}") from error
-    with _closed_on_error(sock):
-        channel = _wrap(sock, peer, tls, server_side=False, deadline_s=deadline_s)
-    with _closed_on_error(channel):
-        _greet_server(channel, token, deadline_s)
+    try:
+        with _closed_on_error(sock):
+            channel = _wrap(sock, peer, tls, server_side=False, deadline_s=deadline_s)
+        with _closed_on_error(channel):
+            _greet_server(channel, token, deadline_s)
+    except (ProtocolError, ConfigError) as error:
+        raise PeerLost(str(error)) from error
     return channel
 
 
@@ -69,7 +73,8 @@ def connect_until(
             now_s = time.monotonic()
             if deadline_s is not None and now_s + delay_s > deadline_s:
                 raise PeerLost(f"{error}; gave up waiting for it") from error
-            if now_s >= next_reminder_s or str(error) not in reported:
+            is_new = str(error) not in reported and len(reported) < _MAX_REPORTED
+            if now_s >= next_reminder_s or is_new:
                 reported.add(str(error))
                 log.info("waiting for rank 0: %s; trying again until it answers", error)
                 next_reminder_s = now_s + _REMINDER_S

@@ -21,6 +21,9 @@ from tpilite.errors import ProtocolError
 from tpilite.net.messages import VERSION, WITH_PAYLOAD, Header, pack, unpack
 
 MAGIC = b"TPI"
+# How others begin, where it helps to say who they are.
+_TLS = "TLS: start both sides with it or without"
+_OTHERS = {b"HTTP": "an HTTP server", b"SSH": "an SSH server", b"\x15\x03": _TLS, b"\x16\x03": _TLS}
 PREFIX = struct.Struct("<3sBIQ")
 
 # A pass's rows, the candidates' ids and config.json take some tens of KiB; what is larger goes as payload.
@@ -48,9 +51,9 @@ def check_start(start: memoryview) -> None:
     """Refuses what is no tpilite node at its first bytes: one that sends three may never send sixteen."""
     magic, version = bytes(start[: len(MAGIC)]), start[len(MAGIC) : len(MAGIC) + 1]
     if magic != MAGIC[: len(magic)]:
-        raise ProtocolError(
-            f"expected a tpilite node, which begins with {MAGIC!r}, found {magic + version!r}"
-        )
+        found = magic + version
+        kind = next((f" ({kind})" for begin, kind in _OTHERS.items() if found.startswith(begin)), "")
+        raise ProtocolError(f"expected a tpilite node, which begins with {MAGIC!r}, found {found!r}{kind}")
     if version and version[0] != VERSION:
         raise OtherVersion(
             f"this node speaks protocol version {VERSION}, the other {version[0]}; "
