@@ -41,8 +41,7 @@ class Loader(Closing):
             thread.start()
 
     def close(self) -> None:
-        """Ends the reading, closes the table and gives the memory back."""
-        self._table.close()
+        """Waits for its threads, which end when the table is closed, and closes their files."""
         for thread in self._threads:
             thread.join()
         for file in self._files.values():

@@ -162,7 +162,8 @@ class Pager(Closing):
             self._start_loader()
 
     def close(self) -> None:
-        """Ends the loading and gives the memory back."""
+        """Ends the loading and gives the memory and the maps back."""
+        self._table.close()
         if self._table.window_bytes:
             self._loader.close()
 
