@@ -23,6 +23,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -92,8 +93,9 @@ def main() -> None:
     print(", ".join(f"{name} {value}" for name, value in conditions.items()))
     layers = {dtype: random_layers(PRESETS[args.model], dtype) for dtype in args.dtypes.split(",")}
     sizes = [sum(w.size for w in group) for group in next(iter(layers.values()))[0]]
-    cases = make_cases(args, layers)
-    sample(cases, len(sizes), args.seconds)
+    with TemporaryDirectory() as folder:
+        cases = make_cases(args, layers, Path(folder) / "linear.json")
+        sample(cases, len(sizes), args.seconds)
     found = [row(case, cases, sizes, next(iter(layers))) for case in cases]
     for case in cases:
         if case.linear:
@@ -117,7 +119,7 @@ def random_layers(config: LlamaConfig, dtype: str) -> list[Layer]:
     return [[[weights(shape) for shape in group] for group in shapes] for _ in range(N_LAYERS)]
 
 
-def make_cases(args: argparse.Namespace, layers: dict[str, list[Layer]]) -> list[Case]:
+def make_cases(args: argparse.Namespace, layers: dict[str, list[Layer]], cache: Path) -> list[Case]:
     some = next(iter(layers.values()))
     cases = []
     for n in map(int, args.threads.split(",")):
@@ -129,7 +131,7 @@ def make_cases(args: argparse.Namespace, layers: dict[str, list[Layer]]) -> list
             for dtype, its_layers in layers.items():
                 for kernel in args.kernels.split(","):
                     products = new_products(n) if kernel == "default" else None
-                    linear = Linear(n, products, kernel=kernel if kernel in KERNELS else None)
+                    linear = Linear(n, products, kernel=kernel if kernel in KERNELS else None, cache=cache)
                     cases.append(Case(dtype, t, n, passing(linear, its_layers, t), kernel, linear))
     return cases
 

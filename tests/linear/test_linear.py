@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tpilite.linear import linear as module
+from tpilite.linear import plans
 from tpilite.linear.calls import part_rows
 from tpilite.linear.linear import Linear
 from tpilite.linear.matrix import InMemory, Matrix, as_float32
@@ -310,26 +311,64 @@ def quick(monkeypatch):
     monkeypatch.setattr(module, "_MEASURE_S", 0.0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_large_matrix_is_measured_once(quick, monkeypatch, dtype):
-    measured, measure = [], Linear._measure
-    monkeypatch.setattr(
-        Linear, "_measure", lambda self, dtype: measured.append(dtype) or measure(self, dtype)
-    )
+def plan_of(path, dtype="bf16", **options):
     rng = np.random.default_rng(6)
     w, x = stored(rng, dtype, (64, 32)), rows_of_x(rng, 1, 32)
-    with Linear(2) as linear:
-        linear.prepare([w.dtype])
-        check(linear(x, Matrix.of(w))[0], x, w)
-        assert linear.plans[w.dtype].kernel in KERNELS
-    assert measured == [w.dtype]
+    with Linear(2, cache=path, **options) as linear:
+        (y,) = linear(x, Matrix.of(w))
+        check(y, x, w)
+        return linear.plans.get(w.dtype)
 
 
-@pytest.mark.parametrize("kernel", [None, "cast"])
-def test_small_matrices_and_a_forced_kernel_measure_nothing(kernel):
-    with Linear(2, kernel=kernel) as linear:
-        linear(np.ones((1, 32), np.float32), Matrix.of(np.ones((64, 32), np.float32)))
-        assert not linear.plans
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_was_measured_is_noted_for_the_next_time(quick, tmp_path, monkeypatch, dtype):
+    path = tmp_path / "cache" / "linear.json"
+    plan = plan_of(path, dtype)
+    assert plan.kernel in KERNELS
+    monkeypatch.setattr(Linear, "_measure", None)
+    assert plan_of(path, dtype) == plan
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{", '{"a": 1}'])
+def test_a_damaged_note_is_measured_again(quick, tmp_path, text):
+    path = tmp_path / "linear.json"
+    path.write_text(text)
+    plan = plan_of(path)
+    assert plan is not None
+    assert plan_of(path) == plan
+
+
+@pytest.mark.parametrize(
+    "note",
+    [
+        ["other", 1 << 20],
+        ["bits", 7],
+        ["bits"],
+        ["bits", 1 << 20, True],
+        None,
+        ["bits", "x"],
+    ],
+)
+def test_a_note_of_another_version_is_measured_again(quick, tmp_path, note, monkeypatch):
+    path = tmp_path / "linear.json"
+    plan_of(path)
+    notes = plans.json.loads(path.read_text())
+    (key,) = notes
+    path.write_text(plans.json.dumps({key: {"uint16": note}}))
+    monkeypatch.setattr(Linear, "_measure", lambda self, dtype: Plan("cast", 1 << 20))
+    assert plan_of(path) == Plan("cast", 1 << 20)
+
+
+def test_a_place_that_cannot_be_written_does_not_matter(quick, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert plan_of(tmp_path / "file" / "linear.json") is not None
+
+
+def test_small_matrices_and_a_forced_way_measure_nothing(tmp_path):
+    path = tmp_path / "linear.json"
+    assert plan_of(path) is None
+    assert plan_of(path, kernel="cast") is None
+    assert not path.exists()
 
 
 def test_bfloat16_is_the_upper_half_of_float32():

@@ -12,6 +12,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -23,7 +24,7 @@ from tpilite.linear.blocks import Block, Input, Piece, Scratch, multiply
 from tpilite.linear.calls import blas_repeats, call_rows, part_rows
 from tpilite.linear.matrix import FLOAT16_EXPONENT_GAP, InMemory, Matrix, Part, Stored, Weights
 from tpilite.linear.packing import Packed
-from tpilite.linear.plans import FEW_ROWS_BLOCK_BYTES, KERNELS, Plan
+from tpilite.linear.plans import FEW_ROWS_BLOCK_BYTES, KERNELS, Notes, Plan
 from tpilite.linear.products import Product, Products
 from tpilite.linear.thread_pool import ThreadPool
 
@@ -52,7 +53,8 @@ class Linear(Closing):
 
     Where `products` are given, which must be for as many threads, they do the work and are closed with this.
     Else NumPy does it by `kernel`, one of `KERNELS`, or by the faster one for this machine: that is measured
-    when a large matrix of a dtype first comes, in 0.1 to 0.3 s.
+    when a large matrix of a dtype first comes, in 0.1 to 0.3 s, and noted in the file `cache` (default: one
+    in the user's cache directory).
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Linear(Closing):
         products: Products | None = None,
         *,
         kernel: str | None = None,
+        cache: Path | None = None,
         blas_for_many: bool = _BLAS_FOR_MANY,
     ) -> None:
         assert kernel is None or kernel in KERNELS
@@ -69,6 +72,7 @@ class Linear(Closing):
         self._kernel = kernel
         self._products = products
         self._blas_for_many = blas_for_many
+        self._notes = Notes(cache, n_threads)
         self._pool = ThreadPool(n_threads, products)
         self._scratch = [Scratch() for _ in range(n_threads)]
         self._finite: WeakValueDictionary[int, Part] = WeakValueDictionary()
@@ -197,7 +201,11 @@ class Linear(Closing):
             return Plan(self._kernel)
         if n_weights < _MEASURED_FROM:
             return Plan(KERNELS[0])
-        plan = self.plans[dtype] = self._measure(dtype)
+        plan = self._notes.read(dtype.name)
+        if plan is None:
+            plan = self._measure(dtype)
+            self._notes.write(dtype.name, plan)
+        self.plans[dtype] = plan
         logger.debug("%s weights: %s", dtype.name, plan)
         return plan
 
