@@ -24,7 +24,7 @@ from tpilite.config import LlamaConfig
 from tpilite.weights.partition import Partition
 from tpilite.weights.slices import FileEntry, Manifest, node_folder
 
-TOKEN = "benchmark"
+TOKEN = "of this benchmark"
 N_LAYERS = 4
 WORKERS = (1, 3)
 CONFIG = LlamaConfig(

@@ -26,6 +26,7 @@ from nodes import TOKEN, Node, Nodes, free_ports, make_story
 
 from tpilite.errors import TpiliteError
 from tpilite.net import handshake, messages, wire
+from tpilite.net.auth import derive_key
 
 _THREADS = 4
 _ANSWER_S = 0.2  # what an answer may take; a port that waits for more of a request is left alone
@@ -57,7 +58,7 @@ def unknown(port: int) -> socket.socket:
 
 def known(port: int) -> socket.socket:
     """A connection that has proved the token."""
-    channel = handshake.connect(("127.0.0.1", port), TOKEN, timeout_s=5)
+    channel = handshake.connect(("127.0.0.1", port), derive_key(TOKEN), timeout_s=5)
     return socket.socket(fileno=channel._sock.detach())
 
 

@@ -19,7 +19,7 @@ from checkpoints import tiny_config, write_checkpoint
 
 from tpilite import LLM, SamplingParams
 
-TOKEN = "of-these-tests"
+TOKEN = "of-all-these-tests"
 TOKENIZER = Path(__file__).parent / "fixtures" / "tokenizer" / "tokenizer.model"
 PROGRAM = [sys.executable, str(Path(__file__).parents[1] / "bin" / "tpilite-node")]
 

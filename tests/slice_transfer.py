@@ -18,7 +18,7 @@ from tpilite.config import LlamaConfig
 from tpilite.weights.partition import Partition
 from tpilite.weights.slices import FileEntry, Manifest
 
-TOKEN = "correct horse"
+TOKEN = "correct horse battery"
 CONFIG = LlamaConfig(
     hidden_size=16,
     intermediate_size=32,
@@ -166,8 +166,9 @@ class OnLog(logging.Handler):
 
 def proof(role: str, server_nonce: bytes, client_nonce: bytes, token: str = TOKEN) -> str:
     """Written from the description of the exchange, not by calling `auth`."""
+    key = hashlib.scrypt(token.encode(), salt=b"tpilite cluster token", n=16384, r=8, p=1, dklen=32)
     message = f"tpilite {role}".encode() + b"\0" + server_nonce + client_nonce
-    return hmac.new(token.encode(), message, "sha256").hexdigest()
+    return hmac.new(key, message, "sha256").hexdigest()
 
 
 def log_in(port: int) -> http.client.HTTPConnection:
@@ -177,7 +178,7 @@ def log_in(port: int) -> http.client.HTTPConnection:
     response = connection.getresponse()
     assert (response.status, response.read()) == (401, b"")
     scheme, version, nonce = response.headers["WWW-Authenticate"].split()
-    assert (scheme, version) == ("TPILITE", "version=1,")
+    assert (scheme, version) == ("TPILITE", "version=2,")
     server_nonce, client_nonce = bytes.fromhex(nonce.removeprefix("nonce=")), bytes(range(32))
     answer = proof("slice client", server_nonce, client_nonce)
     headers = {"Authorization": f"TPILITE client_nonce={client_nonce.hex()}, proof={answer}"}

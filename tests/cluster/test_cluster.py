@@ -133,16 +133,67 @@ def test_a_wrong_token_and_one_that_is_missing(nodes: Nodes, story: Story) -> No
     cluster = Cluster(nodes, story, 2)
     join = ("--join", f"127.0.0.1:{cluster.broadcast_port}")
     cluster.host.wait_for_line("tpilite-node --join")
-    assert TOKEN in cluster.host.err
-    wrong, missing = nodes.start(*join, token="another"), nodes.start(*join)
+    assert TOKEN not in cluster.host.err
+    wrong, missing = nodes.start(*join, token="another-of-these"), nodes.start(*join)
     wrong.wait_for_line("did not accept the token")  # and waits for one that does
-    assert "another" not in wrong.err
+    assert "another-of-these" not in wrong.err
     assert missing.finish() == 2
     assert "--token" in missing.err
     cluster.host.wait_for_line("does not know the token")
     cluster.start_worker("worker")
     assert cluster.host.finish() == 0
     assert cluster.host.out == story.text
+
+
+def test_a_token_from_a_file_of_the_users_own(nodes: Nodes, story: Story) -> None:
+    path = nodes.folder / "secret"
+    path.write_text(TOKEN + "\n")
+    path.chmod(0o644)
+    model = ("--model_path", story.folder, "--save_dir", nodes.folder / "split", *story.ask)
+    ports = ("--broadcast_port", 0, "--file_port", 0, "--world_size", 2, "--host", "127.0.0.1")
+    open_to_all = nodes.start(*model, *ports, "--token_file", path)
+    missing = nodes.start(*model, *ports, "--token_file", nodes.folder / "none")
+    assert open_to_all.finish() == missing.finish() == 2
+    assert "chmod 600" in open_to_all.err
+    assert "none does not exist" in missing.err
+    path.chmod(0o600)
+    host = nodes.start(*model, *ports, "--token_file", path)
+    address = host.wait_for_line("tpilite-node --join 127.0.0.1:").split()[-1]
+    assert TOKEN not in host.err
+    nodes.start("--join", address, "--token_file", path)
+    assert host.finish() == 0
+    assert host.out == story.text
+
+
+def test_a_token_that_was_made_is_shown_in_the_environment_of_the_line_to_run(
+    nodes: Nodes, story: Story
+) -> None:
+    ports = ("--broadcast_port", 0, "--file_port", 0, "--world_size", 2)
+    host = nodes.start("--model_path", story.folder, "--save_dir", nodes.folder / "split", *story.ask, *ports)
+    line = host.wait_for_line("tpilite-node --join")
+    (token_file,) = (nodes.folder / "home0").glob("**/token")
+    assert line.strip().startswith(f"TPILITE_TOKEN={token_file.read_text().strip()} tpilite-node --join ")
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="needs /proc to see what listens")
+def test_ranks_of_one_machine_listen_there_alone(nodes: Nodes, story: Story) -> None:
+    node = nodes.start(
+        "--model_path", story.folder, "--save_dir", nodes.folder / "split", "--local", 2, "--serve",
+        "--api_port", 0,
+    )  # fmt: skip
+    node.wait_for_line("the page and the API are at")
+    pids = [node.pid, int(next(x for x in node.lines if "rank 1 is process" in x).split()[-1])]
+    inodes = {
+        os.readlink(fd).strip("socket:[]")
+        for pid in pids
+        for fd in Path(f"/proc/{pid}/fd").iterdir()
+        if os.readlink(fd).startswith("socket:")
+    }
+    tables = [Path(f"/proc/net/{name}").read_text() for name in ("tcp", "tcp6")]
+    lines = [line.split() for table in tables for line in table.splitlines()]
+    listening = [line[1].split(":")[0] for line in lines if line[3] == "0A" and line[9] in inodes]
+    assert len(listening) >= 3  # to join, slices, and the API
+    assert set(listening) == {"0100007F"}
 
 
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="needs /proc to see what ps shows")

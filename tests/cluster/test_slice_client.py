@@ -63,7 +63,7 @@ def ok(extra: str = "") -> Callable[[bytes], bytes]:
     return lambda _: f'HTTP/1.1 200 OK\r\nContent-Length: 100\r\nETag: "{tag}"{extra}\r\n\r\n'.encode() + body
 
 
-def challenge(version: int = 1, length: int = 0) -> Callable[[bytes], bytes]:
+def challenge(version: int = 2, length: int = 0) -> Callable[[bytes], bytes]:
     header = f"WWW-Authenticate: TPILITE version={version}, nonce={'0' * 64}"
     answer = f"HTTP/1.1 401 Unauthorized\r\n{header}\r\nContent-Length: {length}\r\n\r\n"
     return lambda _: answer.encode()
@@ -81,7 +81,7 @@ def reflected(head: bytes) -> bytes:
     [
         ([ok()], "answers 200 without asking for the token"),
         ([challenge(length=1 << 40)], "answers 401 without asking for the token"),
-        ([challenge(version=2)], "serves slices by version 2, we read version 1; install the same tpilite"),
+        ([challenge(version=3)], "serves slices by version 3, we read version 2; install the same tpilite"),
         ([challenge(), ok()], "cannot prove that it knows the token"),
         ([challenge(), ok(f"\r\nAuthentication-Info: proof={'0' * 64}")], "cannot prove"),
         ([challenge(), ok("\r\nAuthentication-Info: proof=")], "cannot prove"),
@@ -151,7 +151,7 @@ def test_tls(tmp_path: Path, certificates: Path) -> None:
         with Relay(server.port, cuts=(700_000,)) as relay:
             assert_whole(fetch(relay.port, tmp_path / "here", tls=client_tls), contents)
         with pytest.raises(PeerLost, match="refuses our token"):
-            fetch(server.port, tmp_path / "here", tls=client_tls, token="another", patience_s=0)
+            fetch(server.port, tmp_path / "here", tls=client_tls, token="another-of-these", patience_s=0)
         other = auth.client_tls(at("other.pem"), None, None)
         with pytest.raises(PeerLost, match=r"no TLS with 127\.0\.0\.1.*CERTIFICATE_VERIFY_FAILED"):
             fetch(server.port, tmp_path / "here", tls=other, patience_s=0)

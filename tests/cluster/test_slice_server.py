@@ -133,7 +133,7 @@ def test_without_a_proof_every_path_looks_the_same(tmp_path: Path) -> None:
     (answer,) = answers
     assert answer == (
         b"HTTP/1.1 401 Unauthorized\r\nServer: tpilite\r\n\r\n"
-        b"Content-Length: 0\r\nWWW-Authenticate: TPILITE version=1, \r\n\r\n"
+        b"Content-Length: 0\r\nWWW-Authenticate: TPILITE version=2, \r\n\r\n"
     )
 
 
@@ -175,7 +175,7 @@ def test_wrong_token(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     make_slices(tmp_path / "split", size=1000)
     refusal = pytest.raises(PeerLost, match=r"127\.0\.0\.1:\d+ refuses our token; take the --token")
     with serving(tmp_path / "split") as server, refusal:
-        fetch(server.port, tmp_path / "here", token="another", patience_s=0)
+        fetch(server.port, tmp_path / "here", token="another-of-these", patience_s=0)
     assert list((tmp_path / "here" / "node_1").iterdir()) == []
     assert re.search(r"an unauthenticated connection: 127\.0\.0\.1:\d+: its proof is wrong", caplog.text)
     assert TOKEN not in caplog.text

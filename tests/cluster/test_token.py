@@ -27,12 +27,12 @@ def test_a_file_that_others_can_read_is_refused(tmp_path: Path) -> None:
         kept_token(path, make=True)
 
 
-@pytest.mark.parametrize("text", ["", "two words", "x" * 257, "\x00"])
+@pytest.mark.parametrize("text", ["", "fifteen-letters", "two words, and more", "x" * 257, "\x00" * 16])
 def test_what_cannot_be_a_token_is_refused_without_showing_it(tmp_path: Path, text: str) -> None:
     path = tmp_path / "token"
     path.write_text(text)
     path.chmod(0o600)
-    with pytest.raises(ConfigError, match="1 to 256 characters") as caught:
+    with pytest.raises(ConfigError, match="16 to 256 characters") as caught:
         kept_token(path, make=True)
     assert not text or text not in str(caught.value)
 
@@ -44,4 +44,4 @@ def test_a_place_that_cannot_be_written_says_what_to_do(tmp_path: Path) -> None:
 
 
 def test_tokens_of_any_printable_kind_are_fine() -> None:
-    assert checked_token("grüße-42", "--token") == "grüße-42"
+    assert checked_token("grüße-an-alle-16-Zeichen", "--token") == "grüße-an-alle-16-Zeichen"

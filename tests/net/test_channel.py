@@ -52,10 +52,8 @@ def test_a_tls_channel_that_is_shut_down_gives_no_bytes(
 ) -> None:
     """What came encrypted must not pass for the rest of an array when another thread ends the channel."""
     with socket.create_server(("127.0.0.1", 0)) as server:
-        accepted = pool.submit(
-            lambda: accept(server.accept()[0], "client", "token", timeout_s=10, tls=tls[0])
-        )
-        client = connect(server.getsockname(), "token", timeout_s=10, tls=tls[1])
+        accepted = pool.submit(lambda: accept(server.accept()[0], "client", b"key", timeout_s=10, tls=tls[0]))
+        client = connect(server.getsockname(), b"key", timeout_s=10, tls=tls[1])
         with contextlib.closing(accepted.result()) as served, contextlib.closing(client):
             served.send(messages.Barrier())
             assert client.receive()[0] == messages.Barrier()

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import hashlib
 import logging
 import re
 import socket
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 from compiled_code import EXCHANGE, by_both, needs_exchange
 
-from tpilite.errors import PeerLost, ProtocolError
+from tpilite.errors import ConfigError, PeerLost, ProtocolError
 from tpilite.native.exchange import CompiledExchange
 from tpilite.net import auth, handshake, messages, wire
 from tpilite.net.address import format_address
@@ -24,7 +25,7 @@ from tpilite.net.channel import Channel
 from tpilite.net.exchange import Exchange, Frames, NewExchange
 from tpilite.net.handshake import accept, connect
 
-TOKEN = "a token"
+TOKEN = b"a key"
 HELLO = wire.encode(messages.Hello(bytes(32)))
 _compiled = functools.partial(CompiledExchange, EXCHANGE)
 
@@ -35,7 +36,7 @@ def listening(host: str = "127.0.0.1") -> Iterator[socket.socket]:
         yield sock
 
 
-def accept_one(server: socket.socket, token: str = TOKEN, timeout_s: float = 10, **more: Any) -> Channel:
+def accept_one(server: socket.socket, token: bytes = TOKEN, timeout_s: float = 10, **more: Any) -> Channel:
     return accept(server.accept()[0], "the client", token, timeout_s=timeout_s, **more)
 
 
@@ -65,9 +66,24 @@ def test_another_token_is_told_on_both_sides(pool: ThreadPoolExecutor) -> None:
     with listening() as server:
         accepted = pool.submit(accept_one, server)
         with pytest.raises(PeerLost, match="did not accept the token; start this node with that of rank 0"):
-            connect(server.getsockname(), "another", timeout_s=10)
+            connect(server.getsockname(), b"another", timeout_s=10)
         with pytest.raises(ProtocolError, match="the client does not know the token; start it with that of"):
             accepted.result()
+
+
+def test_the_key_is_that_of_scrypt_and_costs_time_once() -> None:
+    token = "a token for tests"
+    expected = hashlib.scrypt(token.encode(), salt=b"tpilite cluster token", n=1 << 14, r=8, p=1, dklen=32)
+    assert auth.derive_key(token) == expected
+    assert auth.derive_key(token) is auth.derive_key(token)
+
+
+def test_short_tokens_and_a_python_without_scrypt_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="has 15 characters; expected at least 16"):
+        auth.derive_key("fifteen-letters")
+    monkeypatch.delattr(hashlib, "scrypt")
+    with pytest.raises(ConfigError, match=r"no hashlib\.scrypt; use one that was built with OpenSSL"):
+        auth.derive_key("a token that nobody has derived")
 
 
 def test_another_version_is_told_on_both_sides(

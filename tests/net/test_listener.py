@@ -47,8 +47,14 @@ def test_a_port_that_is_taken_names_the_option_that_chooses_another() -> None:
             listen(first.getsockname(), "--some_port", "serve")
 
 
+@pytest.mark.parametrize("host", ["192.0.2.1", "no such name"])
+def test_a_host_that_is_not_this_machine_is_told(host: str) -> None:
+    with pytest.raises(ConfigError, match="--host must be an address of this machine"):
+        listen((host, 0), "--some_port")
+
+
 def test_a_listener_does_nothing_before_it_is_opened_and_can_be_closed_at_any_time() -> None:
-    listener = Listener(("127.0.0.1", 0), Security("a token"), lambda channel, header: None)
+    listener = Listener(("127.0.0.1", 0), Security("a token for tests"), lambda channel, header: None)
     listener.close()
     listener.open()
     address = ("127.0.0.1", listener.port)

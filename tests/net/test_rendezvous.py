@@ -25,7 +25,7 @@ from tpilite.net.group import Group, GroupEnded, RankLost, RootGroup
 from tpilite.net.membership import Membership, join
 from tpilite.net.rendezvous import Rendezvous
 
-SECURITY = Security("a token")
+SECURITY = Security("a token for tests")
 TERMS = {"config": "c0ffee", "dtype": "bf16", "partition": [1, 1, 2]}
 # Long against a loaded machine's hiccups, short against a test's patience; and so that nothing passes by
 # waiting for it, LONG where silence is not what is tested.
@@ -166,12 +166,12 @@ def test_a_taken_rank_and_a_full_cluster_can_be_waited_for(caplog: pytest.LogCap
 def test_another_token(caplog: pytest.LogCaptureFixture) -> None:
     with rendezvous_of(2) as rendezvous:
         with pytest.raises(PeerLost, match="did not accept the token"):
-            join(address(rendezvous), Security("another"), timeout_s=0.2)
+            join(address(rendezvous), Security("another of these tests"), timeout_s=0.2)
         until(lambda: bool(caplog.records))
         assert "does not know the token; start it with that of this node" in caplog.text
-        assert "a token" not in caplog.text + repr(SECURITY)
-    with pytest.raises(ConfigError, match="token is empty"):
-        Security("")
+        assert "a token for" not in caplog.text + repr(SECURITY)
+    with pytest.raises(ConfigError, match="expected at least 16"):
+        Security("fifteen letters")
 
 
 def test_waiting_names_who_is_missing_and_gives_up() -> None:
@@ -218,7 +218,7 @@ def test_unauthenticated_connections_do_not_keep_a_group_from_forming(
             messages.Attach(1, 1),
             messages.Attach(rendezvous._members._epoch, 1),
         ):
-            insider = handshake.connect(address(rendezvous), SECURITY.token, timeout_s=LONG_S)
+            insider = handshake.connect(address(rendezvous), SECURITY.key, timeout_s=LONG_S)
             insider.send(header)
             with pytest.raises(PeerLost):
                 insider.receive(time.monotonic() + LONG_S)
@@ -405,9 +405,10 @@ from tpilite.net.group import GroupEnded
 from tpilite.net.membership import join
 import numpy as np
 
+SECURITY = Security("a token for tests")
 while True:
     try:
-        with join(("127.0.0.1", int(sys.argv[1])), Security("a token"), rank=int(sys.argv[2])) as membership:
+        with join(("127.0.0.1", int(sys.argv[1])), SECURITY, rank=int(sys.argv[2])) as membership:
             with membership.wait_for_group({}) as group:
                 while True:
                     n = group.broadcast(None).header["n"]
@@ -465,7 +466,7 @@ def ask_for_sums(group: Group) -> None:
 
 def test_a_worker_lost_while_it_prepares_leaves_its_place(caplog: pytest.LogCaptureFixture) -> None:
     with rendezvous_of(2, timeout_s=SHORT_S) as rendezvous:
-        member = handshake.connect(address(rendezvous), SECURITY.token, timeout_s=LONG_S)
+        member = handshake.connect(address(rendezvous), SECURITY.key, timeout_s=LONG_S)
         member.send(messages.Join(None, {}))
         assert member.expect(messages.Welcome)[0] == messages.Welcome(1, 2, SHORT_S, {})
         until(lambda: rendezvous.states[1] == "missing")
@@ -479,7 +480,7 @@ def test_a_worker_that_does_not_attach_does_not_stop_the_others(
 ) -> None:
     with rendezvous_of(2, timeout_s=SHORT_S) as rendezvous:
         forming = pool.submit(rendezvous.wait_for_group, LONG_S)
-        stuck = handshake.connect(address(rendezvous), SECURITY.token, timeout_s=LONG_S)
+        stuck = handshake.connect(address(rendezvous), SECURITY.key, timeout_s=LONG_S)
         stuck.send(messages.Join(1, {}))
         stuck.expect(messages.Welcome)
         stuck.send(messages.Ready(TERMS, 0))
@@ -509,7 +510,7 @@ def test_a_rank_0_that_makes_no_sense(sent: messages.Header, text: str, pool: Th
     def rank_0(server: socket.socket) -> None:
         for reply in (messages.Welcome(1, 2, LONG_S, {}), sent):
             if isinstance(reply, messages.Welcome):
-                one = handshake.accept(server.accept()[0], "worker", SECURITY.token, timeout_s=LONG_S)
+                one = handshake.accept(server.accept()[0], "worker", SECURITY.key, timeout_s=LONG_S)
                 one.expect(messages.Join)
             one.send(reply)
         with contextlib.closing(one), contextlib.suppress(PeerLost):
@@ -530,9 +531,11 @@ def test_a_group_over_tls(
 ) -> None:
     """Workers that could not prove themselves to each other make a star."""
     cert, key = certificates
-    own = Security("a token", auth.server_tls(cert, key, None), auth.client_tls(cert, None, None))
+    own = Security("a token for tests", auth.server_tls(cert, key, None), auth.client_tls(cert, None, None))
     theirs = (
-        own if workers_have_certificates else Security("a token", None, auth.client_tls(cert, None, None))
+        own
+        if workers_have_certificates
+        else Security("a token for tests", None, auth.client_tls(cert, None, None))
     )
     with rendezvous_of(3, security=own, allreduce="direct") as rendezvous:
         working = [pool.submit(work_once, rendezvous, None, theirs) for _ in range(2)]

@@ -103,13 +103,23 @@ def cache_folder() -> Path:
 def _token(args: argparse.Namespace, *, make: bool) -> str:
     if args.token is not None:
         return checked_token(args.token, "--token")
+    if args.token_file is not None:
+        token = kept_token(args.token_file, make=False)
+        if token is None:
+            raise ConfigError(f"--token_file {args.token_file} does not exist")
+        return token
     if "TPILITE_TOKEN" in os.environ:
         return checked_token(os.environ["TPILITE_TOKEN"], "TPILITE_TOKEN")
     config = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
     token = kept_token(config / "tpilite" / "token", make=make)
     if token is None:
-        raise ConfigError("the cluster's token is missing: give --token, as rank 0 shows it at its start")
+        raise ConfigError("the cluster's token is missing: see what rank 0 says, or give --token")
     return token
+
+
+def shows_token(args: argparse.Namespace) -> bool:
+    """Whether the user may not know the token yet, as nobody gave it."""
+    return args.token is None and args.token_file is None and "TPILITE_TOKEN" not in os.environ
 
 
 def server_config(args: argparse.Namespace, model_name: str, params: SamplingParams) -> ServerConfig:

@@ -28,6 +28,7 @@ from tpilite.cli.configs import (
     sampling_params,
     save_dir_of,
     server_config,
+    shows_token,
     world_size_of,
 )
 from tpilite.cli.hub import find_models, is_hub_name, model_name, resolve
@@ -182,14 +183,14 @@ def hosted(args: argparse.Namespace, folder: Path, world_size: int, stack: ExitS
     cluster, engine = cluster_config(args, world_size, make_token=True), engine_config(args)
     save_dir = save_dir_of(args, folder, world_size)
     if args.local is not None:
-        cluster = replace(cluster, broadcast_port=0, file_port=0)  # any free ones
+        cluster = replace(cluster, host="127.0.0.1", broadcast_port=0, file_port=0)  # any free ones
         engine = share_of(engine, world_size)
 
     host = Host(folder, save_dir, cluster, engine, force=args.split_bin, replace=args.save_dir is None)
     stack.enter_context(host)
     host.listen()
     if args.local is None:
-        print(_invitation(host, cluster), file=sys.stderr)
+        print(_invitation(host, cluster, shows_token(args)), file=sys.stderr)
     else:
         options = worker_options(host.broadcast_port, host.split_folder, engine, cluster)
         stack.enter_context(LocalWorkers(world_size - 1, options, cluster.token))
@@ -284,15 +285,17 @@ def _rank_states(session: Session, host: Host | None, recovery: Recovery | None)
     return ranks
 
 
-def _invitation(host: Host, cluster: ClusterConfig) -> str:
-    """The line to run on the other machines."""
-    address = own_address()
+def _invitation(host: Host, cluster: ClusterConfig, shows: bool) -> str:
+    """The line to run on the other machines. A token in its environment is not seen by `ps`."""
+    address = cluster.host or own_address()
     if host.broadcast_port != ClusterConfig.broadcast_port:
         address = format_address((address, host.broadcast_port))
     tls = " --tls_cert CERT --tls_key KEY --tls_ca CA" if cluster.tls_ca else ""
+    how = "" if shows else ", with the same token in TPILITE_TOKEN or in a --token_file,"
+    token = f"TPILITE_TOKEN={cluster.token} " if shows else ""
     return (
-        f"tpilite: this is rank 0 of {cluster.world_size}; on each other machine run\n\n"
-        f"    tpilite-node --join {address} --token {cluster.token}{tls}\n"
+        f"tpilite: this is rank 0 of {cluster.world_size}; on each other machine{how} run\n\n"
+        f"    {token}tpilite-node --join {address}{tls}\n"
     )
 
 

@@ -102,7 +102,9 @@ def _add_ranks(group: _Group) -> None:
     add("--join", metavar="HOST[:PORT]", help="work for the rank 0 there; needs no model")
     add("--rank", type=int, metavar="I", help="the rank to have (a free one)")
     add("--master_addr", metavar="HOST", help="where rank 0 is, for a start with --rank")
-    add("--token", metavar="T", help="the cluster's secret (TPILITE_TOKEN, or made and kept)")
+    add("--token_file", type=Path, metavar="FILE", help="holds the cluster's secret, for this user alone")
+    add("--token", metavar="T", help="the secret itself, which ps shows (TPILITE_TOKEN, or made and kept)")
+    add("--host", default=defaults.host, metavar="ADDRESS", help="where rank 0 listens (everywhere)")
     add("--broadcast_port", type=int, default=defaults.broadcast_port, metavar="P", help="(%(default)s)")
     add("--file_port", type=int, default=defaults.file_port, metavar="P", help="for slices (%(default)s)")
 

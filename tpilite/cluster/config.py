@@ -14,6 +14,7 @@ class ClusterConfig:
     token: str
     world_size: int = 1
     ratio: tuple[float, ...] | None = None  # shares of the ranks, any scale; None: even ones
+    host: str = ""  # where rank 0 listens; empty: on all addresses of its machine
     broadcast_port: int = 29700  # join, control and all-reduce
     file_port: int = 29600  # slices
     timeout_s: float = 10.0  # the longest silence of a rank that lives

@@ -75,12 +75,16 @@ class Host(Closing):
             self._others = [r for r in range(1, cluster.world_size) if source.makes or source.has(r)]
             self._server = stack.enter_context(
                 SliceServer(
-                    dict.fromkeys(self._others), cluster.token, cluster.file_port, tls=security.server_tls
+                    dict.fromkeys(self._others),
+                    cluster.token,
+                    cluster.file_port,
+                    tls=security.server_tls,
+                    host=cluster.host,
                 )
             )
             self._rendezvous = stack.enter_context(
                 Rendezvous(
-                    ("", cluster.broadcast_port),
+                    (cluster.host, cluster.broadcast_port),
                     security,
                     world_size=cluster.world_size,
                     terms=terms,

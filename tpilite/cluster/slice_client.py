@@ -32,7 +32,7 @@ class SliceClient(Closing):
         self, host: str, port: int, token: str, tls: ssl.SSLContext | None, timeout_s: float
     ) -> None:
         self.name = f"{host}:{port}"
-        self._host, self._port, self._token = host, port, token
+        self._host, self._port, self._key = host, port, auth.derive_key(token)
         self._tls, self._timeout_s = tls, timeout_s
         self._connection: http.client.HTTPConnection | None = None
         self._response: http.client.HTTPResponse | None = None
@@ -51,7 +51,7 @@ class SliceClient(Closing):
                 )
             proof = read_authentication_info(response.getheader("Authentication-Info", ""))
             role = server_role(response.status, path, response.getheader("ETag", ""))
-            if not auth.verify(self._token, role, self._server_nonce, self._client_nonce, proof):
+            if not auth.verify(self._key, role, self._server_nonce, self._client_nonce, proof):
                 raise PeerLost(
                     f"{self.name} cannot prove that it knows the token, so nothing was taken from it; "
                     "is it the first machine of this cluster?"
@@ -128,7 +128,7 @@ class SliceClient(Closing):
             )
         response.read()
         self._client_nonce = auth.new_nonce()
-        proof = auth.prove(self._token, CLIENT_ROLE, self._server_nonce, self._client_nonce)
+        proof = auth.prove(self._key, CLIENT_ROLE, self._server_nonce, self._client_nonce)
         return authorization(self._client_nonce, proof)
 
     @contextlib.contextmanager

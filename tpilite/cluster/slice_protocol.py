@@ -7,7 +7,7 @@ whose slices are not there yet answers 503 with Retry-After.
 A connection begins with the proof of the token in both directions:
 
     client  any request
-    server  401, WWW-Authenticate: TPILITE version=1, nonce=HEX
+    server  401, WWW-Authenticate: TPILITE version=2, nonce=HEX
     client  Authorization: TPILITE client_nonce=HEX, proof=HEX
     server  the answer, with Authentication-Info: proof=HEX
 
@@ -19,7 +19,7 @@ proof closes it.
 
 import re
 
-AUTH_VERSION = 1
+AUTH_VERSION = 2
 CLIENT_ROLE = "slice client"
 
 _CHALLENGE = re.compile(r"TPILITE version=([0-9]{1,9}), nonce=([0-9a-f]{64})")

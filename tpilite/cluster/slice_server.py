@@ -65,7 +65,7 @@ class SliceServer(Closing):
         host: str = "",
     ) -> None:
         self._catalog = Catalog(folders)
-        self._token, self._address, self._tls = token, (host, port), tls
+        self._key, self._address, self._tls = auth.derive_key(token), (host, port), tls
         self._listener: _Listener | None = None
         self._thread: threading.Thread | None = None
 
@@ -80,7 +80,7 @@ class SliceServer(Closing):
 
     def start(self) -> None:
         """Listens. Raises `ConfigError` when the port cannot be had."""
-        self._listener = _Listener(self._catalog, self._token, self._address, self._tls)
+        self._listener = _Listener(self._catalog, self._key, self._address, self._tls)
         self._thread = threading.Thread(
             target=self._listener.serve_forever, args=(_POLL_S,), name="slice-server", daemon=True
         )
@@ -116,12 +116,12 @@ class _Listener(socketserver.TCPServer):
     """
 
     def __init__(
-        self, catalog: Catalog, token: str, address: tuple[str, int], tls: ssl.SSLContext | None
+        self, catalog: Catalog, key: bytes, address: tuple[str, int], tls: ssl.SSLContext | None
     ) -> None:
         super().__init__(address, _Handler, bind_and_activate=False)
         self.socket.close()
         self.socket = listen(address, "--file_port", "serve slices")
-        self.catalog, self.token, self._tls = catalog, token, tls
+        self.catalog, self.key, self._tls = catalog, key, tls
         self._connections: dict[socket.socket, _Connection] = {}
         self._changed = threading.Condition()
         self.refusals = RefusalLog()
@@ -284,7 +284,7 @@ class _Handler(BaseHTTPRequestHandler):
         if found:
             self._client_nonce, proof = found
             self._authenticated = auth.verify(
-                self.server.token, CLIENT_ROLE, self._server_nonce, self._client_nonce, proof
+                self.server.key, CLIENT_ROLE, self._server_nonce, self._client_nonce, proof
             )
         if not self._authenticated:
             self._refusal = "its proof is wrong: it has another token" if found else "its proof is malformed"
@@ -346,7 +346,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         if self._authenticated:
             role = server_role(status, self.path, headers.get("ETag", ""))
-            proof = auth.prove(self.server.token, role, self._server_nonce, self._client_nonce)
+            proof = auth.prove(self.server.key, role, self._server_nonce, self._client_nonce)
             self.send_header("Authentication-Info", authentication_info(proof))
         if self.close_connection:
             self.send_header("Connection", "close")

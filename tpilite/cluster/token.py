@@ -6,6 +6,7 @@ import secrets
 from pathlib import Path
 
 from tpilite.errors import ConfigError
+from tpilite.net.auth import MIN_TOKEN_CHARACTERS
 
 # 96 bits are beyond guessing, and 16 letters can be typed on another machine.
 _TOKEN_BYTES = 12
@@ -32,11 +33,15 @@ def kept_token(path: Path, *, make: bool) -> str | None:
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the token in {path} cannot be kept: {error}; give one with --token") from error
+        raise ConfigError(f"the token in {path} cannot be kept: {error}; use --token_file") from error
 
 
 def checked_token(token: str, source: str) -> str:
     """`token`, if it can be one. Raises `ConfigError` that names its source and not the token."""
-    if not token or len(token) > _MAX_LENGTH or any(c.isspace() or not c.isprintable() for c in token):
-        raise ConfigError(f"the token from {source} must be 1 to {_MAX_LENGTH} characters without spaces")
+    fits = MIN_TOKEN_CHARACTERS <= len(token) <= _MAX_LENGTH
+    if not fits or any(c.isspace() or not c.isprintable() for c in token):
+        raise ConfigError(
+            f"the token from {source} must be {MIN_TOKEN_CHARACTERS} to {_MAX_LENGTH} characters without "
+            "spaces, and hard to guess; without one, rank 0 makes it and says what it is"
+        )
     return token

@@ -33,7 +33,7 @@ _MAX_REPORTED = 8
 _TLS_ENDS = (ssl.SSLEOFError, ssl.SSLZeroReturnError)
 
 
-def connect(address: Address, token: str, *, timeout_s: float, tls: ssl.SSLContext | None = None) -> Channel:
+def connect(address: Address, key: bytes, *, timeout_s: float, tls: ssl.SSLContext | None = None) -> Channel:
     """A channel to `address`, where both sides have proved the token. One attempt.
 
     Raises `PeerLost`, whatever answers there: only who has proved the token can end a node for good.
@@ -48,7 +48,7 @@ def connect(address: Address, token: str, *, timeout_s: float, tls: ssl.SSLConte
         with _closed_on_error(sock):
             channel = _wrap(sock, peer, tls, server_side=False, deadline_s=deadline_s)
         with _closed_on_error(channel):
-            _greet_server(channel, token, deadline_s)
+            _greet_server(channel, key, deadline_s)
     except (ProtocolError, ConfigError) as error:
         raise PeerLost(str(error)) from error
     return channel
@@ -56,7 +56,7 @@ def connect(address: Address, token: str, *, timeout_s: float, tls: ssl.SSLConte
 
 def connect_until(
     address: Address,
-    token: str,
+    key: bytes,
     *,
     deadline_s: float | None = None,
     tls: ssl.SSLContext | None = None,
@@ -68,7 +68,7 @@ def connect_until(
         now_s = time.monotonic()
         timeout_s = CONNECT_TIMEOUT_S if deadline_s is None else min(CONNECT_TIMEOUT_S, deadline_s - now_s)
         try:
-            return connect(address, token, timeout_s=max(timeout_s, 0.1), tls=tls)
+            return connect(address, key, timeout_s=max(timeout_s, 0.1), tls=tls)
         except PeerLost as error:
             now_s = time.monotonic()
             if deadline_s is not None and now_s + delay_s > deadline_s:
@@ -83,7 +83,7 @@ def connect_until(
 
 
 def accept(
-    sock: socket.socket, peer: str, token: str, *, timeout_s: float, tls: ssl.SSLContext | None = None
+    sock: socket.socket, peer: str, key: bytes, *, timeout_s: float, tls: ssl.SSLContext | None = None
 ) -> Channel:
     """The channel of an accepted socket, once both sides have proved the token; closes the socket if not.
 
@@ -93,11 +93,11 @@ def accept(
     with _closed_on_error(sock):
         channel = _wrap(sock, peer, tls, server_side=True, deadline_s=deadline_s)
     with _closed_on_error(channel):
-        _greet_client(channel, token, deadline_s)
+        _greet_client(channel, key, deadline_s)
     return channel
 
 
-def _greet_server(channel: Channel, token: str, deadline_s: float) -> None:
+def _greet_server(channel: Channel, key: bytes, deadline_s: float) -> None:
     channel.limit_frames(wire.MAX_HANDSHAKE_BYTES, 0)
     mine = auth.new_nonce()
     try:
@@ -105,11 +105,11 @@ def _greet_server(channel: Channel, token: str, deadline_s: float) -> None:
         theirs = _nonce(channel, deadline_s)
     except PeerLost as error:
         raise _not_greeted(channel, error) from error
-    channel.send(messages.Proof(auth.prove(token, "client", theirs, mine)), deadline_s=deadline_s)
+    channel.send(messages.Proof(auth.prove(key, "client", theirs, mine)), deadline_s=deadline_s)
     reply, _ = channel.receive(deadline_s)
     if isinstance(reply, messages.Refused):  # from someone who proved nothing: its words are not repeated
         raise ConfigError(f"{channel.peer} did not accept the token; start this node with that of rank 0")
-    if not isinstance(reply, messages.Proof) or not auth.verify(token, "server", theirs, mine, reply.proof):
+    if not isinstance(reply, messages.Proof) or not auth.verify(key, "server", theirs, mine, reply.proof):
         raise ProtocolError(f"{channel.peer} does not know the token: it is not the cluster's rank 0")
     channel.limit_frames(wire.MAX_HEADER_BYTES, wire.MAX_PAYLOAD_BYTES)
 
@@ -127,7 +127,7 @@ def _not_greeted(channel: Channel, error: PeerLost) -> TpiliteError:
     return error
 
 
-def _greet_client(channel: Channel, token: str, deadline_s: float) -> None:
+def _greet_client(channel: Channel, key: bytes, deadline_s: float) -> None:
     # The client proves first: one without the token gets no proof on which to try tokens at home.
     channel.limit_frames(wire.MAX_HANDSHAKE_BYTES, 0)
     mine = auth.new_nonce()
@@ -141,10 +141,10 @@ def _greet_client(channel: Channel, token: str, deadline_s: float) -> None:
         raise
     channel.send(messages.Hello(mine), deadline_s=deadline_s)
     proof = channel.expect(messages.Proof, deadline_s)[0].proof
-    if not auth.verify(token, "client", mine, theirs, proof):
+    if not auth.verify(key, "client", mine, theirs, proof):
         channel.send(messages.Refused("the token is another one"), deadline_s=deadline_s)
         raise ProtocolError(f"{channel.peer} does not know the token; start it with that of this node")
-    channel.send(messages.Proof(auth.prove(token, "server", mine, theirs)), deadline_s=deadline_s)
+    channel.send(messages.Proof(auth.prove(key, "server", mine, theirs)), deadline_s=deadline_s)
     channel.limit_frames(wire.MAX_HEADER_BYTES, wire.MAX_PAYLOAD_BYTES)
 
 

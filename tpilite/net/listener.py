@@ -5,6 +5,7 @@ that port scanners and clients that trickle bytes cost the cluster next to nothi
 """
 
 import contextlib
+import errno
 import logging
 import os
 import select
@@ -98,7 +99,7 @@ class Listener(Closing):
         deadline_s = time.monotonic() + HANDSHAKE_S
         tls = self._security.server_tls
         try:
-            channel = accept(sock, peer, self._security.token, timeout_s=HANDSHAKE_S, tls=tls)
+            channel = accept(sock, peer, self._security.key, timeout_s=HANDSHAKE_S, tls=tls)
             try:
                 header, _ = channel.receive(deadline_s)
                 self._unauthenticated.remove(handle)
@@ -180,9 +181,14 @@ def listen(address: Address, option: str, purpose: str = "listen") -> socket.soc
         # `create_server` adds to the text what is said here already; a name's error has no such number.
         number = error.errno or 0
         reason = os.strerror(number) if number > 0 else error
-        raise ConfigError(
-            f"cannot {purpose} on {format_address(address) if host else f'port {port}'}: {reason}; "
+        is_taken = number == errno.EADDRINUSE
+        hint = (
             f"is another node running here? {option} chooses another port"
+            if is_taken
+            else (f"--host must be an address of this machine and {option} a port that is free for you")
+        )
+        raise ConfigError(
+            f"cannot {purpose} on {format_address(address) if host else f'port {port}'}: {reason}; {hint}"
         ) from error
     # A peer that is gone between poll and accept would block the thread that accepts.
     sock.setblocking(False)

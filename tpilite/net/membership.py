@@ -49,7 +49,7 @@ def join(
     deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
     reported = ""
     while True:
-        channel = connect_until(address, security.token, deadline_s=deadline_s, tls=security.client_tls)
+        channel = connect_until(address, security.key, deadline_s=deadline_s, tls=security.client_tls)
         try:
             answer_s = time.monotonic() + HANDSHAKE_S
             channel.send(messages.Join(rank, dict(terms or {})), deadline_s=answer_s)
@@ -193,7 +193,7 @@ class Membership:
     def _attach(self, address: Address, epoch: int) -> Channel:
         channel = connect(
             address,
-            self._security.token,
+            self._security.key,
             timeout_s=min(HANDSHAKE_S, self._timeout_s),
             tls=self._security.client_tls,
         )
