@@ -149,7 +149,8 @@ def test_packed_weights_give_the_same_bits(t, scale):
 @pytest.mark.parametrize("dtype", [np.uint16, np.float16])
 def test_every_value_is_widened_exactly(dtype, maker):
     w = np.arange(1 << 16, dtype=np.uint16).view(dtype)[:, None]
-    w = w[np.isfinite(as_float32(w))][:, None]
+    with np.errstate(invalid="ignore"):  # of NaN that signal, as 64-bit ARM does
+        w = w[np.isfinite(as_float32(w))][:, None]
     with new_linear(1, maker) as linear:
         (y,) = linear(np.ones((1, 1), np.float32), Matrix.of(w))
     assert (y[0] == as_float32(w)[:, 0]).all()
