@@ -30,14 +30,14 @@ _INSIDE = {
     "model": "ops kv_cache llama",
     "text": "added_tokens tokenizer llama2_files llama3_files load chat",
     "net": "auth messages wire address channel handshake control exchange codecs sums measure group listener "
-    "members rendezvous membership",
+    "http http_server members rendezvous membership",
     "weights": "partition tensor_file uncached assemble checkpoint disk slices slicer "
     "residency part_table loader pager",
     "native": "bindings products exchange",
     "engine": "compiled config sampling usage sequence scheduler stats step runner rank engine session",
     "cluster": "config token slice_protocol catalog slice_server slice_client fetch terms splits clean host "
     "worker",
-    "serving": "config errors openai_requests openai_responses figures jobs service http answer page routes "
+    "serving": "config errors openai_requests openai_responses figures jobs service answer page routes "
     "server",
     "cli": "memory_report local terminal hub configs options clean main __main__",
     "shipped": "",

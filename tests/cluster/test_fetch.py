@@ -32,6 +32,7 @@ from tpilite.cluster import slice_server
 from tpilite.cluster.fetch import fetch_slices
 from tpilite.cluster.slice_server import SliceServer
 from tpilite.errors import ConfigError, PeerLost, SliceError
+from tpilite.net.http_server import Connection
 
 # --- the transfer -----------------------------------------------------------------------------------------
 
@@ -136,14 +137,14 @@ def test_server_that_stays_away(tmp_path: Path) -> None:
 
 
 def test_server_that_fails_at_each_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    send = slice_server._Handler._send_bytes
+    send = Connection.send_file
 
-    def fail(self: slice_server._Handler, file: io.FileIO, start: int, stop: int) -> bool:
+    def fail(self: Connection, file: io.FileIO, start: int, stop: int, *args: object) -> bool:
         if stop - start > 100_000:
             raise ConnectionResetError
-        return send(self, file, start, stop)
+        return send(self, file, start, stop, *args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(slice_server._Handler, "_send_bytes", fail)
+    monkeypatch.setattr(Connection, "send_file", fail)
     make_slices(tmp_path / "split")
     with serving(tmp_path / "split") as server, pytest.raises(PeerLost, match="after 0 of 1500010 bytes"):
         fetch(server.port, tmp_path / "here", patience_s=0.5)

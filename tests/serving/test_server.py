@@ -7,12 +7,15 @@ import socket
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
 from servers import (
     CONFIG,
-    eventually,
+    JSON,
+    Gate,
+    client_of,
     exchange,
     health,
     served,
@@ -28,18 +31,33 @@ from tpilite.serving.server import Server
 openai = pytest.importorskip("openai", reason="needs OpenAI's client: pip install openai")
 
 
+def test_idle_connections_keep_nobody_out_and_open_streams_stay(
+    session: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_MAX_CONNECTIONS", 3)
+    gate = Gate(session)
+    with served(session, CONFIG) as server, client_of(server) as client:
+        stream = client.completions.create(model="tiny", prompt="Once", max_tokens=3, stream=True)
+        held = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(10)]
+        assert health(server)["status"] == "ok"
+        gate.open()
+        assert [c.choices[0].finish_reason for c in stream][-1] == "length"
+        for connection in held:
+            connection.close()
+
+
 def test_too_many_connections_are_told_so(session: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_MAX_CONNECTIONS", 2)
-    with served(session, CONFIG) as server:
-        held = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(2)]
-        eventually(lambda: len(server._listener._connections) == 2)
+    gate = Gate(session)
+    with served(session, CONFIG) as server, client_of(server) as client:
+        ask = partial(client.completions.create, model="tiny", prompt="Once", max_tokens=3, stream=True)
+        streams = [ask(), ask()]
         status, headers, body = split(exchange(server.port, b""))
         assert (status, headers["retry-after"]) == (503, "5")
         assert "connections" in json.loads(body)["error"]["message"]
-        held.pop().close()
-        eventually(lambda: len(server._listener._connections) == 1)
+        gate.open()
+        assert [[c.choices[0].finish_reason for c in stream][-1] for stream in streams] == ["length"] * 2
         assert health(server)["status"] == "ok"
-        held.pop().close()
 
 
 def test_nothing_is_left_behind(folder: Path) -> None:
@@ -105,3 +123,40 @@ def test_a_taken_port_is_the_users_mistake(session: LLM, shared: Server) -> None
     with pytest.raises(ConfigError, match="cannot listen on nowhere"):
         with served(session, ServerConfig(host="nowhere.invalid", port=0)):
             pass
+
+
+def test_requests_that_are_none_get_an_error_each(shared: Server) -> None:
+    def status(request: bytes) -> int:
+        code, headers, body = split(exchange(shared.port, request))
+        assert headers["content-type"] == "application/json"
+        assert headers["connection"] == "close"
+        assert json.loads(body)["error"].keys() == {"message", "type", "param", "code"}
+        return code
+
+    to = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+    assert status(b"\x16\x03\x01\x02\x00 garbage of a TLS client\r\n\r\n") == 400
+    assert status(b"GET / HTTP/9.9\r\n\r\n") == 505
+    assert status(b"BREW / HTTP/1.1\r\nHost: localhost\r\n\r\n") == 501
+    assert status(b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\n\r\n") in (414, 431)
+    assert status(b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 20_000 + b"\r\n") == 431
+    assert status(b"GET / HTTP/1.1\r\nA: " + b"b" * 50_000 + b"\r\n\r\n") == 431
+    assert status(to + b"Connection: close\r\n\r\n") == 400
+    assert status(to + b"Content-Length : 44\r\n\r\n") == 400
+    assert status(to + b"a malformed line\r\nContent-Length: 44\r\n\r\n") == 400
+    assert status(b"GET http://[ HTTP/1.1\r\nHost: localhost\r\n\r\n") == 400
+    assert status(to + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nabcdef") == 400
+    assert status(to + b"Content-Length: -5\r\n\r\n") == 400
+    assert status(to + b"Content-Length: 1_0\r\n\r\n") == 400
+    assert status(to + b"Content-Length: 99999999\r\n\r\n" + b"x" * 100_000) == 413
+    assert status(to + b"Content-Length: 99999999999999999999999\r\n\r\n") == 400
+
+
+def test_a_connection_serves_requests_one_after_another(shared: Server) -> None:
+    body = json.dumps({"model": "tiny", "prompt": "Once", "stream": True, "max_tokens": 2}).encode()
+    one = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    two = b"POST /v1/completions HTTP/1.1\r\n%sContent-Length: %d\r\n\r\n%s" % (JSON, len(body), body)
+    last = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    answer = exchange(shared.port, one + two + last)
+    assert answer.count(b"HTTP/1.1 200 OK") == 3
+    assert b"data: [DONE]\n\n\r\n0\r\n\r\nHTTP/1.1 200 OK" in answer
+    assert answer.endswith(b"}]}")

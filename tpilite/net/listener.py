@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 
 from tpilite.closing import Closing
 from tpilite.errors import ConfigError, PeerLost, ProtocolError
@@ -31,49 +32,47 @@ LOG_LINES, _LOG_WINDOW_S = 5, 60.0
 _ACCEPT_PAUSE_S = 0.1
 
 
-class Listener(Closing):
-    """A listening socket that hands on who proved the token, with the first message that came then.
+Admit = Callable[[socket.socket, socket.socket, str], Callable[[], None] | None]
 
-    `on_peer` is called in a thread of its own for each and owns the channel; what it raises closes it.
+
+class Acceptor(Closing):
+    """Accepts connections on a listening socket, which it closes at the end; each has a thread of its own.
+
+    `admit` is called with each, with a second handle by which it can be ended whoever holds the first, and
+    with its peer's name; it gives what serves it in its thread, or None. `end` ends all that are served.
     """
 
     def __init__(
-        self, address: Address, security: Security, on_peer: Callable[[Channel, messages.Header], None]
+        self, sock: socket.socket, admit: Admit, end: Callable[[], None], refusals: "RefusalLog"
     ) -> None:
-        self._address, self._security, self._on_peer = address, security, on_peer
-        self._socket: socket.socket | None = None
-        self._unauthenticated, self._refusals = Unauthenticated(), RefusalLog()
+        self._socket = sock
+        self._admit, self._end, self._refusals = admit, end, refusals
         self._lock = threading.Lock()
         self._threads: set[threading.Thread] = set()
 
     @property
     def port(self) -> int:
-        assert self._socket is not None, "open() comes first"
         return int(self._socket.getsockname()[1])
 
-    def open(self) -> None:
-        """Listens, from now on. Raises `ConfigError` where the address cannot be had."""
-        self._socket = listen(self._address, "--broadcast_port")
+    def start(self) -> None:
+        """Accepts, from now on."""
         self._wake, self._woken = socket.socketpair()
         self._thread = threading.Thread(target=self._run, name=f"listener {self.port}", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """Closes the port and the connections that are not handed on yet, and joins all threads."""
-        if self._socket is None:
-            return
+        """Closes the port, ends what is being served, and joins all threads."""
         self._wake.close()
         self._thread.join()
-        self._unauthenticated.end()
+        self._socket.close()
+        self._end()
         with self._lock:
             threads = list(self._threads)
         for thread in threads:
             thread.join()
-        self._socket.close()
         self._woken.close()
 
     def _run(self) -> None:
-        assert self._socket is not None
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
         poll.register(self._woken, select.POLLIN)
@@ -89,11 +88,57 @@ class Listener(Closing):
                 time.sleep(_ACCEPT_PAUSE_S)
                 continue
             peer = format_address((plain_host(address[0]), address[1]))
-            thread = threading.Thread(target=self._serve, args=(sock, handle, peer), name=peer, daemon=True)
-            self._unauthenticated.add(handle)
+            serve = self._admit(sock, handle, peer)
+            if serve is None:
+                sock.close()
+                handle.close()
+                continue
+            thread = threading.Thread(target=self._serve, args=(serve, handle), name=peer, daemon=True)
             with self._lock:
                 self._threads.add(thread)
             thread.start()
+
+    def _serve(self, serve: Callable[[], None], handle: socket.socket) -> None:
+        try:
+            serve()
+        finally:
+            handle.close()
+            with self._lock:
+                self._threads.discard(threading.current_thread())
+
+
+class Listener(Closing):
+    """A listening socket that hands on who proved the token, with the first message that came then.
+
+    `on_peer` is called in a thread of its own for each and owns the channel; what it raises closes it.
+    """
+
+    def __init__(
+        self, address: Address, security: Security, on_peer: Callable[[Channel, messages.Header], None]
+    ) -> None:
+        self._address, self._security, self._on_peer = address, security, on_peer
+        self._acceptor: Acceptor | None = None
+        self._unauthenticated, self._refusals = Unauthenticated(), RefusalLog()
+
+    @property
+    def port(self) -> int:
+        assert self._acceptor is not None, "open() comes first"
+        return self._acceptor.port
+
+    def open(self) -> None:
+        """Listens, from now on. Raises `ConfigError` where the address cannot be had."""
+        sock = listen(self._address, "--broadcast_port")
+        self._acceptor = Acceptor(sock, self._admit, self._unauthenticated.end, self._refusals)
+        self._acceptor.start()
+
+    def close(self) -> None:
+        """Closes the port and the connections that are not handed on yet, and joins all threads."""
+        if self._acceptor is not None:
+            self._acceptor.close()
+
+    def _admit(self, sock: socket.socket, handle: socket.socket, peer: str) -> Callable[[], None]:
+        self._unauthenticated.add(handle)
+        return partial(self._serve, sock, handle, peer)
 
     def _serve(self, sock: socket.socket, handle: socket.socket, peer: str) -> None:
         deadline_s = time.monotonic() + HANDSHAKE_S
@@ -111,9 +156,6 @@ class Listener(Closing):
             self._refusals.add(peer, error)
         finally:
             self._unauthenticated.remove(handle)
-            handle.close()
-            with self._lock:
-                self._threads.discard(threading.current_thread())
 
 
 class Unauthenticated:

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from tpilite.errors import TpiliteError
+from tpilite.net.http_server import Connection
 from tpilite.serving import openai_responses as openai
 from tpilite.serving.errors import Json, api_error, unknown_model
-from tpilite.serving.http import Exchange
 from tpilite.serving.jobs import Delta, Job
 from tpilite.serving.openai_requests import Request
 from tpilite.serving.openai_responses import ResponseInfo
@@ -39,7 +39,7 @@ class Completions:
         """How many answers are on their way."""
         return self._n_open
 
-    def answer(self, exchange: Exchange, request: Request) -> None:
+    def answer(self, connection: Connection, request: Request) -> None:
         """Answers a request. Raises `ApiError` before the answer has begun, and `OSError`."""
         job = self._start(request)
         name = f"{'chatcmpl' if request.is_chat else 'cmpl'}-{secrets.token_hex(12)}"
@@ -48,9 +48,9 @@ class Completions:
         try:
             with self._counted():
                 if request.stream:
-                    self._stream(exchange, job, answer)
+                    self._stream(connection, job, answer)
                 else:
-                    self._collect(exchange, job, answer)
+                    self._collect(connection, job, answer)
         finally:
             job.cancel()
 
@@ -75,37 +75,39 @@ class Completions:
             with self._lock:
                 self._n_open -= 1
 
-    def _collect(self, exchange: Exchange, job: Job, answer: "_Answer") -> None:
+    def _collect(self, connection: Connection, job: Job, answer: "_Answer") -> None:
         try:
-            for delta in _deltas(job, exchange, lambda: None):
+            for delta in _deltas(job, connection, lambda: None):
                 answer.add(delta)
         except TpiliteError as error:
             raise api_error(error, is_chat=answer.request.is_chat) from error
-        exchange.send(json.dumps(answer.whole(job)).encode(), "application/json")
+        connection.send(json.dumps(answer.whole(job)).encode(), "application/json")
 
-    def _stream(self, exchange: Exchange, job: Job, answer: "_Answer") -> None:
+    def _stream(self, connection: Connection, job: Job, answer: "_Answer") -> None:
         # nginx would otherwise hold events back until it has a buffer full of them.
-        stream = exchange.stream("text/event-stream; charset=utf-8", {"X-Accel-Buffering": "no"})
+        connection.begin_stream("text/event-stream; charset=utf-8", {"X-Accel-Buffering": "no"})
 
         def keep_alive() -> None:
-            stream.write(b": still working\n\n" if self._service.waiting_for is None else b": waiting\n\n")
+            connection.write(
+                b": still working\n\n" if self._service.waiting_for is None else b": waiting\n\n"
+            )
 
-        stream.write(_events(answer.opening()))
+        connection.write(_events(answer.opening()))
         try:
-            for delta in _deltas(job, exchange, keep_alive):
-                stream.write(_events(answer.chunks(delta)))
-            stream.write(_events(answer.closing(job)) + b"data: [DONE]\n\n")
+            for delta in _deltas(job, connection, keep_alive):
+                connection.write(_events(answer.chunks(delta)))
+            connection.write(_events(answer.closing(job)) + b"data: [DONE]\n\n")
         except TpiliteError as error:
-            stream.write(_events([api_error(error, is_chat=answer.request.is_chat).body]))
-        stream.end()
+            connection.write(_events([api_error(error, is_chat=answer.request.is_chat).body]))
+        connection.end_stream()
 
 
-def _deltas(job: Job, exchange: Exchange, keep_alive: Callable[[], None]) -> Iterator[Delta]:
+def _deltas(job: Job, connection: Connection, keep_alive: Callable[[], None]) -> Iterator[Delta]:
     """The job's deltas, as long as the client is there. Raises the error that ended the job."""
     said_s = time.monotonic()
     while job.n_unfinished:
         delta = job.next(_POLL_S)
-        if exchange.is_gone():
+        if connection.is_gone():
             raise ConnectionAbortedError("the client hung up before its answer was complete")
         if delta is not None:
             said_s = time.monotonic()

@@ -9,17 +9,17 @@ import secrets
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from email.message import Message
 from functools import partial
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from tpilite.engine.sampling import SamplingParams
+from tpilite.net.http import HttpError
+from tpilite.net.http_server import Connection
 from tpilite.serving import openai_requests, openai_responses
 from tpilite.serving.answer import Completions
 from tpilite.serving.config import ServerConfig
 from tpilite.serving.errors import ApiError, Json, unknown_model
 from tpilite.serving.figures import metrics
-from tpilite.serving.http import Exchange, HttpError
 from tpilite.serving.page import PageFile
 from tpilite.serving.service import Service
 
@@ -38,7 +38,10 @@ _SECURITY = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cross-Origin-Opener-Policy": "same-origin",
 }
-_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\[\]:/@\s]+)(?::\d{1,5})?")
+_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\[\]:/@\s]+)(?::[0-9]{1,5})?")
+_ORIGIN = re.compile(rf"null|[A-Za-z][A-Za-z0-9+.-]*://(?P<host>{_HOST.pattern})?")
+# A context of 128k tokens is half a megabyte of text, or one of token ids.
+_MAX_BODY_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class _Route:
     """What a path takes, and what answers it; an open one needs no key."""
 
     method: str
-    answer: Callable[[Exchange], None]
+    answer: Callable[[Connection], None]
     is_open: bool = False
 
 
@@ -81,51 +84,50 @@ class Routes:
         for path, file in page.items():
             self._table[path] = _Route("GET", partial(_send_file, file), is_open=True)
 
-    def respond(self, exchange: Exchange) -> None:
+    def respond(self, connection: Connection) -> None:
         """Answers a request, with an error where it is wrong. Raises `OSError` where the client is gone."""
-        exchange.common_headers = self._common_headers()
+        request = connection.request
+        connection.common_headers = self._common_headers()
         try:
-            self._check_host(exchange.headers)
-            origin = self._foreign_origin(exchange.headers)
+            self._check_host(request.headers)
+            origin = self._foreign_origin(request.headers)
             if origin is not None:
-                exchange.common_headers = self._common_headers(origin)
-            self._route(exchange, urlsplit(exchange.path).path, is_foreign=origin is not None)
-        except HttpError as error:
-            _send_error(exchange, ApiError(error.status, str(error)))
+                connection.common_headers = self._common_headers(origin)
+            self._route(connection, is_foreign=origin is not None)
         except ApiError as error:
-            _send_error(exchange, error)
-        except OSError:
+            _send_error(connection, error)
+        except (OSError, HttpError):
             raise
         # One request's mistake must not look to its client like a dead server.
         except Exception:
-            logger.exception(
-                "a mistake of tpilite's own while answering %s %s", exchange.method, exchange.path
-            )
+            logger.exception("a mistake of tpilite's own while answering %s %s", request.method, request.path)
             _send_error(
-                exchange, ApiError(500, "the server made a mistake; see its log", kind="server_error")
+                connection, ApiError(500, "the server made a mistake; see its log", kind="server_error")
             )
 
-    def refuse(self, exchange: Exchange, error: HttpError) -> None:
+    def refuse(self, connection: Connection, error: HttpError) -> None:
         """Answers what is wrong as HTTP."""
-        exchange.common_headers = self._common_headers()
-        _send_error(exchange, ApiError(error.status, str(error)))
+        connection.common_headers = connection.common_headers or self._common_headers()
+        later = {"Retry-After": "5"} if error.status == 503 else {}
+        _send_error(connection, ApiError(error.status, str(error), headers=later))
 
-    def _route(self, exchange: Exchange, path: str, *, is_foreign: bool) -> None:
+    def _route(self, connection: Connection, *, is_foreign: bool) -> None:
+        method, path = connection.request.method, connection.request.path
         route = self._find(path)
         if route is None:
             raise ApiError(404, f"there is nothing at {path[:200]!r}", code="unknown_url")
-        if exchange.method == "OPTIONS" and is_foreign:
-            return _send_preflight(exchange, route.method)
-        if route.method != ("GET" if exchange.method == "HEAD" else exchange.method):
+        if method == "OPTIONS" and is_foreign:
+            return _send_preflight(connection, route.method)
+        if route.method != ("GET" if method == "HEAD" else method):
             raise ApiError(
                 405,
-                f"{path} takes {route.method}, not {exchange.method}",
+                f"{path[:200]} takes {route.method}, not {method}",
                 code="method_not_supported",
                 headers={"Allow": route.method},
             )
         if not route.is_open:
-            self._check_key(exchange.headers)
-        return route.answer(exchange)
+            self._check_key(connection)
+        return route.answer(connection)
 
     def _find(self, path: str) -> _Route | None:
         name = path.removeprefix("/v1/models/")
@@ -135,13 +137,13 @@ class Routes:
 
     # ---- who may ask
 
-    def _check_host(self, headers: Message) -> None:
+    def _check_host(self, headers: Mapping[str, str]) -> None:
         """Refuses names that are not this machine's: a page elsewhere could point its own name here.
 
         By an address nobody else's page can be reached, so addresses are right whatever they are.
         """
-        hosts = headers.get_all("Host", ())
-        if len(hosts) != 1 or not (match := _HOST.fullmatch(hosts[0].strip())):
+        match = _HOST.fullmatch(headers.get("host", ""))
+        if not match:
             raise ApiError(400, "a request needs one Host header with a name or an address")
         name = match[1].strip("[]").rstrip(".").lower()
         if name in self._host_names or name.endswith(".localhost"):
@@ -155,13 +157,18 @@ class Routes:
                 code="host_not_allowed",
             ) from None
 
-    def _foreign_origin(self, headers: Message) -> str | None:
+    def _foreign_origin(self, headers: Mapping[str, str]) -> str | None:
         """The origin of the page that asks, where it is an allowed one of another site.
 
         Pages of other sites are refused: they could make the server work without reading its answers.
         """
-        origin: str | None = headers.get("Origin")
-        if origin is None or urlsplit(origin).netloc.lower() == headers["Host"].strip().lower():
+        origin = headers.get("origin")
+        if origin is None:
+            return None
+        match = _ORIGIN.fullmatch(origin)
+        if not match:
+            raise ApiError(400, "the Origin header is not one origin, like https://example.org")
+        if match["host"] and match["host"].lower() == headers["host"].lower():
             return None
         if not {origin, "*"} & set(self._config.cors_origins):
             raise ApiError(
@@ -171,16 +178,17 @@ class Routes:
             )
         return origin
 
-    def _check_key(self, headers: Message) -> None:
+    def _check_key(self, connection: Connection) -> None:
         key = self._config.api_key
         if key is None:
             return
         how = {"WWW-Authenticate": "Bearer"}
-        kind, _, given = headers.get("Authorization", "").partition(" ")
+        kind, _, given = connection.request.headers.get("authorization", "").partition(" ")
         if kind.lower() != "bearer" or not given:
             raise ApiError(401, "an API key is needed: send it as 'Authorization: Bearer KEY'", headers=how)
         if not hmac.compare_digest(given.strip().encode("utf-8", "replace"), key.encode()):
             raise ApiError(401, "the API key is not the right one", code="invalid_api_key", headers=how)
+        connection.authenticate()
 
     def _common_headers(self, origin: str | None = None) -> dict[str, str]:
         """The headers of every answer, and those for a page of `origin`."""
@@ -195,27 +203,27 @@ class Routes:
 
     # ---- what is answered
 
-    def _complete(self, parse: Parse, exchange: Exchange) -> None:
-        body = openai_requests.parse_json(exchange.body())
-        self._completions.answer(exchange, parse(body, self._config.defaults))
+    def _complete(self, parse: Parse, connection: Connection) -> None:
+        body = openai_requests.parse_json(connection.body(_MAX_BODY_BYTES))
+        self._completions.answer(connection, parse(body, self._config.defaults))
 
-    def _models(self, exchange: Exchange) -> None:
-        _send_json(exchange, openai_responses.models(self._model_name, self._created_s))
+    def _models(self, connection: Connection) -> None:
+        _send_json(connection, openai_responses.models(self._model_name, self._created_s))
 
-    def _model(self, name: str, exchange: Exchange) -> None:
+    def _model(self, name: str, connection: Connection) -> None:
         if name != self._model_name:
             raise unknown_model(name, self._model_name)
-        _send_json(exchange, openai_responses.model(self._model_name, self._created_s))
+        _send_json(connection, openai_responses.model(self._model_name, self._created_s))
 
-    def _health(self, exchange: Exchange) -> None:
+    def _health(self, connection: Connection) -> None:
         health = self._service.health()
-        _send_json(exchange, health, 200 if health["status"] == "ok" else 503)
+        _send_json(connection, health, 200 if health["status"] == "ok" else 503)
 
-    def _metrics(self, exchange: Exchange) -> None:
+    def _metrics(self, connection: Connection) -> None:
         figures = {**self._service.figures(), "up": float(self._service.health()["status"] == "ok")}
-        exchange.send(metrics(figures), "text/plain; version=0.0.4; charset=utf-8")
+        connection.send(metrics(figures), "text/plain; version=0.0.4; charset=utf-8")
 
-    def _cluster(self, exchange: Exchange) -> None:
+    def _cluster(self, connection: Connection) -> None:
         service, defaults = self._service, self._config.defaults
         state = {
             **service.health(),
@@ -231,36 +239,36 @@ class Routes:
             "figures": service.figures(),
             "ranks": service.ranks(),
         }
-        _send_json(exchange, state)
+        _send_json(connection, state)
 
 
 def _send_json(
-    exchange: Exchange, value: Json, status: int = 200, headers: Mapping[str, str] | None = None
+    connection: Connection, value: Json, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> None:
-    exchange.send(json.dumps(value).encode(), "application/json", status, headers)
+    connection.send(json.dumps(value).encode(), "application/json", status, headers)
 
 
-def _send_error(exchange: Exchange, error: ApiError) -> None:
+def _send_error(connection: Connection, error: ApiError) -> None:
     """Answers with an error, or cuts an answer that has begun: nothing else would reach the client."""
-    if exchange.has_begun:
-        exchange.cut()
+    if connection.has_begun:
+        connection.cut()
     else:
-        _send_json(exchange, error.body, error.status, error.headers)
+        _send_json(connection, error.body, error.status, error.headers)
 
 
-def _send_file(file: PageFile, exchange: Exchange) -> None:
+def _send_file(file: PageFile, connection: Connection) -> None:
     headers = {"ETag": file.etag, "Cache-Control": "no-cache"}
-    if exchange.headers.get("If-None-Match") == file.etag:
-        exchange.send_empty(304, headers)
+    if connection.request.headers.get("if-none-match") == file.etag:
+        connection.send_empty(304, headers)
     else:
-        exchange.send(file.content, file.content_type, headers=headers)
+        connection.send(file.content, file.content_type, headers=headers)
 
 
-def _send_preflight(exchange: Exchange, method: str) -> None:
+def _send_preflight(connection: Connection, method: str) -> None:
     """Answers a browser that asks what a page of an allowed origin may send."""
     headers = {
         "Access-Control-Allow-Methods": method,
         "Access-Control-Allow-Headers": "authorization, content-type",
         "Access-Control-Max-Age": "600",
     }
-    exchange.send_empty(204, headers)
+    connection.send_empty(204, headers)

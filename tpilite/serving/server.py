@@ -2,21 +2,15 @@
 
     serve(session, ServerConfig(port=8080))
 
-Every connection has a thread. What it may cost is limited here by their number, and in `http` for each.
+Every connection has a thread. What it may cost is limited here by their number, and in `net` for each.
 """
 
-import errno
-import json
 import logging
 import os
 import signal
 import socket
-import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
-from functools import partial
-from socketserver import ThreadingTCPServer
 from types import FrameType
 from typing import Any
 
@@ -24,10 +18,10 @@ from tpilite.closing import Closing
 from tpilite.engine.session import Session
 from tpilite.engine.usage import Usage
 from tpilite.errors import ConfigError
+from tpilite.net.http_server import HttpServer
+from tpilite.net.listener import listen
 from tpilite.serving.answer import Completions
 from tpilite.serving.config import ServerConfig
-from tpilite.serving.errors import ApiError
-from tpilite.serving.http import Application, Connection
 from tpilite.serving.page import load_page
 from tpilite.serving.routes import Routes
 from tpilite.serving.service import Recovery, Service
@@ -91,7 +85,7 @@ class Server(Closing):
     @property
     def port(self) -> int:
         """The port that it has, where 0 asked for any."""
-        return int(self._listener.server_address[1])
+        return self._http.port
 
     @property
     def url(self) -> str:
@@ -103,11 +97,12 @@ class Server(Closing):
 
     def start(self) -> None:
         """Listens. Raises `ConfigError` for an address that it cannot have."""
-        self._listener = _Listener(self._routes, self._host, self._port)
-        self._thread = threading.Thread(
-            target=self._listener.serve_forever, kwargs={"poll_interval": 0.1}, name="tpilite-http"
-        )
-        self._thread.start()
+        try:
+            sock = listen((self._host, self._port), "--api_port")
+        except ConfigError as error:
+            raise ConfigError(f"{error}; --api_host another address") from error
+        self._http = HttpServer(sock, lambda: self._routes, max_connections=_MAX_CONNECTIONS)
+        self._http.start()
 
     def finish_answers(self, timeout_s: float = 5.0) -> None:
         """Waits until no answer is being sent any more."""
@@ -117,10 +112,7 @@ class Server(Closing):
 
     def close(self) -> None:
         """Ends every connection and thread."""
-        self._listener.shutdown()
-        self._thread.join()
-        self._listener.hang_up()
-        self._listener.server_close()
+        self._http.close()
 
     def __enter__(self) -> "Server":
         self.start()
@@ -151,65 +143,3 @@ class _Signals:
             signal.signal(number, handler)
         for end in self._pipe:
             os.close(end)
-
-
-class _Listener(ThreadingTCPServer):
-    """The listening socket and the threads of its connections, a bounded number of them."""
-
-    daemon_threads = False  # they are joined
-    allow_reuse_address = True
-    request_queue_size = 128
-
-    def __init__(self, application: Application, host: str, port: int) -> None:
-        self._connections: set[socket.socket] = set()
-        self._lock = threading.Lock()
-        try:
-            found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-            self.address_family = found[0][0]
-            super().__init__((str(found[0][4][0]), port), partial(Connection, application))
-        except OSError as error:
-            raise ConfigError(
-                f"cannot listen on {host or 'every address'}, port {port}: {error.strerror}; "
-                "choose others with --api_host and --api_port"
-            ) from error
-
-    def get_request(self) -> tuple[socket.socket, Any]:
-        try:
-            return super().get_request()
-        except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):
-                time.sleep(0.1)  # the connection stays in the queue, and accepting it fails until others end
-            raise
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        with self._lock:
-            is_full = len(self._connections) >= _MAX_CONNECTIONS
-            if not is_full:
-                self._connections.add(request)
-        if not is_full:
-            super().process_request(request, client_address)
-            return
-        error = ApiError(503, f"{_MAX_CONNECTIONS} connections are open, which is the most; try again later")
-        body = json.dumps(error.body).encode()
-        with suppress(OSError):
-            request.settimeout(1)
-            request.sendall(
-                b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 5\r\n"
-                b"Connection: close\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
-            )
-        self.shutdown_request(request)
-
-    def shutdown_request(self, request: Any) -> None:
-        with self._lock:
-            self._connections.discard(request)
-        super().shutdown_request(request)
-
-    def hang_up(self) -> None:
-        """Makes every thread that reads from or writes to its client come to an end."""
-        with self._lock:
-            for connection in self._connections:
-                with suppress(OSError):
-                    connection.shutdown(socket.SHUT_RDWR)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        logger.exception("a mistake of tpilite's own while serving %s, %s", client_address, request)
