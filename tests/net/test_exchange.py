@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from compiled_code import EXCHANGE, by_both, needs_exchange
 
-from tpilite.errors import PeerLost, ProtocolError
+from tpilite.errors import PeerLost
 from tpilite.native.exchange import CompiledExchange, sums_by
 from tpilite.net import messages, wire
 from tpilite.net.channel import Channel
@@ -96,7 +96,7 @@ def test_a_frame_cut_at_every_offset(new):
 def test_another_frame_than_the_expected_one_does_not_hang(new, frame, text, ends):
     channel, b = ends
     b.sendall(frame)
-    with pytest.raises(ProtocolError, match=r"expected Reduce\(payload='f32'\) with 12 bytes .*" + text):
+    with pytest.raises(PeerLost, match=r"expected Reduce\(payload='f32'\) with 12 bytes .*" + text):
         received(new, channel)
 
 
@@ -111,7 +111,7 @@ def test_another_frame_in_pieces_does_not_hang(new, ends, pool):
             time.sleep(0.001)
 
     sending = pool.submit(send)
-    with pytest.raises(ProtocolError, match=r"found Reduce\(payload='f16'\) with 6 bytes"):
+    with pytest.raises(PeerLost, match=r"found Reduce\(payload='f16'\) with 6 bytes"):
         received(new, channel)
     sending.result()
 

@@ -99,19 +99,19 @@ def test_another_version_is_told_on_both_sides(
     with listening() as server:
         answer = pool.submit(old_client, server.getsockname())
         with pytest.raises(
-            ProtocolError, match="the client: this node speaks protocol version 1, the other 0"
+            ProtocolError, match="the client: this node speaks protocol version 2, the other 0"
         ):
             accept_one(server)
-        assert answer.result()[:4] == b"TPI\x01"
+        assert answer.result()[:4] == b"TPI\x02"
 
     def new_server(server: socket.socket) -> None:
         with server.accept()[0] as sock:
             sock.recv(100)
-            sock.sendall(b"TPI\x02")
+            sock.sendall(b"TPI\x03")
 
     with listening() as server:
         served = pool.submit(new_server, server)
-        with pytest.raises(PeerLost, match="version 1, the other 2; install the same tpilite on both"):
+        with pytest.raises(PeerLost, match="version 2, the other 3; install the same tpilite on both"):
             connect(server.getsockname(), TOKEN, timeout_s=10)
         served.result()
 

@@ -26,7 +26,7 @@ def test_a_message_is_one_map_of_its_type_and_fields() -> None:
         (raw(b"\x81\xa4type"), "expected a msgpack map as a frame's header"),
         (raw([1, 2]), "expected a msgpack map as a frame's header, found list"),
         (raw(msgpack.packb({"type": "barrier"}) + b"\0"), "expected a msgpack map as a frame's header"),
-        (raw({"type": "pickle"}), "expected a message type of protocol version 1, found 'pickle'"),
+        (raw({"type": "pickle"}), "expected a message type of protocol version 2, found 'pickle'"),
         (raw({"type": ["barrier"]}), "found ['barrier']"),
         (raw({}), "found None"),
         (raw({"type": "barrier", "more": 1}), "expected Barrier to have no fields; found 'more'"),

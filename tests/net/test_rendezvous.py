@@ -500,8 +500,8 @@ def test_a_worker_that_does_not_attach_does_not_stop_the_others(
 @pytest.mark.parametrize(
     ("sent", "text"),
     [
-        (messages.Start(1, [], "star", "f32"), "expected 2 peers, found 0"),
-        (messages.Start(1, [[], ["h", 1]], "ring", "f32"), "found 'ring'"),
+        (messages.Start(1, [], "star", "f32", False), "expected 2 peers, found 0"),
+        (messages.Start(1, [[], ["h", 1]], "ring", "f32", False), "found 'ring'"),
         (messages.Barrier(), "expected Start from rank 0, found Barrier"),
         (messages.Error("x" * 9, None), "rank 0 says: xxxxxxxxx"),
     ],

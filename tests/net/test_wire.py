@@ -70,12 +70,12 @@ def frames(*pieces: bytes) -> list[tuple[messages.Header, bytes]]:
 
 def raw(values: Any, n_payload_bytes: int = 0) -> bytes:
     packed = values if isinstance(values, bytes) else msgpack.packb(values)
-    return struct.pack("<3sBIQ", b"TPI", 1, len(packed), n_payload_bytes) + packed
+    return struct.pack("<3sBIQ", b"TPI", 2, len(packed), n_payload_bytes) + packed
 
 
 def test_the_layout_is_that_of_the_specification() -> None:
     packed = msgpack.packb({"type": "reduce", "payload": "f32"})
-    expected = b"TPI\x01" + len(packed).to_bytes(4, "little") + (8).to_bytes(8, "little") + packed
+    expected = b"TPI\x02" + len(packed).to_bytes(4, "little") + (8).to_bytes(8, "little") + packed
     assert wire.encode(messages.Reduce("f32"), 8) == expected
 
 
@@ -111,11 +111,11 @@ def test_nothing_of_the_next_part_is_read() -> None:
     [
         (b"GET / HTTP/1.1\r\n", "begins with b'TPI', found b'GET '"),
         (b"S", "found b'S'"),
-        (b"TPI\x02", "this node speaks protocol version 1, the other 2; install the same tpilite on both"),
-        (struct.pack("<3sBIQ", b"TPI", 1, 0, 0), "1 to 1048576 bytes, found 0"),
-        (struct.pack("<3sBIQ", b"TPI", 1, 2**32 - 1, 0), "1 to 1048576 bytes, found 4294967295"),
-        (struct.pack("<3sBIQ", b"TPI", 1, 9, 2**64 - 1), "at most 268435456 bytes of payload, found 1844"),
-        (raw({"type": "barrier"}, 1), "expected no payload with Barrier, found 1 bytes"),
+        (b"TPI\x03", "this node speaks protocol version 2, the other 3; install the same tpilite on both"),
+        (struct.pack("<3sBIQ", b"TPI", 2, 0, 0), "1 to 1048576 bytes, found 0"),
+        (struct.pack("<3sBIQ", b"TPI", 2, 2**32 - 1, 0), "1 to 1048576 bytes, found 4294967295"),
+        (struct.pack("<3sBIQ", b"TPI", 2, 9, 2**64 - 1), "at most 268435456 bytes of payload, found 1844"),
+        (raw({"type": "barrier"}, 1) + b"x", "expected no payload with Barrier, found 1 bytes"),
     ],
 )
 def test_what_is_no_frame_is_refused(data: bytes, text: str) -> None:

@@ -146,6 +146,7 @@ def _add_network(group: _Group) -> None:
         choices=tuple(CODECS),
         help="numbers on the wire (%(default)s)",
     )
+    add("--protect", action="store_true", help="protect sums, too, against changes on their way")
     add("--tls_cert", type=Path, metavar="PEM", help="TLS on all connections: this node's certificate,")
     add("--tls_key", type=Path, metavar="PEM", help="its key,")
     add("--tls_ca", type=Path, metavar="PEM", help="and the authority that signed all nodes' ones")

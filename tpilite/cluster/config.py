@@ -21,6 +21,7 @@ class ClusterConfig:
     rejoin_timeout_s: float | None = None  # how long a lost rank is waited for
     allreduce: str = "auto"
     payload: str = "f32"
+    protect: bool = False  # sums, too, against changes on their way
     tls_cert: Path | None = None
     tls_key: Path | None = None
     tls_ca: Path | None = None

@@ -98,6 +98,7 @@ class Host(Closing):
                     timeout_s=cluster.timeout_s,
                     allreduce=cluster.allreduce,
                     payload=cluster.payload,
+                    protect=cluster.protect,
                     new_sum=new_sums(),
                 )
             )

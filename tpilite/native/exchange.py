@@ -150,7 +150,9 @@ def sums_by(library: ctypes.CDLL) -> NewSum:
     """What makes sums over compiled exchanges, the scattered one in one call."""
     new_exchange = functools.partial(CompiledExchange, library)
 
-    def compiled_sum(way: str, rank: int, channels: Sequence[Channel | None], payload: str, n: int) -> Sum:
-        return new_sum(way, rank, channels, payload, n, new_exchange, CompiledScatterSum)
+    def compiled_sum(
+        way: str, rank: int, channels: Sequence[Channel | None], payload: str, n: int, protect: bool = False
+    ) -> Sum:
+        return new_sum(way, rank, channels, payload, n, protect, new_exchange, CompiledScatterSum)
 
     return compiled_sum

@@ -7,6 +7,7 @@ move bytes that the caller owns to and from the kernel.
 """
 
 import contextlib
+import hmac
 import logging
 import select
 import socket
@@ -45,6 +46,7 @@ class Channel:
         self._limits = wire.MAX_HEADER_BYTES, wire.MAX_PAYLOAD_BYTES
         self._payload = memoryview(bytearray())
         self._reason = ""
+        self._seals: tuple[wire.Seal, wire.Seal] | None = None  # of what is sent, of what is received
         sock.settimeout(None)
         _tune(sock)
 
@@ -66,12 +68,37 @@ class Channel:
         """Refuses longer frames from the next one on."""
         self._limits = max_header_bytes, max_payload_bytes
 
+    def protect(self, send_key: bytes, receive_key: bytes) -> None:
+        """From the next frame on, sends each with its tag and takes none without."""
+        self._seals = wire.Seal(send_key), wire.Seal(receive_key)
+
+    @property
+    def n_tag_bytes(self) -> int:
+        """How many bytes stand behind a frame to vouch for it."""
+        return wire.TAG_BYTES if self._seals else 0
+
+    def tag(self, frame: bytearray | memoryview) -> bytes:
+        """What to send behind this frame; the frames must be sent in the order of these calls."""
+        return self._seals[0].tag(frame) if self._seals else b""
+
+    def check(self, tag: memoryview, *frame: memoryview) -> None:
+        """Raises `PeerLost` unless this frame, with this tag behind it, is what the peer sent next."""
+        if self._seals and not hmac.compare_digest(tag, self._seals[1].tag(*frame)):
+            raise self.altered(f"a frame from {self.peer} was changed, repeated, moved or left out")
+
+    def altered(self, what: str) -> PeerLost:
+        """What to raise where a connection brings what a node does not send. It is nobody's word."""
+        self.broken = True
+        return PeerLost(f"{what}; the connection cannot be trusted")
+
     def send(
         self, header: messages.Header, payload: NDArray[Any] | None = None, deadline_s: float | None = None
     ) -> None:
         """Sends one frame; returns when the kernel has all of it. `deadline_s` is by `time.monotonic`."""
         head = wire.encode(header, 0 if payload is None else payload.nbytes)
-        frame = memoryview(head if payload is None else b"".join((head, payload.data)))
+        whole = bytearray(head) if payload is None else bytearray().join((head, payload.data))
+        whole += self.tag(whole)
+        frame = memoryview(whole)
         while frame := frame[self.send_now(frame) :]:
             timeout_s = None if deadline_s is None else deadline_s - time.monotonic()
             if not self._poll(select.POLLOUT, timeout_s):
@@ -127,19 +154,26 @@ class Channel:
 
     def _next_frame(self, deadline_s: float | None) -> tuple[messages.Header, memoryview]:
         prefix, n_bytes = memoryview(bytearray(wire.PREFIX.size)), 0
-        while n_bytes < len(prefix):
-            n_bytes += self.receive_some(prefix[n_bytes:], deadline_s, (n_bytes, len(prefix)))
-            wire.check_start(prefix[:n_bytes])
-        n_header_bytes, n_payload_bytes = wire.decode_prefix(prefix, *self._limits)
-        total = n_bytes + n_header_bytes + n_payload_bytes
+        try:
+            while n_bytes < len(prefix):
+                n_bytes += self.receive_some(prefix[n_bytes:], deadline_s, (n_bytes, len(prefix)))
+                wire.check_start(prefix[:n_bytes])
+            n_header_bytes, n_payload_bytes = wire.decode_prefix(prefix, *self._limits)
+        except ProtocolError as error:
+            if self._seals is None:
+                raise
+            raise self.altered(f"{self.peer}: {error}") from error
+        total = n_bytes + n_header_bytes + n_payload_bytes + self.n_tag_bytes
         packed = memoryview(bytearray(n_header_bytes))
         self._fill(packed, n_bytes, total, deadline_s)
-        header = wire.decode_header(packed, n_payload_bytes)
         if n_payload_bytes > len(self._payload):
             self._payload = memoryview(bytearray(n_payload_bytes))
         payload = self._payload[:n_payload_bytes]
-        self._fill(payload, total - n_payload_bytes, total, deadline_s)
-        return header, payload
+        self._fill(payload, n_bytes + n_header_bytes, total, deadline_s)
+        tag = memoryview(bytearray(self.n_tag_bytes))
+        self._fill(tag, total - len(tag), total, deadline_s)
+        self.check(tag, prefix, packed, payload)
+        return wire.decode_header(packed, n_payload_bytes), payload
 
     def _fill(self, part: memoryview, n_before: int, total: int, deadline_s: float | None) -> None:
         n_bytes = 0

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tpilite.errors import ProtocolError
+from tpilite.errors import PeerLost, ProtocolError
 from tpilite.net import wire
 from tpilite.net.channel import Channel
 
@@ -39,24 +39,35 @@ class Frames:
 class Exchange:
     """Sends frames and receives others, whose heads must be `head`, each of them from its peer in this order.
 
-    Raises `PeerLost`, or `ProtocolError` for another frame than the expected one.
+    With `protect` each has its tag behind it, which is computed while the frames are on their way.
+    Raises `PeerLost`, also for another frame than the expected one.
     """
 
-    def __init__(self, sends: Sequence[Transfer], receives: Sequence[Transfer], head: bytes) -> None:
+    def __init__(
+        self, sends: Sequence[Transfer], receives: Sequence[Transfer], head: bytes, *, protect: bool = False
+    ) -> None:
         self.sends = sends
         self.receives = receives
         self.head = head
+        self.protect = protect
 
     def __call__(self) -> None:
         rest = list(self.sends)
         _hand_over(rest)
+        if self.protect:
+            rest += [(channel, memoryview(channel.tag(frame))) for channel, frame in self.sends]
+            _hand_over(rest)
         for channel, frame in self.receives:
-            self._receive(channel, frame, rest)
+            self._receive(channel, frame, self.head, rest)
+            if self.protect:
+                tag = memoryview(bytearray(channel.n_tag_bytes))
+                self._receive(channel, tag, b"", rest)
+                channel.check(tag, frame)
         while rest:
             _push(rest, None)
 
-    def _receive(self, channel: Channel, frame: memoryview, rest: list[Transfer]) -> None:
-        head, n_bytes, n_head, total = self.head, 0, len(self.head), len(frame)
+    def _receive(self, channel: Channel, frame: memoryview, head: bytes, rest: list[Transfer]) -> None:
+        n_bytes, n_head, total = 0, len(head), len(frame)
         while n_bytes < total:
             while rest and not _push(rest, channel):
                 pass
@@ -67,12 +78,9 @@ class Exchange:
             if n_bytes >= n_head and frame[:n_head] != head:
                 raise self.out_of_step(channel, frame)
 
-    def out_of_step(self, channel: Channel, frame: memoryview) -> ProtocolError:
+    def out_of_step(self, channel: Channel, frame: memoryview) -> PeerLost:
         found = _describe(frame[: len(self.head)])
-        return ProtocolError(
-            f"expected {_describe(self.head)} from {channel.peer}, found {found}; "
-            "the nodes are out of step: start them again"
-        )
+        return channel.altered(f"expected {_describe(self.head)} from {channel.peer}, found {found}")
 
 
 # What makes an exchange of what is sent, what is received and the head of all these frames.
@@ -97,8 +105,14 @@ def _push(sends: list[Transfer], receiver: Channel | None) -> bool:
 
 
 def _hand_over(sends: list[Transfer]) -> None:
-    """Gives the kernel what it takes at once, of which only the rest stays in `sends`."""
-    sends[:] = [(channel, rest) for channel, view in sends if (rest := view[channel.send_now(view) :])]
+    """Gives the kernel what it takes at once, to each peer in order; only the rest stays in `sends`."""
+    rest: list[Transfer] = []
+    for channel, view in sends:
+        if all(channel is not waiting for waiting, _ in rest):
+            view = view[channel.send_now(view) :]
+        if view:
+            rest.append((channel, view))
+    sends[:] = rest
 
 
 def _describe(head: bytes | memoryview) -> str:

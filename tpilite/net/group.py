@@ -63,12 +63,14 @@ class Group(Closing):
         *,
         allreduce: str = STAR,
         payload: str = "f32",
+        protect: bool = False,
         new_sum: NewSum = new_sum,
     ) -> None:
         self.rank = rank
         self.world_size = len(channels)
         self.allreduce = allreduce
         self.payload = payload
+        self.protect = protect
         self._new_sum = new_sum
         self._channels = tuple(channels)
         self._controls = dict(controls or {})
@@ -96,7 +98,9 @@ class Group(Closing):
         if x.size == 0:
             return x
         if self._sum is None or self._sum.n != x.size:
-            self._sum = self._new_sum(self.algorithm(x.size), self.rank, self._channels, self.payload, x.size)
+            self._sum = self._new_sum(
+                self.algorithm(x.size), self.rank, self._channels, self.payload, x.size, self.protect
+            )
         try:
             self._sum(x.reshape(-1))
         except (PeerLost, ProtocolError) as error:
@@ -242,7 +246,7 @@ class RootGroup(Group):
 
     def _to_all(self, head: bytes, array: NDArray[Any] | None) -> None:
         frame = memoryview(head if array is None else b"".join((head, array.data)))
-        Exchange([(self.channel(r), frame) for r in range(1, self.world_size)], [], head)()
+        Exchange([(self.channel(r), frame) for r in range(1, self.world_size)], [], head, protect=True)()
 
 
 class MemberGroup(Group):

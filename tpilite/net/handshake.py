@@ -111,6 +111,7 @@ def _greet_server(channel: Channel, key: bytes, deadline_s: float) -> None:
         raise ConfigError(f"{channel.peer} did not accept the token; start this node with that of rank 0")
     if not isinstance(reply, messages.Proof) or not auth.verify(key, "server", theirs, mine, reply.proof):
         raise ProtocolError(f"{channel.peer} does not know the token: it is not the cluster's rank 0")
+    channel.protect(*(auth.prove(key, role, theirs, mine) for role in ("client frames", "server frames")))
     channel.limit_frames(wire.MAX_HEADER_BYTES, wire.MAX_PAYLOAD_BYTES)
 
 
@@ -145,6 +146,7 @@ def _greet_client(channel: Channel, key: bytes, deadline_s: float) -> None:
         channel.send(messages.Refused("the token is another one"), deadline_s=deadline_s)
         raise ProtocolError(f"{channel.peer} does not know the token; start it with that of this node")
     channel.send(messages.Proof(auth.prove(key, "server", mine, theirs)), deadline_s=deadline_s)
+    channel.protect(*(auth.prove(key, role, mine, theirs) for role in ("server frames", "client frames")))
     channel.limit_frames(wire.MAX_HEADER_BYTES, wire.MAX_PAYLOAD_BYTES)
 
 

@@ -182,7 +182,14 @@ class Membership:
                 channel, channels[rank] = channels[rank], None
                 if channel is not None:
                     channel.close()
-        group = MemberGroup(self.rank, channels, {0: self._control}, payload=start.payload, new_sum=new_sum)
+        group = MemberGroup(
+            self.rank,
+            channels,
+            {0: self._control},
+            payload=start.payload,
+            protect=start.protect,
+            new_sum=new_sum,
+        )
         with self._changed:
             self._group = group
         if self._failure is not None:

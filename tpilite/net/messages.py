@@ -31,7 +31,7 @@ import msgpack
 
 from tpilite.errors import ProtocolError
 
-VERSION = 1  # of the protocol: of frames and messages together
+VERSION = 2  # of the protocol: of frames and messages together
 
 # Ours nest 4 deep. Msgpack's own limit is 1024 levels, where Python's recursion would end first.
 _MAX_DEPTH = 16
@@ -97,6 +97,7 @@ class Start(Header):
     peers: list[Any]
     allreduce: str  # "star", or an algorithm for which workers connect to each other too
     payload: str  # "f32", "f16" or "bf16"
+    protect: bool  # whether a tag follows each Reduce, too
 
 
 @dataclass(frozen=True)

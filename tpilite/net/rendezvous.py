@@ -50,6 +50,7 @@ class Rendezvous(Closing):
         timeout_s: float,
         allreduce: str,
         payload: str,
+        protect: bool = False,
         info: Mapping[str, Any] | None = None,
         advice: Mapping[str, str] | None = None,
         new_sum: NewSum = new_sum,
@@ -58,6 +59,7 @@ class Rendezvous(Closing):
         self.world_size = world_size
         self._info = dict(info or {})
         self._timeout_s, self._allreduce, self._payload = timeout_s, allreduce, payload
+        self._protect = protect
         self._new_sum = new_sum
         self._members = Members(world_size, terms, advice or {})
         self._group: RootGroup | None = None  # the last one; set while `_members.changed` is held
@@ -132,7 +134,14 @@ class Rendezvous(Closing):
             controls = {
                 rank: member.control for rank, member in members.items() if member.control is not None
             }
-            group = RootGroup(0, [None, *channels], controls, payload=self._payload, new_sum=self._new_sum)
+            group = RootGroup(
+                0,
+                [None, *channels],
+                controls,
+                payload=self._payload,
+                protect=self._protect,
+                new_sum=self._new_sum,
+            )
             with self._members.changed:
                 self._group = group
                 self._members.forget(members)
@@ -156,7 +165,7 @@ class Rendezvous(Closing):
             ready = members[rank].ready
             assert ready is not None
             peers.append([members[rank].host, ready.port])
-        start = messages.Start(epoch, peers, self._allreduce, self._payload)
+        start = messages.Start(epoch, peers, self._allreduce, self._payload, self._protect)
         for member in members.values():
             assert member.control is not None
             member.control.send(start)

@@ -11,6 +11,7 @@ bf16) the algorithms differ in their last bits, but all ranks still agree: who s
 keeps the rounded one.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -171,14 +172,20 @@ def new_sum(
     channels: _Channels,
     payload: str,
     n: int,
+    protect: bool = False,
     new_exchange: NewExchange = Exchange,
     scatter_sum: type[ScatterSum] = ScatterSum,
 ) -> Sum:
-    """What sums `n` numbers by one of ALGORITHMS, of which all but the star need channels to all ranks."""
+    """What sums `n` numbers by one of ALGORITHMS, of which all but the star need channels to all ranks.
+
+    With `protect` each frame has its tag, which Python computes: the exchanges are its own, too.
+    """
+    if protect:
+        new_exchange = functools.partial(Exchange, protect=True)
     star = _StarLeaf if rank else _StarHub
     cls: type[Sum] = {STAR: star, "direct": _Direct, "scatter": scatter_sum}[algorithm]
     return cls(rank, channels, payload, n, new_exchange)
 
 
-# What makes a sum of the first five arguments of `new_sum`: itself, or what does the same by compiled code.
-NewSum = Callable[[str, int, _Channels, str, int], Sum]
+# What makes a sum of the first six arguments of `new_sum`: itself, or what does the same by compiled code.
+NewSum = Callable[[str, int, _Channels, str, int, bool], Sum]

@@ -4,17 +4,26 @@ A frame is
 
     offset  bytes  what
     0       3      magic, "TPI"
-    3       1      version of the protocol, 1
+    3       1      version of the protocol, 2
     4       4      H, length of the header, unsigned
     8       8      P, length of the payload, unsigned
     16      H      the header: one msgpack map
     16 + H  P      the payload: raw bytes
+    16+H+P  16     the tag, from the end of the handshake on
 
-with integers in little-endian order. Magic and version keep their place in every version to come, so that
+with integers in little-endian order. The tag is BLAKE2b (RFC 7693) of 16 bytes over the frame's number and
+then all of it that stands before the tag; the number, 8 bytes that are not sent, counts the tagged frames of
+this direction of this connection from 0. The key is what `auth.prove` gives for the role "client frames" or
+"server frames", after who sends. So a frame that was changed, repeated, left out, moved or sent back to its
+sender does not fit, and the connection ends. Of sums (`Reduce`), only those of a group whose `Start` says so
+have tags and numbers.
+
+Magic and version keep their place in every version to come, so that
 two nodes of different versions can tell each other so. `messages` says what a header can hold, and which
 messages have a payload.
 """
 
+import hashlib
 import struct
 
 from tpilite.errors import ProtocolError
@@ -29,6 +38,7 @@ PREFIX = struct.Struct("<3sBIQ")
 # A pass's rows, the candidates' ids and config.json take some tens of KiB; what is larger goes as payload.
 # A header of nothing but small numbers takes up to 9 times its length as Python objects.
 MAX_HEADER_BYTES = 1 << 20
+TAG_BYTES = 16
 # The largest is the full logits of a prompt's chunk: 512 rows of 128 Ki float32.
 MAX_PAYLOAD_BYTES = 1 << 28
 # Before the token is proved, only Hello, Proof and Refused can come; the longest of them is below 100 bytes.
@@ -79,3 +89,20 @@ def decode_header(packed: memoryview, n_payload_bytes: int) -> Header:
             f"expected no payload with {type(header).__name__}, found {n_payload_bytes} bytes"
         )
     return header
+
+
+class Seal:
+    """The tags of the frames of one direction, in their order, for who sends them and for who checks them."""
+
+    def __init__(self, key: bytes) -> None:
+        self._keyed = hashlib.blake2b(key=key, digest_size=TAG_BYTES)
+        self._n_frames = 0
+
+    def tag(self, *parts: bytearray | memoryview) -> bytes:
+        """The tag of the next frame, which consists of these parts."""
+        mac = self._keyed.copy()
+        mac.update(self._n_frames.to_bytes(8, "little"))
+        for part in parts:
+            mac.update(part)
+        self._n_frames += 1
+        return mac.digest()
