@@ -37,8 +37,8 @@ _INSIDE = {
     "engine": "compiled config sampling usage sequence scheduler stats step runner rank engine session",
     "cluster": "config token slice_protocol catalog slice_server slice_client fetch terms splits clean host "
     "worker",
-    "serving": "config errors openai_requests openai_responses figures jobs service answer page routes "
-    "server",
+    "serving": "config errors body_memory openai_requests openai_responses figures jobs service answer page "
+    "routes server",
     "cli": "memory_report local terminal hub configs options clean main __main__",
     "shipped": "",
 }

@@ -19,13 +19,17 @@ from servers import (
     get,
     health,
     lossy,
+    post,
     served,
     write_model,
 )
 
 from tpilite import LLM, SamplingParams
 from tpilite.errors import PeerLost
-from tpilite.serving import answer
+from tpilite.net.http import HttpError
+from tpilite.serving import answer, body_memory, openai_requests
+from tpilite.serving.server import Server
+from tpilite.text.tokenizer import Tokenizer
 
 openai = pytest.importorskip("openai", reason="needs OpenAI's client: pip install openai")
 
@@ -280,3 +284,46 @@ def test_past_the_grace_open_streams_are_told(session: LLM) -> None:
         ending.join()
         with pytest.raises(openai.APIError, match="stopped before this answer was complete"):
             list(stream)
+
+
+def test_what_cannot_fit_is_refused_by_its_length(
+    shared: Server, llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before it is decoded, and before it is made tokens."""
+    most = llm.max_prompt_bytes
+    assert most is not None
+
+    def never(*_: Any) -> Any:
+        pytest.fail("it was read")
+
+    def refused(path: str, body: dict[str, Any]) -> str:
+        status, _, answer = post(shared, path, {"model": "tiny", **body})
+        assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+        return answer["error"]["message"]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tokenizer, "encode", never)
+        long = {"role": "user", "content": "a" * (most + 1)}
+        assert "tokens" in refused("/v1/chat/completions", {"messages": [long]})
+        assert "tokens" in refused("/v1/completions", {"prompt": "a" * (most + 1)})
+        assert "tokens" in refused("/v1/completions", {"prompt": ["\u00e9" * (most // 2 + 1), "a"]})
+        patch.setattr(openai_requests, "parse_json", never)
+        huge = {"role": "user", "content": "a" * 3_900_000}
+        assert "bytes" in refused("/v1/chat/completions", {"messages": [huge]})
+    # Spaces around a message are no part of it.
+    spaced = [{"role": "user", "content": " " * most + "Hello" + " " * 9}]
+    monkeypatch.setattr(llm.chat_format, "encode", lambda messages: [1])
+    assert llm.encode_chat(spaced).ids == [1]
+
+
+def test_large_bodies_share_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(body_memory, "_WAIT_S", 0.2)
+    memory = body_memory.BodyMemory()
+    with memory.hold(4 << 20), memory.hold(4 << 20), memory.hold(1000):
+        with pytest.raises(HttpError, match="too many large requests"), memory.hold(1 << 20):
+            pass
+        monkeypatch.setattr(body_memory, "_WAIT_S", 30)
+        held = threading.Thread(target=lambda: memory.hold(1 << 20).__enter__())
+        held.start()
+    held.join(10)
+    assert not held.is_alive()

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tpilite.config import LlamaConfig
-from tpilite.engine.engine import Engine, Recover
+from tpilite.engine.engine import Engine, Recover, TooLong
 from tpilite.engine.rank import Rank
 from tpilite.engine.sampling import SamplingParams
 from tpilite.engine.sequence import Sequence
@@ -105,6 +105,7 @@ class Session:
 
     def encode(self, prompt: Prompt) -> EncodedPrompt:
         """A text to be continued, as ids. For any thread, as `encode_chat` and `prepare` are."""
+        self._check_size(prompt if isinstance(prompt, str) else "")
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         return EncodedPrompt(ids, self._eos_ids, is_chat=False)
 
@@ -112,6 +113,7 @@ class Session:
         """A conversation of {"role": ..., "content": ...} messages to be answered, as ids."""
         if self.chat_format is None:
             raise ConfigError(f"{self.folder} is not a chat model (no known chat format); give it a prompt")
+        self._check_size("".join(message["content"].strip() for message in messages))
         ids, stop_ids = self.chat_format.encode(messages), self.chat_format.stop_ids
         return EncodedPrompt(ids, self._eos_ids | stop_ids, is_chat=True)
 
@@ -151,6 +153,22 @@ class Session:
     def usage(self) -> Usage:
         """What rank 0 has spent and waited for since its start."""
         return self._rank.usage
+
+    @property
+    def max_prompt_bytes(self) -> int | None:
+        """The bytes beyond which no text fits the context; None where that cannot be told."""
+        size = None if self._tokenizer is None else self._tokenizer.max_token_bytes
+        return None if size is None else size * self.engine.context
+
+    def _check_size(self, text: str) -> None:
+        """Raises `TooLong` for a text that cannot fit, before its ids take many times its memory."""
+        limit = self.max_prompt_bytes
+        if (
+            limit is not None
+            and len(text) > limit // 4
+            and (size := len(text.encode("utf-8", "replace"))) > limit
+        ):
+            raise TooLong(-(-size * self.engine.context // limit), None, self.engine.context, False)
 
     def _start(self, prompt: EncodedPrompt, params: SamplingParams | None) -> Sequence:
         sequence = self.prepare(prompt, params or SamplingParams())

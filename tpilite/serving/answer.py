@@ -3,6 +3,7 @@
 A comment keeps a stream alive while there is nothing to say. A client that hangs up ends its job.
 """
 
+import dataclasses
 import json
 import secrets
 import threading
@@ -39,15 +40,19 @@ class Completions:
         """How many answers are on their way."""
         return self._n_open
 
-    def answer(self, connection: Connection, request: Request) -> None:
-        """Answers a request. Raises `ApiError` before the answer has begun, and `OSError`."""
+    def start(self, request: Request) -> "Started":
+        """Puts a request into the queue. Raises `ApiError`."""
         job = self._start(request)
         name = f"{'chatcmpl' if request.is_chat else 'cmpl'}-{secrets.token_hex(12)}"
         info = ResponseInfo(name, int(time.time()), self._model_name, request.is_chat)
-        answer = _Answer(self._service, request, info)
+        return job, _Answer(self._service, request, info)
+
+    def answer(self, connection: Connection, started: "Started") -> None:
+        """Answers a request. Raises `ApiError` before the answer has begun, and `OSError`."""
+        job, answer = started
         try:
             with self._counted():
-                if request.stream:
+                if answer.request.stream:
                     self._stream(connection, job, answer)
                 else:
                     self._collect(connection, job, answer)
@@ -121,7 +126,6 @@ class _Answer:
     """A request's deltas as OpenAI's chunks or as one response."""
 
     def __init__(self, service: Service, request: Request, info: ResponseInfo) -> None:
-        self.request = request
         self._service, self._info = service, info
         n_choices = request.n * max(1, len(request.prompts))
         prompts = [service.decode(p) for p in request.prompts] if request.echo else []
@@ -130,6 +134,8 @@ class _Answer:
         self._logprobs: list[list[Any]] = [[] for _ in range(n_choices)]
         self._reasons = [""] * n_choices
         self._offsets = [len(echo) for echo in self._echoes]
+        # Without what may be megabytes, for as long as the answer takes.
+        self.request = dataclasses.replace(request, messages=() if request.is_chat else None, prompts=())
 
     def add(self, delta: Delta) -> None:
         """Keeps a delta for the whole response."""
@@ -181,6 +187,9 @@ class _Answer:
             logprobs, self._service.token, self._offsets[index]
         )
         return found
+
+
+Started = tuple[Job, _Answer]
 
 
 def _reason(reason: str | None) -> str:

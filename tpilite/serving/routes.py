@@ -17,6 +17,7 @@ from tpilite.net.http import HttpError
 from tpilite.net.http_server import Connection
 from tpilite.serving import openai_requests, openai_responses
 from tpilite.serving.answer import Completions
+from tpilite.serving.body_memory import BodyMemory
 from tpilite.serving.config import ServerConfig
 from tpilite.serving.errors import ApiError, Json, unknown_model
 from tpilite.serving.figures import metrics
@@ -42,6 +43,8 @@ _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\[\]:/@\s]+)(?::[0-9]{1,5})?")
 _ORIGIN = re.compile(rf"null|[A-Za-z][A-Za-z0-9+.-]*://(?P<host>{_HOST.pattern})?")
 # A context of 128k tokens is half a megabyte of text, or one of token ids.
 _MAX_BODY_BYTES = 4 << 20
+# JSON may write one byte of a text in six, beside all else that a request says.
+_BYTES_PER_ESCAPED, _MAX_FIELDS_BYTES = 6, 64 << 10
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ class Routes:
         self._config, self._model_name = config, model_name
         self._host_names = host_names
         self._created_s = int(time.time())
+        self._memory = BodyMemory()
         self._table = {
             "/health": _Route("GET", self._health, is_open=True),
             "/metrics": _Route("GET", self._metrics),
@@ -204,8 +208,28 @@ class Routes:
     # ---- what is answered
 
     def _complete(self, parse: Parse, connection: Connection) -> None:
-        body = openai_requests.parse_json(connection.body(_MAX_BODY_BYTES))
-        self._completions.answer(connection, parse(body, self._config.defaults))
+        with self._memory.hold(self._body_size(connection, parse)):
+            body = openai_requests.parse_json(connection.body(_MAX_BODY_BYTES))
+            started = self._completions.start(parse(body, self._config.defaults))
+            del body
+        self._completions.answer(connection, started)
+
+    def _body_size(self, connection: Connection, parse: Parse) -> int:
+        """The bytes that the body may have. Raises `ApiError` where no request of so many can fit."""
+        length = connection.request.length
+        size = _MAX_BODY_BYTES if length is None else length
+        limit = self._service.max_prompt_bytes
+        if limit is not None and parse is openai_requests.parse_chat:
+            most = _MAX_FIELDS_BYTES + _BYTES_PER_ESCAPED * limit
+            if most < size <= _MAX_BODY_BYTES and length is not None:
+                raise ApiError(
+                    400,
+                    f"the request has {size} bytes, and none of more than {most} can fit this model's "
+                    f"context length of {self._service.context} tokens",
+                    param="messages",
+                    code="context_length_exceeded",
+                )
+        return size
 
     def _models(self, connection: Connection) -> None:
         _send_json(connection, openai_responses.models(self._model_name, self._created_s))

@@ -97,6 +97,11 @@ class Service(Closing):
         return self._session.engine.context
 
     @property
+    def max_prompt_bytes(self) -> int | None:
+        """The bytes beyond which no text fits the context; None where that cannot be told."""
+        return self._session.max_prompt_bytes
+
+    @property
     def can_chat(self) -> bool:
         """Whether messages can be answered, beside texts continued."""
         return self._session.chat_format is not None

@@ -68,6 +68,8 @@ def _read(path: Path, raw: bytes, settings: TokenizerSettings, vocab_size: int) 
         add_bos=settings.add_bos,
         spaced=frozenset(i for i, piece in enumerate(pieces) if strips and piece.startswith("\u2581")),
         strip_all=strip_all,
+        # A normalizer drops spaces; unknown characters in a row are one token, where there are none of bytes.
+        is_lossless=not strip_all and any(map(processor.is_byte, range(n_pieces))),
     )
 
 

@@ -29,6 +29,7 @@ class Tokenizer:
         add_bos: bool,
         spaced: frozenset[int] = frozenset(),  # tokens that lose one leading space where a text begins
         strip_all: bool = False,  # also the next such token, while there is no text yet
+        is_lossless: bool = True,  # the tokens of a text hold all of its bytes
     ) -> None:
         self.specials: Mapping[str, int] = names.specials
         self.bos_id = bos
@@ -42,6 +43,9 @@ class Tokenizer:
         self._tokens = tokens
         self._encode_plain = encode_plain
         self._words = names.words
+        # No text of more bytes than this for each token can be so few tokens; None where it can.
+        longest = max(map(len, [*tokens, *(name.encode() for name in names.specials)]), default=1)
+        self.max_token_bytes = longest if is_lossless else None
         self._find_special = _any_of(names.specials, names.strips)
         self._find_word = _any_of(names.words, names.strips)
 
