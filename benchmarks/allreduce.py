@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--payload", default="f32", choices=("f32", "f16", "bf16"))
     parser.add_argument("--delay_ms", type=float, default=0.0, help="one way, over wires")
     parser.add_argument("--rate_mbit", type=float, default=0.0, help="of each rank's wire")
+    parser.add_argument("--protect", action="store_true", help="with a tag behind each frame")
     parser.add_argument("--seconds", type=float, default=1.0, help="of measuring, for each row")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -85,6 +86,7 @@ def main() -> None:
         "python": platform.python_version(),
         "numpy": np.__version__,
         "payload": args.payload,
+        "protect": args.protect,
         "network": network,
         "latency_us": latency_s * 1e6,
         "gbit_per_s": 8e-9 / per_byte_s,
@@ -106,7 +108,7 @@ def main() -> None:
     for n_ranks in map(int, args.ranks.split(",")):
         with contextlib.ExitStack() as stack:
             wires = stack.enter_context(Wires(n_ranks, delay_s, bits_per_s)) if bits_per_s else None
-            cluster = stack.enter_context(Cluster(n_ranks, args.payload, delay_s, wires))
+            cluster = stack.enter_context(Cluster(n_ranks, args.payload, args.protect, delay_s, wires))
             for way, kib in itertools.product(args.ways.split(","), kibs):
                 times_s, in_a_row_s, late_s, used = cluster.measure(way, kib << 10, args.seconds)
                 n_bytes = (kib << 10) // (1 if args.payload == "f32" else 2)
@@ -172,17 +174,20 @@ def foretell(rows: list[dict[str, Any]], latency_s: float = 1e-4, bits_per_s: fl
 class Cluster:
     """Rank 0 in this process, the others in processes of their own."""
 
-    def __init__(self, n_ranks: int, payload: str, delay_s: float, wires: Wires | None) -> None:
+    def __init__(
+        self, n_ranks: int, payload: str, protect: bool, delay_s: float, wires: Wires | None
+    ) -> None:
         ends: list[list[socket.socket | None]] = [[None] * n_ranks for _ in range(n_ranks)]
         for low, high in itertools.combinations(range(n_ranks), 2):
             ends[low][high], ends[high][low] = wires.connect(low, high) if wires else tcp_pair()
         fork = multiprocessing.get_context("fork")  # the sockets are inherited as they are
         self._processes = [
-            fork.Process(target=work, args=(rank, ends, payload), daemon=True) for rank in range(1, n_ranks)
+            fork.Process(target=work, args=(rank, ends, payload, protect), daemon=True)
+            for rank in range(1, n_ranks)
         ]
         for process in self._processes:
             process.start()
-        self.group = group_of(0, ends, payload)
+        self.group = group_of(0, ends, payload, protect)
         self._wires = wires
         # Long enough for the agreement on a moment to reach every rank before it.
         self._lead_s = 2 * delay_s + (500e-6 if wires else 0) + 100e-6 * n_ranks
@@ -262,10 +267,10 @@ def sums(sum_up: Callable[[Any], Any], n: int, starts: list[float]) -> tuple[Any
     return began_s, ended_s
 
 
-def work(rank: int, ends: list[list[socket.socket | None]], payload: str) -> None:
+def work(rank: int, ends: list[list[socket.socket | None]], payload: str, protect: bool) -> None:
     if sys.platform == "linux":  # through wires that went with it, the parent's end is not noticed
         end_with_parent()
-    group = group_of(rank, ends, payload)
+    group = group_of(rank, ends, payload, protect)
     with contextlib.suppress(Exception, KeyboardInterrupt):  # rank 0 has ended and says what there is to say
         while True:
             order = group.broadcast(None).header
@@ -276,13 +281,18 @@ def work(rank: int, ends: list[list[socket.socket | None]], payload: str) -> Non
             group.gather(Message({}, moments))
 
 
-def group_of(rank: int, ends: list[list[socket.socket | None]], payload: str) -> Group:
+def group_of(rank: int, ends: list[list[socket.socket | None]], payload: str, protect: bool) -> Group:
     """The group of one rank; the other ranks' sockets are closed in this process."""
     for other, row in enumerate(ends):
         if other != rank:
             close_all(row)
     channels = [None if sock is None else Channel(sock, f"rank {r}") for r, sock in enumerate(ends[rank])]
-    return (MemberGroup if rank else RootGroup)(rank, channels, payload=payload, new_sum=new_sums())
+    for channel in channels:
+        if protect and channel is not None:
+            channel.protect(b"k" * 32, b"k" * 32)
+    return (MemberGroup if rank else RootGroup)(
+        rank, channels, payload=payload, protect=protect, new_sum=new_sums()
+    )
 
 
 def close_all(socks: list[socket.socket | None]) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from certificates import certificates
 from checkpoints import tiny_config, write_checkpoint
+from frame_relay import FrameRelay
 from nodes import TOKEN, TOKENIZER, Cluster, Node, Nodes, Story, free_ports, make_story
 
 from tpilite import LLM, SamplingParams
@@ -210,6 +211,23 @@ def test_the_token_is_kept_from_others_of_the_machine(nodes: Nodes, story: Story
         assert b"tpilite-node" in shown
         assert token.encode() not in shown
     assert token not in node.err
+
+
+@pytest.mark.parametrize(
+    ("kind", "harm"), [("reduce", "flip"), ("reduce", "repeat"), ("broadcast", "flip"), ("gather", "flip")]
+)
+def test_harm_done_on_the_way_does_not_change_the_text(
+    kind: str, harm: str, nodes: Nodes, story: Story
+) -> None:
+    cluster = Cluster(nodes, story, 2, "--protect")
+    cluster.host.wait_for_line("tpilite-node --join")
+    with FrameRelay(cluster.broadcast_port, kind, harm, nth=20) as relay:
+        worker = cluster.start_worker("worker", port=relay.port)
+        assert cluster.host.finish() == 0
+        assert relay.harmed.is_set()
+        assert cluster.host.out == story.text
+        worker.kill()
+    assert "the connection cannot be trusted" in cluster.host.err + worker.err
 
 
 # What is lost

@@ -1,7 +1,6 @@
 """Frames in any pieces; everything that a peer could send instead of one."""
 
 import contextlib
-import socket
 import struct
 from typing import Any
 
@@ -9,10 +8,10 @@ import msgpack
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pieces import Pieces
 
 from tpilite.errors import PeerLost, ProtocolError
 from tpilite.net import messages, wire
-from tpilite.net.channel import Channel, Progress
 
 BROADCAST = messages.Broadcast({"step": 3, "ids": [1, 2], "text": "é", "p": 0.5, "none": None}, "<f4", [2, 2])
 FRAMES: list[tuple[messages.Header, bytes]] = [
@@ -25,35 +24,6 @@ FRAMES: list[tuple[messages.Header, bytes]] = [
     (messages.Error("no", 2), b""),
 ]
 STREAM = b"".join(wire.encode(header, len(payload)) + payload for header, payload in FRAMES)
-
-
-class Pieces(Channel):
-    """A channel whose bytes come in these pieces, of which it reads no more than it has room for."""
-
-    def __init__(self, *pieces: bytes) -> None:
-        self.sockets = socket.socketpair()
-        super().__init__(self.sockets[0], "peer")
-        self.pieces = [piece for piece in pieces if piece]
-        self.wanted: list[int] = []
-
-    def receive_some(
-        self, view: memoryview, deadline_s: float | None, where: Progress, *, whole: bool = False
-    ) -> int:
-        if not self.pieces:
-            raise self.lost(None, where)
-        self.wanted.append(len(view))
-        piece = self.pieces.pop(0)
-        view[: len(piece)] = piece[: len(view)]
-        if piece[len(view) :]:
-            self.pieces.insert(0, piece[len(view) :])
-        return min(len(piece), len(view))
-
-    def __enter__(self) -> "Pieces":
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        for sock in self.sockets:
-            sock.close()
 
 
 def frames(*pieces: bytes) -> list[tuple[messages.Header, bytes]]:
