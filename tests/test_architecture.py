@@ -39,7 +39,7 @@ _INSIDE = {
     "worker",
     "serving": "config errors body_memory openai_requests openai_responses figures jobs service answer page "
     "routes server",
-    "cli": "memory_report local terminal hub configs options clean main __main__",
+    "cli": "streams memory_report local terminal hub configs options clean main __main__",
     "shipped": "",
 }
 # `local` hands its own environment on to the ranks that it starts; `compiled` asks whether compiled code is

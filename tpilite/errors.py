@@ -1,7 +1,7 @@
 """Every error that tpilite raises on purpose, by whose fault it is.
 
-The command line turns each into one line on stderr and the exit code given here; anything else that
-escapes is a bug of ours and keeps its traceback.
+The command line turns each into one line on stderr and the exit code given here, and likewise what the system
+refuses (`OSError`, `MemoryError`); anything else that escapes is a bug of ours and keeps its traceback.
 """
 
 

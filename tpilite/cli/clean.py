@@ -12,7 +12,8 @@ from tpilite.weights.checkpoint import Checkpoint
 
 def clean(args: argparse.Namespace, folder: Path | None) -> int:
     """Lists what is not needed of a model's slices and in the cache, and removes it after a yes."""
-    found = list(unneeded_of_cache(cache_folder()))
+    cache = cache_folder()
+    found = [] if cache is None else list(unneeded_of_cache(cache))
     save_dir = None if folder is None else own_save_dir(args, folder)
     if folder is not None and save_dir is not None:
         fingerprint = None

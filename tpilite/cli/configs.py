@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tpilite.cluster.config import ClusterConfig
-from tpilite.cluster.token import checked_token, kept_token
+from tpilite.cluster.token import checked_token, kept_token, new_token
 from tpilite.engine.config import EngineConfig, parse_budget
 from tpilite.engine.sampling import SamplingParams
 from tpilite.errors import ConfigError
@@ -82,7 +82,7 @@ def own_save_dir(args: argparse.Namespace, folder: Path | None) -> Path | None:
         return Path(folder or "", args.save_dir)
     if folder is None or folder in SHIPPED.values():
         return None
-    nearest = folder if folder.exists() else folder.absolute().parent
+    nearest = folder if folder.exists() else folder.parent
     # The superuser may write everywhere, but not where nobody is meant to.
     ours = nearest.is_dir() and nearest.stat().st_mode & 0o222 and os.access(nearest, os.W_OK)
     return folder / "split" if ours else None
@@ -90,14 +90,33 @@ def own_save_dir(args: argparse.Namespace, folder: Path | None) -> Path | None:
 
 def save_dir_of(args: argparse.Namespace, folder: Path, world_size: int) -> Path:
     """Where rank 0 has the slices: in the cache, if there is no other place."""
+    own = own_save_dir(args, folder)
     key = f"{folder.resolve()} {world_size} {args.ratio}"
-    in_cache = cache_folder() / "split" / hashlib.sha256(key.encode()).hexdigest()[:16]
-    return own_save_dir(args, folder) or in_cache
+    return own or in_cache("split") / hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
-def cache_folder() -> Path:
-    """Where this user's programs keep what can be made again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tpilite"
+def in_cache(name: str) -> Path:
+    """A place in the user's cache. Raises `ConfigError` where there is none."""
+    folder = cache_folder()
+    if folder is None:
+        raise ConfigError("there is no home folder to keep slices in: give --save_dir, or set HOME")
+    return folder / name
+
+
+def cache_folder() -> Path | None:
+    """Where this user's programs keep what can be made again; None where that is nowhere."""
+    return _user_folder("XDG_CACHE_HOME", ".cache")
+
+
+def _user_folder(variable: str, name: str) -> Path | None:
+    """Our folder where the environment says, or else in the user's home; None for a user who has none."""
+    said = Path(os.environ.get(variable, ""))
+    if not said.is_absolute():  # the XDG specification has others ignored
+        try:
+            said = Path.home() / name
+        except RuntimeError:  # a container may run as a user that it does not know
+            return None
+    return said / "tpilite" if said.is_absolute() else None
 
 
 def _token(args: argparse.Namespace, *, make: bool) -> str:
@@ -110,8 +129,17 @@ def _token(args: argparse.Namespace, *, make: bool) -> str:
         return token
     if "TPILITE_TOKEN" in os.environ:
         return checked_token(os.environ["TPILITE_TOKEN"], "TPILITE_TOKEN")
-    config = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
-    token = kept_token(config / "tpilite" / "token", make=make)
+    folder, token = _user_folder("XDG_CONFIG_HOME", ".config"), None
+    try:
+        if folder is not None:
+            token = kept_token(folder / "token", make=make)
+    except ConfigError:
+        if args.local is None:
+            raise
+    if token is None and args.local is not None:
+        token = new_token()  # ranks of one machine need none that lasts
+    if token is None and make:
+        raise ConfigError("there is no home folder to keep a token in: give one with --token, or set HOME")
     if token is None:
         raise ConfigError("the cluster's token is missing: see what rank 0 says, or give --token")
     return token

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tpilite.errors import ConfigError
 
-_CACHE = Path("~/.cache/huggingface/hub")
+_CACHE = "~/.cache/huggingface/hub"
 _MAX_FOLDERS = 2000  # looked into, so that a start in a huge folder stays a start
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 # What the engine reads; other formats of the same weights would double the download.
@@ -26,15 +26,16 @@ _WANTED = [
 ]
 
 
-def find_models(current: Path | None = None, cache: Path = _CACHE) -> dict[str, Path]:
+def find_models(current: Path | None = None, cache: Path | None = None) -> dict[str, Path]:
     """The Llama models in Hugging Face's cache, in the current folder and in the folders of it, by name."""
-    current = current or Path.cwd()
+    current = current or _current_folder()
     found = {
         folder.resolve(): (str(folder.relative_to(current)), folder)
         for folder in (current, *_folders(current))
         if _is_llama(folder)
     }
-    for repository in _folders(cache.expanduser()):
+    # Other than a Path's, this one leaves the name as it is for a user without a home.
+    for repository in _folders(cache or Path(os.path.expanduser(_CACHE))):
         if repository.name.startswith("models--"):
             folder = next(filter(_is_llama, _snapshots(repository)), None)
             if folder is not None:
@@ -77,6 +78,13 @@ def resolve(name: str) -> Path:
         raise ConfigError(
             f"{name} cannot be fetched from the Hugging Face Hub: {reason[0] if reason else error!r}"
         ) from error
+
+
+def _current_folder() -> Path:
+    try:
+        return Path.cwd()
+    except OSError:  # it was deleted
+        return Path()
 
 
 def _folders(parent: Path) -> list[Path]:

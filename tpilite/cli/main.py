@@ -2,10 +2,8 @@
 
 import argparse
 import gc
-import io
 import json
 import logging
-import os
 import resource
 import signal
 import sys
@@ -18,9 +16,9 @@ from typing import Any, NoReturn
 
 from tpilite.cli.clean import clean
 from tpilite.cli.configs import (
-    cache_folder,
     cluster_config,
     engine_config,
+    in_cache,
     own_save_dir,
     rank_0_of,
     rank_of,
@@ -35,6 +33,7 @@ from tpilite.cli.hub import find_models, is_hub_name, model_name, resolve
 from tpilite.cli.local import LocalWorkers, end_with_stdin, share_of, worker_options
 from tpilite.cli.memory_report import MemoryReport, paging_columns
 from tpilite.cli.options import parse
+from tpilite.cli.streams import PROGRAM, set_up_streams
 from tpilite.cli.terminal import Interrupt, answer, converse, interruptible, progress_bar
 from tpilite.cluster.config import ClusterConfig
 from tpilite.cluster.host import Host, own_address
@@ -52,6 +51,8 @@ from tpilite.shipped import find_model
 from tpilite.weights.checkpoint import Checkpoint
 from tpilite.weights.partition import Partition
 
+logger = logging.getLogger(__name__)
+
 INTERRUPTED = 130  # what shells report for a program ended by Ctrl-C
 BROKEN_PIPE = 141  # likewise, for one whose reader went away
 TERMINATED = 143  # and for one that was asked to end
@@ -64,33 +65,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs `tpilite-node` and gives its exit code: 0, 2 (what was asked for), 3 (the network), 130, 141."""
     # What is imported stays: looking through it for garbage took a tenth of a short run, most at its end.
     gc.freeze()
-    _replace_closed_streams()
-    for stream in (sys.stdin, sys.stdout):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(encoding="utf-8", errors="replace")
+    set_up_streams()
     signal.signal(signal.SIGTERM, _terminate)
     _raise_file_limit()
     try:
-        args = parse(sys.argv[1:] if argv is None else argv)
-        _set_up_logging(args)
-        return run(args)
-    except TpiliteError as error:
-        print(f"tpilite-node: {error}", file=sys.stderr)
-        return error.exit_code
+        try:
+            args = parse(sys.argv[1:] if argv is None else argv)
+            _set_up_logging(args)
+            return run(args)
+        finally:
+            sys.stdout.flush()
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # Flushing stdout at the interpreter's end would fail once more.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
+    except (TpiliteError, OSError, MemoryError) as error:
+        print(f"{PROGRAM}: {_sentence(error)}", file=sys.stderr)
+        return error.exit_code if isinstance(error, TpiliteError) else ConfigError.exit_code
 
 
-def _replace_closed_streams() -> None:
-    """Stands in for those that the caller has closed, which Python gives as None."""
-    for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:
-            null = os.fdopen(os.open(os.devnull, os.O_RDWR), "r+b", buffering=0)
-            setattr(sys, name, io.TextIOWrapper(null, write_through=True))
+def _sentence(error: Exception) -> str:
+    """What went wrong, in a line; with --verbose the log says where, if that is no error of ours."""
+    if isinstance(error, TpiliteError):
+        return str(error)
+    logger.debug("where it happened:", exc_info=error)
+    if isinstance(error, MemoryError):
+        return "there is not enough memory: give it less to do, or a smaller --memory_budget"
+    what = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+    reason = error.strerror if isinstance(error, OSError) else None
+    return f"the system refuses: {what}{reason or error}"
 
 
 def _terminate(_number: int, _frame: FrameType | None) -> NoReturn:
@@ -146,10 +149,11 @@ def work(args: argparse.Namespace, rank: int | None) -> int:
         end_with_stdin()
     cluster = cluster_config(args, 1, make_token=False)
     folder = None if args.model_path is None else find_model(args.model_path)
+    save_dir = own_save_dir(args, folder)
     with progress_bar("fetching slices") as bar:
         options = WorkerOptions(
-            save_dir=own_save_dir(args, folder),
-            cache=cache_folder() / "slices",
+            save_dir=save_dir,
+            cache=in_cache("slices") if save_dir is None else WorkerOptions.cache,
             model=folder,
             rank=rank,
             force_download=args.force_download,
@@ -193,7 +197,14 @@ def hosted(args: argparse.Namespace, folder: Path, world_size: int, stack: ExitS
         print(_invitation(host, cluster, shows_token(args)), file=sys.stderr)
     else:
         options = worker_options(host.broadcast_port, host.split_folder, engine, cluster)
-        stack.enter_context(LocalWorkers(world_size - 1, options, cluster.token))
+        workers = LocalWorkers(
+            world_size - 1,
+            options,
+            cluster.token,
+            last_group_s=lambda: host.formed_s,
+            on_failure=host.give_up,
+        )
+        stack.enter_context(workers)
         stack.callback(host.close)  # then they leave by themselves
     with progress_bar("slicing the model") as bar:
         host.start(bar)

@@ -31,7 +31,7 @@ from tpilite.cluster.slice_client import SliceClient
 from tpilite.cluster.slice_protocol import etag_of, folder_path
 from tpilite.errors import PeerLost, SliceError
 from tpilite.machine import format_size
-from tpilite.weights.disk import free_bytes, full_error, is_full, sync_folder, write_durably
+from tpilite.weights.disk import free_bytes, full_error, is_full, sync_folder, write_durably, write_error
 from tpilite.weights.slices import (
     MANIFEST_NAME,
     MAX_MANIFEST_BYTES,
@@ -90,7 +90,7 @@ def fetch_slices(
         with _alone(folder), SliceClient(host, port, token, tls, timeout_s) as client:
             _Fetch(client, rank, folder, progress, patience_s, served).run(force and not served)
     except OSError as error:
-        raise SliceError(f"the slices cannot be kept in {folder}: {error}") from error
+        raise write_error(folder, error) from error
     return folder
 
 

@@ -19,7 +19,7 @@ from tpilite.cluster.terms import mark_served, security_of, terms_of
 from tpilite.engine.compiled import new_sums
 from tpilite.engine.config import EngineConfig
 from tpilite.engine.rank import Rank
-from tpilite.errors import PeerLost, SliceError
+from tpilite.errors import PeerLost, SliceError, TpiliteError
 from tpilite.net.group import RankLost, RootGroup
 from tpilite.net.rendezvous import Rendezvous
 from tpilite.weights.checkpoint import Checkpoint
@@ -62,6 +62,8 @@ class Host(Closing):
         self._folder, self._save_dir, self._cluster, self._engine = folder, save_dir, cluster, engine
         self._force, self._replace = force, replace
         self._stack = ExitStack()
+        self._given_up: TpiliteError | None = None
+        self.formed_s = 0.0  # when the last group formed, by the monotonic clock
 
     def listen(self) -> None:
         """Finds out what to slice and where to, and opens the ports."""
@@ -137,11 +139,17 @@ class Host(Closing):
         logger.warning("the text goes on when %s is back; what has ended there must be started again", who)
         self.rank.regroup(self._whole_group(self._cluster.rejoin_timeout_s))
 
+    def give_up(self, error: TpiliteError) -> None:
+        """Has this error raised by who waits for a group now or later. For any thread."""
+        self._given_up = error
+
     def _whole_group(self, timeout_s: float | None) -> RootGroup:
         """The group of all ranks; says who is waited for."""
         started_s = time.monotonic()
         told, told_s = "", started_s
         while True:
+            if self._given_up is not None:
+                raise self._given_up
             left_s = _SETTLE_S if timeout_s is None else started_s + timeout_s - time.monotonic()
             try:
                 return self._rendezvous.wait_for_group(min(_SETTLE_S, left_s))

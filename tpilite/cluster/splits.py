@@ -29,6 +29,7 @@ from tpilite.cluster.terms import terms_of
 from tpilite.errors import SliceError
 from tpilite.machine import format_size
 from tpilite.weights.checkpoint import Checkpoint
+from tpilite.weights.disk import write_error
 from tpilite.weights.partition import Partition
 from tpilite.weights.slicer import ensure_slices
 from tpilite.weights.slices import MANIFEST_NAME, NODE_NAME, Manifest, Progress, node_folder
@@ -281,4 +282,4 @@ def _write_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise SliceError(f"cannot write {error.filename or folder}: {error.strerror}") from error
+        raise write_error(folder, error) from error

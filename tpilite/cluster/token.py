@@ -26,7 +26,7 @@ def kept_token(path: Path, *, make: bool) -> str | None:
                 path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
                 fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
                 with os.fdopen(fd, "w") as file:
-                    file.write(secrets.token_urlsafe(_TOKEN_BYTES) + "\n")
+                    file.write(new_token() + "\n")
         if path.stat().st_mode & 0o077:
             raise ConfigError(f"{path} can be read by other users: run chmod 600 {path}")
         return checked_token(path.read_text().strip(), str(path))
@@ -34,6 +34,11 @@ def kept_token(path: Path, *, make: bool) -> str | None:
         return None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the token in {path} cannot be kept: {error}; use --token_file") from error
+
+
+def new_token() -> str:
+    """A token that nobody can guess."""
+    return secrets.token_urlsafe(_TOKEN_BYTES)
 
 
 def checked_token(token: str, source: str) -> str:

@@ -5,6 +5,7 @@ May import: nothing of the package.
 Must never know: what is done with a model.
 """
 
+import os.path
 from os import PathLike
 from pathlib import Path
 
@@ -13,5 +14,5 @@ SHIPPED = {"fable": Path(__file__).parent / "fable"}
 
 def find_model(name: str | PathLike[str]) -> Path:
     """The folder of a model given by its path, or by the name of one that ships."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # which leaves "~" as it is for a user without a home
     return SHIPPED.get(str(name), path) if not path.exists() else path

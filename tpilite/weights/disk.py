@@ -42,3 +42,11 @@ def full_error(folder: Path, needed: str) -> SliceError:
         f"the disk of {folder} is full: {needed}, and {format_size(free_bytes(folder), fine=True)} is free; "
         "make room or choose another place with --save_dir (--clean shows slices that are not needed)"
     )
+
+
+def write_error(folder: Path, error: OSError) -> SliceError:
+    """The error for what cannot be written into a folder of slices for another reason than its room."""
+    return SliceError(
+        f"cannot write {error.filename or folder}: {error.strerror or error}; "
+        "choose another place with --save_dir"
+    )

@@ -12,7 +12,7 @@ import numpy as np
 from tpilite.errors import ConfigError, SliceError
 from tpilite.machine import format_size
 from tpilite.weights.checkpoint import Checkpoint
-from tpilite.weights.disk import free_bytes, full_error, is_full, sync_folder
+from tpilite.weights.disk import free_bytes, full_error, is_full, sync_folder, write_error
 from tpilite.weights.partition import EMBEDDING, Partition
 from tpilite.weights.slices import (
     CHUNK_BYTES,
@@ -223,4 +223,4 @@ def _disk_errors(save_dir: Path, n_bytes: int) -> Iterator[None]:
     except OSError as error:
         if is_full(error):
             raise full_error(save_dir, f"all slices take about {format_size(n_bytes, fine=True)}") from error
-        raise SliceError(f"cannot write {error.filename or save_dir}: {error.strerror or error}") from error
+        raise write_error(save_dir, error) from error
