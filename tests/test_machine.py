@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tpilite.errors import ConfigError
 from tpilite.machine import (
     auto_budget_bytes,
+    cgroup_limit_bytes,
     format_size,
     parse_size,
     rss_bytes,
@@ -120,6 +121,7 @@ def _at(folder, files):
 def test_free_memory_without_control_groups(tmp_path):
     _write(tmp_path, {"proc/meminfo": _meminfo(1500)})
     assert spare_bytes(tmp_path) == 1500 * _MIB
+    assert cgroup_limit_bytes(tmp_path) is None
 
 
 def test_a_system_that_tells_nothing(tmp_path):
@@ -138,6 +140,7 @@ def test_limits_of_version_2_at_every_level_and_cached_pages_are_free(tmp_path):
     }
     _write(tmp_path, files)
     assert spare_bytes(tmp_path) == 550 * _MIB
+    assert cgroup_limit_bytes(tmp_path) == 800 * _MIB
     _write(tmp_path, _at(f"{top}/user.slice", _v2_group(4100, 4000)))
     assert spare_bytes(tmp_path) == 100 * _MIB
     _write(tmp_path, _at(f"{top}/user.slice", _v2_group(3900, 4000)))

@@ -131,13 +131,24 @@ def auto_budget_bytes(root: Path = _ROOT) -> int:
     return rss_bytes() + spare - min(spare, max(_MARGIN_BYTES, spare // 10))
 
 
-def _cgroup_spares(root: Path) -> Iterator[int]:
-    """The room below each limit of each group that this process is in."""
+def cgroup_limit_bytes(root: Path = _ROOT) -> int | None:
+    """The most memory that the control groups of this process allow; None where they do not bound it."""
+    return min((limit for _, limit, _ in _cgroup_limits(root)), default=None)
+
+
+def _cgroup_limits(root: Path) -> Iterator[tuple[Path, int, int]]:
+    """The folder, the limit and the usage of each group with a limit that this process is in."""
     for folder, limit_name, usage_name in _cgroup_folders(root):
         try:
             limit, usage = (int((folder / name).read_text()) for name in (limit_name, usage_name))
         except (OSError, ValueError):
             continue  # "max", or the top of a tree, which has no limit
+        yield folder, limit, usage
+
+
+def _cgroup_spares(root: Path) -> Iterator[int]:
+    """The room below each limit of each group that this process is in."""
+    for folder, limit, usage in _cgroup_limits(root):
         stat = _fields(folder / "memory.stat")
         # Version 1 counts what is below a group under names of its own.
         cached = sum(

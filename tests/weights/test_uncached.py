@@ -3,15 +3,17 @@
 import errno
 import mmap
 import os
+import sys
 
 import numpy as np
 import pytest
 from checkpoints import write_tensor_file
 
 from tpilite.errors import CheckpointError
+from tpilite.machine import keep_freed_memory, rss_bytes
 from tpilite.weights import uncached
 from tpilite.weights.tensor_file import TensorFile
-from tpilite.weights.uncached import BLOCK_BYTES, READ_METHODS, UncachedFile, allocate, buffer_bytes
+from tpilite.weights.uncached import BLOCK_BYTES, READ_METHODS, UncachedFile, allocate, buffer_bytes, empty
 
 _SIZE = 5 * BLOCK_BYTES + 1234
 
@@ -119,3 +121,19 @@ def _copy(path):
     other = path.with_suffix(".other")
     other.write_bytes(b"\0" * path.stat().st_size)
     return other
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the C library is not glibc")
+def test_large_arrays_go_back_to_the_kernel_at_once():
+    size = 24 << 20  # below what glibc keeps once it is told to
+    keep_freed_memory()
+    small = empty((16, 16), np.dtype(np.float16))
+    assert (small.shape, small.dtype) == ((16, 16), np.float16)
+    before = rss_bytes()
+    arrays = [empty((2, size // 8), np.dtype(np.float32)) for _ in range(2)]
+    for array in arrays:
+        array.fill(1)
+    assert rss_bytes() - before > 1.5 * size
+    arrays.clear()
+    del array
+    assert rss_bytes() - before < size // 2

@@ -1,5 +1,6 @@
 """One rank made ready: its weights in memory as they should be, its threads, its model and its runner."""
 
+import logging
 import platform
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -17,6 +18,8 @@ from tpilite.engine.usage import Usage, disk_read_bytes
 from tpilite.linear.linear import Linear
 from tpilite.machine import (
     auto_budget_bytes,
+    cgroup_limit_bytes,
+    format_size,
     keep_freed_memory,
     limit_blas_threads,
     physical_cores,
@@ -28,6 +31,9 @@ from tpilite.weights.assemble import Embedding
 from tpilite.weights.pager import Pager
 from tpilite.weights.partition import EMBEDDING
 from tpilite.weights.tensor_file import StoredTensor
+from tpilite.weights.uncached import empty
+
+logger = logging.getLogger(__name__)
 
 _MEASURED_FROM_BYTES = 32 << 20
 
@@ -68,8 +74,11 @@ class Rank(Closing):
         self._n_rows = 0  # of the pass before
         self._network = Timed(collective)
         kv_dtype = np.float16 if engine.kv_dtype == "f16" else np.float32
-        model = Llama(config, self._pager.weights, self._network, linear, kv_dtype)
+        model = Llama(config, self._pager.weights, self._network, linear, kv_dtype, empty)
         self._position_bytes = model.new_cache().position_bytes
+        longest = self._max_positions()
+        if longest is not None:  # so that no cache grows ahead beyond what there is room for
+            model.max_length = min(model.max_length, longest)
         self.runner = Runner(model, vocab_start, self._network, self)
         self.embed = Embedding(tensors[EMBEDDING]) if EMBEDDING in tensors else None
 
@@ -118,6 +127,15 @@ class Rank(Closing):
 
 def budget_bytes_of(engine: EngineConfig) -> int | None:
     """The bytes that this process may use; None is unlimited."""
-    if engine.memory_budget == "auto":
-        return auto_budget_bytes()
-    return None if isinstance(engine.memory_budget, str) else engine.memory_budget
+    budget = engine.memory_budget
+    if isinstance(budget, str):
+        return auto_budget_bytes() if budget == "auto" else None
+    limit = cgroup_limit_bytes()
+    if limit is not None and budget > limit:
+        logger.warning(
+            "the memory budget of %s is above what this process's control group allows, %s: the kernel may "
+            "end it; give a smaller --memory_budget, or leave it out",
+            format_size(budget),
+            format_size(limit),
+        )
+    return budget

@@ -4,6 +4,7 @@ Memory grows with the text, never to the model's full context at once: `reserve`
 layer at a time, so that the copy of a growing cache is one layer's and not the whole.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from tpilite.arrays import Array
 
 Kept = NDArray[Any]  # float32 or float16
+Empty = Callable[[tuple[int, ...], np.dtype[Any]], Kept]
 
 # Each step costs a copy of what is there; a quarter more at a time keeps that near 4 copies per position
 # at worst while at most a fifth of the memory lies unused.
@@ -23,14 +25,21 @@ class KVCache:
     """Keys and values [K, S, d] of each layer, `length` positions of them valid in every layer.
 
     float16 halves the memory; it rounds each number to 11 bits (a relative error of 2**-12 at most, 65504
-    at the largest).
+    at the largest). `empty` makes the arrays, as `np.empty` does.
     """
 
     def __init__(
-        self, n_layers: int, n_kv_heads: int, head_dim: int, max_length: int, dtype: type = np.float32
+        self,
+        n_layers: int,
+        n_kv_heads: int,
+        head_dim: int,
+        max_length: int,
+        dtype: type = np.float32,
+        empty: Empty = np.empty,
     ) -> None:
         self.length = 0
         self.max_length = max_length
+        self._empty = empty
         self._keys: list[Kept] = [np.zeros((n_kv_heads, 0, head_dim), dtype) for _ in range(n_layers)]
         self._values = [keys.copy() for keys in self._keys]
 
@@ -62,7 +71,7 @@ class KVCache:
         for store in (self._keys, self._values):
             for layer, old in enumerate(store):
                 n_heads, _, head_dim = old.shape
-                new = np.empty((n_heads, capacity, head_dim), old.dtype)
+                new = self._empty((n_heads, capacity, head_dim), old.dtype)
                 new[:, : self.length] = old[:, : self.length]
                 store[layer] = new
 

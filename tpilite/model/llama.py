@@ -20,7 +20,7 @@ from tpilite.arrays import Array
 from tpilite.collective import Collective
 from tpilite.config import LlamaConfig
 from tpilite.linear.matrix import FLOAT16_LIFT, Matrix, float16_bits
-from tpilite.model.kv_cache import Kept, KVCache
+from tpilite.model.kv_cache import Empty, Kept, KVCache
 from tpilite.model.ops import rms_norm, rope_frequencies, rope_table, rotate, softmax, swiglu
 
 # Scores are [H, T, S] floats; a tile of query rows keeps them within this, so that a long prompt costs
@@ -88,20 +88,23 @@ class Llama:
         collective: Collective,
         linear: Linear,
         kv_dtype: type = np.float32,
+        kv_empty: Empty = np.empty,
     ) -> None:
         self.config = config
         self.weights = weights
         self.collective = collective
         self.linear = linear
         self.kv_dtype = kv_dtype
+        self._kv_empty = kv_empty
+        self.max_length = config.max_position_embeddings  # of a cache, or less where memory has no room
         self._frequencies = rope_frequencies(config)
 
     def new_cache(self) -> KVCache:
         """An empty cache for one sequence, for the KV heads of this rank."""
         head_dim = self.config.head_dim
         n_kv_heads = self.weights.layers[0].k_proj.n_rows // head_dim
-        max_length = self.config.max_position_embeddings
-        return KVCache(len(self.weights.layers), n_kv_heads, head_dim, max_length, self.kv_dtype)
+        n_layers = len(self.weights.layers)
+        return KVCache(n_layers, n_kv_heads, head_dim, self.max_length, self.kv_dtype, self._kv_empty)
 
     def forward(
         self, x: Array, segments: Sequence[Segment], wanted: Sequence[int] | None = None

@@ -12,9 +12,14 @@ those of everybody else. So it is read by the first of these methods that the fi
 
 import contextlib
 import fcntl
+import math
 import mmap
 import os
 from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from tpilite.errors import CheckpointError
 from tpilite.weights.tensor_file import TensorFile
@@ -23,6 +28,9 @@ READ_METHODS = ("direct", "nocache", "advise", "plain")
 
 # No disk has larger blocks; pages are larger on some machines, but direct I/O asks for blocks only.
 BLOCK_BYTES = 4096
+
+# Smaller arrays would waste more of their last page than the C library keeps of them.
+_OWN_MEMORY_BYTES = 64 << 10
 
 _F_NOCACHE: int | None = getattr(fcntl, "F_NOCACHE", None)
 
@@ -44,6 +52,14 @@ def allocate(n_bytes: int) -> mmap.mmap:
         with contextlib.suppress(OSError):  # a kernel built without them
             memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
+
+
+def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """An array whose memory the kernel has back as soon as nobody uses it; small ones are the C library's."""
+    n_bytes = math.prod(shape) * dtype.itemsize
+    if n_bytes < _OWN_MEMORY_BYTES:
+        return np.empty(shape, dtype)
+    return np.frombuffer(allocate(n_bytes), dtype, math.prod(shape)).reshape(shape)
 
 
 class UncachedFile:
