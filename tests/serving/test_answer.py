@@ -172,7 +172,7 @@ def test_the_end_of_a_text_is_stop(tmp_path: Path, llm: LLM) -> None:
     [
         ({"model": "gpt-9"}, "model_not_found", "model"),
         ({"messages": [{"role": "user", "content": "river " * 300}]}, "context_length_exceeded", "messages"),
-        ({"max_tokens": 250}, "context_length_exceeded", "messages"),
+        ({"max_tokens": 0}, "integer_below_min_value", "max_tokens"),
         ({"temperature": 3}, "integer_above_max_value", "temperature"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "unsupported_parameter", "tools"),
         ({"logit_bias": {"400": 1}}, "invalid_value", "messages"),
@@ -187,6 +187,35 @@ def test_errors_are_openais(client: Any, fields: Any, code: str, param: str, str
     assert error.status_code == (404 if code == "model_not_found" else 400)
     assert (error.code, error.param, error.type) == (code, param, "invalid_request_error")
     assert error.request_id
+
+
+def test_the_cap_of_a_chat_is_cut_to_what_the_context_leaves(client: Any, llm: LLM) -> None:
+    n_prompt = len(llm.encode_chat(HELLO).ids)
+    answer = client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=100_000)
+    assert answer.usage.completion_tokens == 256 - n_prompt
+    assert answer.choices[0].finish_reason == "length"
+
+
+def test_variables_reach_the_models_own_template(tmp_path: Path) -> None:
+    folder = write_model(tmp_path)
+    (folder / "chat_template.jinja").write_text(
+        "{{ messages[0].content }}{% if loud %}!{{ loud }}{% endif %}"
+    )
+    with LLM(folder, threads=1) as session, served(session, CONFIG) as server, client_of(server) as client:
+
+        def n_prompt(**variables: Any) -> int:
+            extra = {"chat_template_kwargs": variables}
+            answer = client.chat.completions.create(
+                model="tiny", messages=HELLO, max_tokens=1, extra_body=extra
+            )
+            return answer.usage.prompt_tokens
+
+        plain = len(session.encode_chat(HELLO).ids)
+        assert n_prompt(enable_thinking=False) == n_prompt() == plain
+        assert n_prompt(loud="and clear") > plain
+        for wrong in ({"messages": []}, {"bos_token": "x"}, {"loud": "</s>"}, {"loud": ["x"]}):
+            with pytest.raises(openai.BadRequestError, match="variable"):
+                n_prompt(**wrong)
 
 
 def test_a_model_without_a_chat_format_says_so(tmp_path: Path) -> None:

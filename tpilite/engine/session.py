@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +25,7 @@ from tpilite.engine.sequence import Sequence
 from tpilite.engine.stats import Stats, measure
 from tpilite.engine.usage import Usage
 from tpilite.errors import ConfigError
-from tpilite.text.chat import ChatFormat, chat_format
+from tpilite.text.chat import ChatFormat, JinjaChat, chat_format
 from tpilite.text.load import load_tokenizer
 from tpilite.text.tokenizer import StreamDecoder, Tokenizer
 
@@ -109,12 +110,18 @@ class Session:
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         return EncodedPrompt(ids, self._eos_ids, is_chat=False)
 
-    def encode_chat(self, messages: Chat) -> EncodedPrompt:
-        """A conversation of {"role": ..., "content": ...} messages to be answered, as ids."""
+    def encode_chat(self, messages: Chat, variables: Mapping[str, Any] | None = None) -> EncodedPrompt:
+        """A conversation of {"role": ..., "content": ...} messages to be answered, as ids.
+
+        `variables` are set for the model's own template; the formats built in have none.
+        """
         if self.chat_format is None:
             raise ConfigError(f"{self.folder} is not a chat model (no known chat format); give it a prompt")
         self._check_size("".join(message["content"].strip() for message in messages))
-        ids, stop_ids = self.chat_format.encode(messages), self.chat_format.stop_ids
+        chat_format = self.chat_format
+        if variables and isinstance(chat_format, JinjaChat):
+            chat_format = chat_format.with_variables(variables)
+        ids, stop_ids = chat_format.encode(messages), chat_format.stop_ids
         return EncodedPrompt(ids, self._eos_ids | stop_ids, is_chat=True)
 
     def prepare(self, prompt: EncodedPrompt, params: SamplingParams) -> Sequence:

@@ -64,7 +64,7 @@ class Completions:
             raise unknown_model(request.model, self._model_name)
         try:
             if request.messages is not None:
-                return self._service.chat(request.messages, request.params, request.n)
+                return self._service.chat(request.messages, request.params, request.n, request.variables)
             return self._service.complete(request.prompts, request.params, request.n)
         except TpiliteError as error:
             raise api_error(error, is_chat=request.is_chat) from error

@@ -25,34 +25,62 @@ _MAX_TOP_CHAT, _MAX_TOP_TEXT = 20, 5
 _MAX_BIASES = 1024
 _DEFAULT_TEXT_TOKENS = 16
 
-# Fields that only hint, label or log: accepted, and without effect.
+# Fields that only hint, label, log or speed up: accepted, and without effect on the answer.
 _HINTS: dict[str, type] = {
+    "cache_control": dict,
     "metadata": dict,
     "prompt_cache_key": str,
     "prompt_cache_options": dict,
     "prompt_cache_retention": str,
     "safety_identifier": str,
+    "service_tier": str,
+    "store": bool,
     "user": str,
 }
-# Fields of what is not supported, with the values that ask for nothing beyond what is.
+_CHAT_HINTS: dict[str, type] = {
+    **_HINTS,
+    "parallel_tool_calls": bool,  # of tools, which are refused
+    "prediction": dict,
+    "reasoning_effort": str,  # of a reasoning that these models do not hide
+}
+# Fields of what is not supported, with the values that ask for nothing beyond what is. Those of other
+# servers are here with the values that their clients send where nobody asks for anything.
+_REFUSED: dict[str, tuple[Any, ...]] = {
+    "best_of": (1,),
+    "cache_prompt": (True, False),
+    "ignore_eos": (False,),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1, 1.0),
+    "min_tokens": (0,),
+    "skip_special_tokens": (True,),
+    "stop_token_ids": ([],),
+    "use_beam_search": (False,),
+}
 _REFUSED_IN_CHAT: dict[str, tuple[Any, ...]] = {
+    **_REFUSED,
+    "add_generation_prompt": (True,),
     "audio": (),
-    "function_call": ("none",),
+    "continue_final_message": (False,),
+    "function_call": ("none", "auto"),
     "functions": ([],),
     "modalities": (["text"],),
     "moderation": (),
-    "parallel_tool_calls": (),
-    "prediction": (),
-    "reasoning_effort": ("none",),
     "response_format": ({"type": "text"},),
-    "service_tier": ("auto", "default"),
-    "store": (False,),
-    "tool_choice": ("none",),
+    "tool_choice": ("none", "auto"),
     "tools": ([],),
     "verbosity": ("medium",),
     "web_search_options": (),
 }
-_REFUSED_IN_COMPLETIONS: dict[str, tuple[Any, ...]] = {"best_of": (1,), "suffix": ("",)}
+_REFUSED_IN_COMPLETIONS: dict[str, tuple[Any, ...]] = {**_REFUSED, "suffix": ("",)}
+# What comes with a message and is no part of what the model reads.
+_MESSAGE_HINTS: dict[str, type] = {
+    "annotations": list,
+    "cache_control": dict,
+    "id": str,
+    "name": str,
+    "reasoning": str,
+    "reasoning_content": str,
+}
 
 _KINDS: dict[type, str] = {
     str: "a text",
@@ -72,6 +100,7 @@ class Request:
     model: str
     params: SamplingParams
     messages: tuple[Json, ...] | None = None
+    variables: Json | None = None  # of the chat template
     prompts: tuple[Prompt, ...] = ()
     n: int = 1
     stream: bool = False
@@ -104,15 +133,20 @@ def parse_chat(body: Mapping[str, Any], defaults: SamplingParams) -> Request:
     if n_top is not None and not logprobs:
         _wrong("top_logprobs", "needs 'logprobs' to be true")
     either, older = fields.whole("max_completion_tokens", 1), fields.whole("max_tokens", 1)
-    if either is not None and older is not None:
+    if either is not None and older is not None and either != older:
         _wrong("max_tokens", "is the older name of 'max_completion_tokens'; give one of the two")
+    if fields.peek("tool_choice") == "none":
+        fields.take("tools", list)  # which may not be used then
+    if fields.peek("function_call") == "none":
+        fields.take("functions", list)
     request = Request(
         model,
         _sampling(fields, defaults, either or older or defaults.length, (n_top or 0) if logprobs else None),
         messages=messages,
+        variables=fields.take("chat_template_kwargs", dict),
         **_delivery(fields),
     )
-    fields.finish(_REFUSED_IN_CHAT, _HINTS)
+    fields.finish(_REFUSED_IN_CHAT, _CHAT_HINTS)
     return request
 
 
@@ -155,6 +189,9 @@ class _Fields:
             return value
         expected = " or ".join(_KINDS[kind] for kind in kinds)
         _wrong(self._prefix + name, f"must be {expected}, found {_kind(value)}", code="invalid_type")
+
+    def peek(self, name: str) -> Any:
+        return self._left.get(name)
 
     def need(self, name: str, *kinds: type) -> Any:
         value = self.take(name, *kinds)
@@ -218,14 +255,10 @@ def _sampling(
 def _delivery(fields: _Fields) -> Json:
     """How the answer is to come: how often, at once or in a stream."""
     stream = fields.take("stream", bool) or False
-    options = fields.take("stream_options", dict)
-    if options is not None and not stream:
-        _wrong("stream_options", "needs 'stream' to be true")
-    inner = _Fields(options or {}, "stream_options.")
+    # Of an answer at once they say nothing. The obfuscation is a padding that nobody reads.
+    inner = _Fields(fields.take("stream_options", dict) or {}, "stream_options.")
     include_usage = inner.take("include_usage", bool) or False
-    if inner.take("include_obfuscation", bool):
-        _refuse("stream_options.include_obfuscation")
-    inner.finish()
+    inner.finish({"continuous_usage_stats": (False,)}, {"include_obfuscation": bool})
     return {"n": fields.whole("n", 1, _MAX_CHOICES) or 1, "stream": stream, "include_usage": include_usage}
 
 
@@ -248,18 +281,20 @@ def _message(value: Any, where: str) -> Json:
             f"must be 'system', 'developer', 'user' or 'assistant', found {short(role)}",
             code="invalid_value",
         )
-    content = fields.need("content", str, list)
+    # An answer that is sent back as it came has these, empty, and may have no content.
+    for name, kinds in (
+        ("tool_calls", (list,)),
+        ("audio", (dict,)),
+        ("function_call", (dict,)),
+        ("refusal", (str,)),
+    ):
+        if fields.take(name, *kinds):
+            _refuse(f"{where}.{name}")
+    content = fields.take("content", str, list) if role == "assistant" else fields.need("content", str, list)
     if isinstance(content, list):
         content = "".join(_part(part, f"{where}.content[{i}]") for i, part in enumerate(content))
-    # An answer that is sent back as it came has these, empty.
-    for name in ("annotations", "tool_calls"):
-        if fields.take(name, list):
-            _refuse(f"{where}.{name}")
-    for name in ("audio", "function_call", "name", "refusal"):
-        if fields.take(name, str, dict) is not None:
-            _refuse(f"{where}.{name}")
-    fields.finish()
-    return {"role": "system" if role == "developer" else role, "content": content}
+    fields.finish(hints=_MESSAGE_HINTS)
+    return {"role": "system" if role == "developer" else role, "content": content or ""}
 
 
 def _part(value: Any, where: str) -> str:
@@ -270,7 +305,7 @@ def _part(value: Any, where: str) -> str:
     if kind != "text":
         _refuse(where + ".type", f"({short(kind)}): this model reads text only")
     text: str = fields.need("text", str)
-    fields.finish(hints={"prompt_cache_breakpoint": dict})
+    fields.finish(hints={"annotations": list, "cache_control": dict, "prompt_cache_breakpoint": dict})
     return text
 
 

@@ -119,11 +119,24 @@ class Service(Closing):
             return prompt
         return "" if self._tokenizer is None else self._tokenizer.decode(prompt)
 
-    def chat(self, messages: Messages, params: SamplingParams, n: int = 1) -> Job:
-        """The job of answering a conversation `n` times. Raises as `complete` does."""
+    def chat(
+        self,
+        messages: Messages,
+        params: SamplingParams,
+        n: int = 1,
+        variables: Mapping[str, Any] | None = None,
+    ) -> Job:
+        """The job of answering a conversation `n` times, up to the context's end. Raises as `complete` does.
+
+        `variables` are set for the model's own chat template.
+        """
         if self._session.chat_format is None:
             raise ConfigError("this model was not made for chat; use /v1/completions, which continues a text")
-        return self._submit([self._session.encode_chat(messages)], params, n)
+        prompt = self._session.encode_chat(messages, variables)
+        n_left = self.context - len(prompt.ids)
+        if params.length is not None and 0 < n_left < params.length:
+            params = replace(params, length=n_left)
+        return self._submit([prompt], params, n)
 
     def complete(self, prompts: tuple[Prompt, ...], params: SamplingParams, n: int = 1) -> Job:
         """The job of continuing each prompt `n` times, with one seed more each time.

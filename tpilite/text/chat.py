@@ -4,6 +4,7 @@ A message is a mapping with a `role` ("system", "user" or "assistant") and a `co
 itself gives special tokens: a content that spells one stays the characters that it is.
 """
 
+import copy
 import datetime
 import json
 import logging
@@ -25,6 +26,8 @@ _LLAMA2_MARKS = ("[INST]", "<<SYS>>")
 _CUTOFF = "Cutting Knowledge Date: December 2023"
 # What Llama 3.1's template says where nobody tells it the date; 3.2's asks the clock.
 _LLAMA31_DATE = datetime.date(2024, 7, 26)
+
+_SETTINGS = str | int | float | None  # what a caller may set a template's variable to
 
 # transformers marks the assistant's words in a template by these tags, for training.
 _GENERATION = re.compile(r"\{%(-?)\s*(?:end)?generation\s*(-?)%\}")
@@ -177,6 +180,19 @@ class JinjaChat:
         self._tokenizer = tokenizer
         self._names = _Names(tokenizer.specials)
         self.stop_ids = tokenizer.eos_ids
+
+    def with_variables(self, variables: Mapping[str, Any]) -> "JinjaChat":
+        """The same format with variables of its template set. Raises `ConfigError` for others than settings.
+
+        A text must be a plain one: it could spell special tokens otherwise.
+        """
+        for name, value in variables.items():
+            is_plain = not isinstance(value, str) or re.fullmatch(r"[\w ,.:+-]*", value)
+            if name in ("messages", *self._variables) or not (isinstance(value, _SETTINGS) and is_plain):
+                raise ConfigError(f"the chat template's variable {name[:100]!r} cannot be set like this")
+        changed = copy.copy(self)
+        changed._variables = {**self._variables, **variables}
+        return changed
 
     def encode(self, messages: Messages) -> list[int]:
         turns = _checked(messages)
