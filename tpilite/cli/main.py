@@ -304,9 +304,11 @@ def _invitation(host: Host, cluster: ClusterConfig, shows: bool) -> str:
     tls = " --tls_cert CERT --tls_key KEY --tls_ca CA" if cluster.tls_ca else ""
     how = "" if shows else ", with the same token in TPILITE_TOKEN or in a --token_file,"
     token = f"TPILITE_TOKEN={cluster.token} " if shows else ""
+    is_safe = cluster.protect or cluster.tls_ca
+    sums = "" if is_safe else "\nSums are not protected against changes on their way: see --protect.\n"
     return (
         f"tpilite: this is rank 0 of {cluster.world_size}; on each other machine{how} run\n\n"
-        f"    {token}tpilite-node --join {address}{tls}\n"
+        f"    {token}tpilite-node --join {address}{tls}\n{sums}"
     )
 
 
