@@ -328,6 +328,37 @@ def test_the_same_over_tls(
         client.close()
 
 
+needs_psk = pytest.mark.skipif(not getattr(ssl, "HAS_PSK", False), reason="needs Python 3.13")
+
+
+def test_a_python_that_cannot_encrypt_by_the_token_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ssl, "HAS_PSK", False, raising=False)
+    with pytest.raises(ConfigError, match=r"--encrypt needs Python 3\.13 or newer; --tls_cert"):
+        auth.token_tls(TOKEN)
+
+
+@needs_psk
+def test_encrypted_by_the_token(pool: ThreadPoolExecutor) -> None:
+    server_tls, client_tls = auth.token_tls(TOKEN)
+    with listening() as server:
+        accepted = pool.submit(accept_one, server, tls=server_tls)
+        client = connect(server.getsockname(), TOKEN, timeout_s=10, tls=client_tls)
+        with contextlib.closing(client), contextlib.closing(accepted.result()) as served:
+            assert client._sock.version() == "TLSv1.3"  # type: ignore[attr-defined]
+            served.send(messages.Barrier())
+            assert client.receive()[0] == messages.Barrier()
+
+
+@needs_psk
+def test_another_token_gets_no_tls(pool: ThreadPoolExecutor) -> None:
+    with listening() as server:
+        accepted = pool.submit(accept_one, server, tls=auth.token_tls(b"another key")[0])
+        with pytest.raises(PeerLost):
+            connect(server.getsockname(), TOKEN, timeout_s=10, tls=auth.token_tls(TOKEN)[1])
+        with pytest.raises((PeerLost, ProtocolError)):
+            accepted.result()
+
+
 def test_without_tls_a_tls_port_gives_nothing(
     tls: tuple[ssl.SSLContext, ssl.SSLContext], pool: ThreadPoolExecutor
 ) -> None:
@@ -335,7 +366,9 @@ def test_without_tls_a_tls_port_gives_nothing(
         accepted = pool.submit(accept_one, server, tls=tls[0])
         with pytest.raises(PeerLost, match="TLS"):
             connect(server.getsockname(), TOKEN, timeout_s=10)
-        with pytest.raises(ProtocolError, match=r"TLS with the client failed: .*start both sides with TLS"):
+        with pytest.raises(
+            ProtocolError, match=r"TLS with the client failed: .*start both sides with --encrypt"
+        ):
             accepted.result()
         silent = socket.create_connection(server.getsockname())
         with silent, pytest.raises(PeerLost, match="silent for too long, during TLS"):

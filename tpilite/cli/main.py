@@ -187,7 +187,9 @@ def hosted(args: argparse.Namespace, folder: Path, world_size: int, stack: ExitS
     cluster, engine = cluster_config(args, world_size, make_token=True), engine_config(args)
     save_dir = save_dir_of(args, folder, world_size)
     if args.local is not None:
-        cluster = replace(cluster, host="127.0.0.1", broadcast_port=0, file_port=0)  # any free ones
+        cluster = replace(
+            cluster, host="127.0.0.1", broadcast_port=0, file_port=0, encrypt=False
+        )  # any free ones
         engine = share_of(engine, world_size)
 
     host = Host(folder, save_dir, cluster, engine, force=args.split_bin, replace=args.save_dir is None)
@@ -304,7 +306,8 @@ def _invitation(host: Host, cluster: ClusterConfig, shows: bool) -> str:
     tls = " --tls_cert CERT --tls_key KEY --tls_ca CA" if cluster.tls_ca else ""
     how = "" if shows else ", with the same token in TPILITE_TOKEN or in a --token_file,"
     token = f"TPILITE_TOKEN={cluster.token} " if shows else ""
-    is_safe = cluster.protect or cluster.tls_ca
+    tls = " --encrypt" if cluster.encrypt else tls
+    is_safe = cluster.protect or tls
     sums = "" if is_safe else "\nSums are not protected against changes on their way: see --protect.\n"
     return (
         f"tpilite: this is rank 0 of {cluster.world_size}; on each other machine{how} run\n\n"

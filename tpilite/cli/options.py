@@ -147,6 +147,7 @@ def _add_network(group: _Group) -> None:
         help="numbers on the wire (%(default)s)",
     )
     add("--protect", action="store_true", help="protect sums, too, against changes on their way")
+    add("--encrypt", action="store_true", help="TLS by the token on all connections; Python 3.13 or newer")
     add("--tls_cert", type=Path, metavar="PEM", help="TLS on all connections: this node's certificate,")
     add("--tls_key", type=Path, metavar="PEM", help="its key,")
     add("--tls_ca", type=Path, metavar="PEM", help="and the authority that signed all nodes' ones")

@@ -22,6 +22,7 @@ class ClusterConfig:
     allreduce: str = "auto"
     payload: str = "f32"
     protect: bool = False  # sums, too, against changes on their way
+    encrypt: bool = False  # all connections, by the token; the certificates below do so, too
     tls_cert: Path | None = None
     tls_key: Path | None = None
     tls_ca: Path | None = None
@@ -40,5 +41,7 @@ class ClusterConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"{name} must be a number of seconds above 0, found {value!r}")
+        if self.encrypt and (self.tls_cert or self.tls_ca):
+            raise ConfigError("--encrypt and certificates (--tls_cert, --tls_ca) exclude each other")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ConfigError("--tls_cert and --tls_key go together; one of them is missing")

@@ -8,12 +8,14 @@ from typing import Any
 
 from tpilite.cluster.config import ClusterConfig
 from tpilite.errors import ConfigError
-from tpilite.net.auth import Security, client_tls, server_tls
+from tpilite.net.auth import Security, client_tls, derive_key, server_tls, token_tls
 from tpilite.weights.partition import Partition
 
 
 def security_of(cluster: ClusterConfig) -> Security:
     """The token and the TLS contexts that the options name."""
+    if cluster.encrypt:
+        return Security(cluster.token, *token_tls(derive_key(cluster.token)))
     server: ssl.SSLContext | None = None
     client: ssl.SSLContext | None = None
     if cluster.tls_cert is not None and cluster.tls_key is not None:

@@ -91,6 +91,26 @@ def client_tls(ca: Path, cert: Path | None, key: Path | None) -> ssl.SSLContext:
     return context
 
 
+def token_tls(key: bytes) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """TLS 1.3 for the listening and for the joining side, by the token's key instead of certificates.
+
+    Raises `ConfigError` where this Python cannot: before 3.13, or without it in its OpenSSL.
+    """
+    if not getattr(ssl, "HAS_PSK", False):
+        raise ConfigError(
+            "--encrypt needs Python 3.13 or newer; --tls_cert, --tls_key and --tls_ca encrypt with any"
+        )
+    secret = prove(key, "tls", b"", b"")
+    server, client = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    # Nobody has a certificate: who could show one to a client still could not go on to the server.
+    client.check_hostname, client.verify_mode = False, ssl.CERT_NONE
+    for context in (server, client):
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+    server.set_psk_server_callback(lambda _name: secret, "tpilite")  # type: ignore[attr-defined, unused-ignore]
+    client.set_psk_client_callback(lambda _hint: ("tpilite", secret))  # type: ignore[attr-defined, unused-ignore]
+    return server, client
+
+
 def _load(context: ssl.SSLContext, cert: Path | None, key: Path | None, ca: Path | None) -> None:
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     for what, path in (("--tls_cert", cert), ("--tls_key", key), ("--tls_ca", ca)):

@@ -119,7 +119,9 @@ def _not_greeted(channel: Channel, error: PeerLost) -> TpiliteError:
     """Why a server says not a word; with TLS 1.3, a client learns only here that it is not let in."""
     cause = error.__cause__
     if not isinstance(channel, TlsChannel):
-        return PeerLost(f"{error} (if it uses TLS, this node needs --tls_cert, --tls_key and --tls_ca)")
+        return PeerLost(
+            f"{error} (if it uses TLS, this node needs --encrypt, or --tls_cert, --tls_key and --tls_ca)"
+        )
     if isinstance(cause, ssl.SSLError) and not isinstance(cause, _TLS_ENDS):
         return ConfigError(
             f"{channel.peer} does not let this node in ({cause.reason}); give it with --tls_cert and "
@@ -181,7 +183,7 @@ def _wrap(
             except OSError as error:
                 raise ProtocolError(
                     f"TLS with {peer} failed: {error.strerror or error}; "
-                    "start both sides with TLS and with certificates of one authority"
+                    "start both sides with --encrypt, or with certificates of one authority"
                 ) from error
             poll = select.poll()
             poll.register(wrapped, event)
