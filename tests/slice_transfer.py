@@ -49,8 +49,11 @@ def make_slices(root: Path, rank: int = 1, seed: int = 0, size: int = 300_000) -
 
 
 def serving(root: Path, *ranks: int, port: int = 0, tls: ssl.SSLContext | None = None) -> SliceServer:
-    folders: dict[int, Path | None] = {rank: root / f"node_{rank}" for rank in ranks or (1,)}
-    return SliceServer(folders, TOKEN, port, tls)
+    server = SliceServer(ranks or (1,), TOKEN, port, tls)
+    for rank in ranks or (1,):
+        if (root / f"node_{rank}" / "manifest.json").exists():
+            server.publish(rank, root / f"node_{rank}")
+    return server
 
 
 def fetch(port: int, save_dir: Path, rank: int = 1, token: str = TOKEN, **options: object) -> Path:

@@ -31,7 +31,7 @@ _INSIDE = {
     "text": "added_tokens tokenizer llama2_files llama3_files load chat",
     "net": "auth messages wire address channel handshake control exchange codecs sums measure group listener "
     "http http_server members rendezvous membership",
-    "weights": "partition tensor_file uncached assemble checkpoint disk slices slicer "
+    "weights": "partition tensor_file uncached assemble trust content checkpoint disk slices slicer "
     "residency part_table loader pager",
     "native": "bindings products exchange",
     "engine": "compiled config sampling usage sequence scheduler stats step runner rank engine session",

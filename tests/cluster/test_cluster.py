@@ -516,16 +516,11 @@ def test_a_worker_in_the_folder_of_rank_0_takes_nothing_away(nodes: Nodes, story
     content[-1] ^= 1
     damaged.write_bytes(content)
     cluster.start_host()
+    cluster.host.wait_for_line("making the slices of rank 1 again")
     worker = cluster.start_worker("worker", *there)
-    assert worker.finish() == 2
-    assert "layers.0.attn.safetensors" in worker.lines[-2]
-    assert "--split_bin on rank 0" in worker.lines[-2]
-    assert damaged.read_bytes() == content
-    cluster.host.kill()
-    cluster.start_host("--split_bin", *story.ask)
-    cluster.start_worker("worker", *there)
     assert cluster.host.finish() == 0, cluster.host.err
     assert cluster.host.out == story.text
+    assert damaged.read_bytes() != content
 
 
 def test_any_number_of_ranks_in_the_same_folder_also_at_once(

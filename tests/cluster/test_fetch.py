@@ -324,9 +324,14 @@ def test_waits_for_slices_in_the_making(tmp_path: Path, monkeypatch: pytest.Monk
     logging.getLogger("tpilite.cluster").setLevel(logging.INFO)
     made: list[dict[str, bytes]] = []
     (tmp_path / "split").mkdir()
-    make = OnLog("waiting for", lambda: made.append(make_slices(tmp_path / "split")))
-    with serving(tmp_path / "split") as server, make:
-        folder = fetch(server.port, tmp_path / "here")
+    with serving(tmp_path / "split") as server:
+
+        def make() -> None:
+            made.append(make_slices(tmp_path / "split"))
+            server.publish(1, tmp_path / "split" / "node_1")
+
+        with OnLog("waiting for", make):
+            folder = fetch(server.port, tmp_path / "here")
     assert_whole(folder, made[0])
 
 
@@ -334,7 +339,7 @@ def test_publish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slice_server, "_RETRY_AFTER_S", 0)
     logging.getLogger("tpilite.cluster").setLevel(logging.INFO)
     contents = make_slices(tmp_path / "split")
-    with SliceServer({1: None}, TOKEN, 0) as server:
+    with SliceServer((1,), TOKEN, 0) as server:
         with OnLog("waiting for", lambda: server.publish(1, tmp_path / "split" / "node_1")):
             assert_whole(fetch(server.port, tmp_path / "here"), contents)
         with pytest.raises(SliceError, match="holds the slices of rank 1; expected rank 2"):
@@ -375,20 +380,42 @@ def test_damaged_on_the_way_once_or_always(tmp_path: Path) -> None:
 
 
 def test_file_that_lost_its_end_on_the_server(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    make_slices(tmp_path / "split")
+    contents = make_slices(tmp_path / "split")
+    logging.getLogger("tpilite.cluster").setLevel(logging.INFO)
     with serving(tmp_path / "split") as server:
         os.truncate(tmp_path / "split" / "node_1" / FIRST, 1000)
-        with pytest.raises(SliceError, match=f"answers 500 for /node_1/{re.escape(FIRST)}"):
-            fetch(server.port, tmp_path / "here")
+
+        def make_again() -> None:
+            assert server.lost
+            make_slices(tmp_path / "split")
+            server.publish(1, tmp_path / "split" / "node_1")
+
+        with OnLog("waiting for", make_again):
+            assert_whole(fetch(server.port, tmp_path / "here"), contents)
+        assert not server.lost
     assert "has 1000 bytes, its manifest says 300000" in caplog.text
 
 
-def test_damaged_manifest_on_the_server(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    make_slices(tmp_path / "split")
-    (tmp_path / "split" / "node_1" / "manifest.json").write_bytes(b"{}")
-    with serving(tmp_path / "split") as server, pytest.raises(SliceError, match="answers 500"):
+@pytest.mark.parametrize("name", ["manifest.json", FIRST, ".verified.json"])
+def test_a_folder_where_a_file_should_be_is_replaced(name: str, tmp_path: Path) -> None:
+    contents = make_slices(tmp_path / "split")
+    with serving(tmp_path / "split") as server:
+        folder = fetch(server.port, tmp_path / "here")
+        (folder / name).unlink()
+        (folder / name / "inside").mkdir(parents=True)
         fetch(server.port, tmp_path / "here")
-    assert "cannot serve the slices of rank 1" in caplog.text
+        assert {path: (folder / path).read_bytes() for path in contents} == contents
+        assert (folder / "manifest.json").is_file()
+
+
+def test_a_bit_that_changed_while_the_mtime_was_kept_is_fetched_again(tmp_path: Path) -> None:
+    contents = make_slices(tmp_path / "split")
+    with serving(tmp_path / "split") as server:
+        folder = fetch(server.port, tmp_path / "here")
+        before = (folder / FIRST).stat()
+        (folder / FIRST).write_bytes(contents[FIRST][:-1] + bytes([contents[FIRST][-1] ^ 1]))
+        os.utime(folder / FIRST, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert_whole(fetch(server.port, tmp_path / "here"), contents)
 
 
 def test_port_in_use(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from tpilite.weights.checkpoint import Checkpoint
 from tpilite.weights.partition import Partition
 from tpilite.weights.slicer import ensure_slices
 from tpilite.weights.slices import Manifest, SliceFolder, node_folder
+from tpilite.weights.trust import VerifiedFiles
 
 BY_ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head")
 BY_COLUMNS = ("o_proj.weight", "down_proj.weight")
@@ -101,7 +102,11 @@ def test_the_files_are_what_the_format_says(checkpoint: Checkpoint, tmp_path: Pa
     assert set(manifests[1].files) == blocks | {"head.safetensors"}
     for rank, manifest in enumerate(manifests):
         folder = tmp_path / "split" / f"node_{rank}"
-        assert {path.name for path in folder.iterdir()} == {*manifest.files, "manifest.json"}
+        assert {path.name for path in folder.iterdir()} == {
+            *manifest.files,
+            "manifest.json",
+            ".verified.json",
+        }
         for name, entry in manifest.files.items():
             raw = (folder / name).read_bytes()
             assert entry.size == len(raw)
@@ -349,3 +354,32 @@ def test_a_place_that_cannot_be_written(checkpoint: Checkpoint, tmp_path: Path) 
     (tmp_path / "file").write_text("")
     with pytest.raises(SliceError, match=r"cannot write .*file: File exists"):
         ensure_slices(checkpoint, Partition.of(checkpoint.config, 2), tmp_path / "file")
+
+
+def test_a_damaged_slice_is_made_again(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    partition = Partition.of(checkpoint.config, 2)
+    ensure_slices(checkpoint, partition, tmp_path)
+    path = tmp_path / "node_0" / "layers.0.mlp.safetensors"
+    right, found = path.read_bytes(), path.stat()
+    path.write_bytes(right[:-1] + bytes([right[-1] ^ 1]))
+    os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))
+    ensure_slices(checkpoint, partition, tmp_path)
+    assert path.read_bytes() == right
+
+
+def test_verify_reads_what_is_known_to_be_whole(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    partition = Partition.of(checkpoint.config, 2)
+    ensure_slices(checkpoint, partition, tmp_path)
+    path = tmp_path / "node_1" / "layers.0.mlp.safetensors"
+    right = path.read_bytes()
+    path.write_bytes(right[:-1] + bytes([right[-1] ^ 1]))
+    # As if the disk had done it: the note has the state in which the file is now.
+    VerifiedFiles(tmp_path / "node_1").add(
+        {path.name: Manifest.read(tmp_path / "node_1").files[path.name].sha256}
+    )
+    ensure_slices(checkpoint, partition, tmp_path)
+    assert path.read_bytes() != right
+    ensure_slices(checkpoint, partition, tmp_path, verify=True)
+    assert path.read_bytes() == right

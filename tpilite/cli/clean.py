@@ -18,8 +18,8 @@ def clean(args: argparse.Namespace, folder: Path | None) -> int:
     if folder is not None and save_dir is not None:
         fingerprint = None
         if any(folder.glob("*.safetensors")) or not save_dir.is_dir():
-            with Checkpoint(folder) as checkpoint:
-                fingerprint = checkpoint.fingerprint
+            with Checkpoint(folder, save_dir) as checkpoint:
+                fingerprint = checkpoint.fingerprint if save_dir.is_dir() else None
         found += unneeded_of_model(save_dir, fingerprint, own=args.save_dir is None)
     for one in found:
         print(f"{format_size(one.nbytes, fine=True)}  {one.folder}: {one.reason}")

@@ -157,6 +157,7 @@ def work(args: argparse.Namespace, rank: int | None) -> int:
             model=folder,
             rank=rank,
             force_download=args.force_download,
+            verify=args.verify,
             once=args.once,
             progress=bar,
         )
@@ -192,7 +193,15 @@ def hosted(args: argparse.Namespace, folder: Path, world_size: int, stack: ExitS
         )  # any free ones
         engine = share_of(engine, world_size)
 
-    host = Host(folder, save_dir, cluster, engine, force=args.split_bin, replace=args.save_dir is None)
+    host = Host(
+        folder,
+        save_dir,
+        cluster,
+        engine,
+        force=args.split_bin,
+        replace=args.save_dir is None,
+        verify=args.verify,
+    )
     stack.enter_context(host)
     host.listen()
     if args.local is None:
@@ -216,12 +225,15 @@ def hosted(args: argparse.Namespace, folder: Path, world_size: int, stack: ExitS
 def split(args: argparse.Namespace, folder: Path, world_size: int) -> int:
     """Makes the slices of all ranks, to be carried to their machines, and nothing else."""
     save_dir = save_dir_of(args, folder, world_size)
-    with Checkpoint(folder) as checkpoint, progress_bar("slicing the model") as bar:
+    with (
+        Checkpoint(folder, save_dir, trust=not args.verify) as checkpoint,
+        progress_bar("slicing the model") as bar,
+    ):
         partition = Partition.of(checkpoint.config, world_size, args.ratio)
         with Split.of(
             checkpoint, partition, save_dir, force=args.split_bin, replace=args.save_dir is None
         ) as slices:
-            slices.make(checkpoint, partition, progress=bar)
+            slices.make(checkpoint, partition, verify=args.verify, progress=bar)
     print(
         "tpilite: carry each node_I to the machine of rank I, into the folder named there with --save_dir",
         file=sys.stderr,

@@ -117,6 +117,7 @@ def _add_slices(group: _Group) -> None:
     add("--split_bin", action="store_true", help="slice the model anew")
     add("--split_only", action="store_true", help="slice the model for --world_size ranks, and end")
     add("--force_download", action="store_true", help="fetch this rank's slices anew")
+    add("--verify", action="store_true", help="read all weights and slices again, to find what is damaged")
     add("--clean", action="store_true", help="show slices that are no longer needed, remove them, and end")
     add("--yes", action="store_true", help="do so without a question")
 

@@ -2,10 +2,9 @@
 
 import hashlib
 import io
-import logging
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
@@ -13,8 +12,6 @@ from pathlib import Path
 from tpilite.cluster.slice_protocol import etag_of, folder_path
 from tpilite.errors import SliceError
 from tpilite.weights.slices import MANIFEST_NAME, Manifest
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -45,10 +42,11 @@ class Content:
 class Catalog:
     """Content by path. A path from the network is a dictionary's key here and never names a file."""
 
-    def __init__(self, folders: Mapping[int, Path | None]) -> None:
+    def __init__(self, ranks: Iterable[int]) -> None:
         self._lock = threading.Lock()
-        self._content: dict[str, Content] = {}
-        self._awaited = {folder_path(rank): (rank, folder) for rank, folder in folders.items()}
+        self._ranks = {folder_path(rank): rank for rank in ranks}
+        self._content: dict[str, dict[str, Content]] = {}  # by the rank's path, then by the whole one
+        self.lost: set[int] = set()  # ranks whose slices cannot be read any more
 
     def publish(self, rank: int, folder: Path) -> None:
         """Has `folder` as that rank's from now on, in place of what was. Raises `SliceError`."""
@@ -60,28 +58,20 @@ class Catalog:
         for name, entry in manifest.files.items():
             new[prefix + name] = Content(entry.size, entry.sha256, folder / name)
         with self._lock:
-            others = {path: content for path, content in self._content.items() if _folder(path) != prefix}
-            self._content = others | new
-            self._awaited.pop(prefix, None)
+            self._content[prefix], self._ranks[prefix] = new, rank
+            self.lost.discard(rank)
 
     def find(self, path: str) -> Content | HTTPStatus:
         """The content at `path`, or the status that says why there is none."""
+        prefix = path[: path.rfind("/") + 1]
         with self._lock:
-            if path in self._content:
-                return self._content[path]
-            rank, folder = self._awaited.get(_folder(path), (None, None))
-        if rank is None:
-            return HTTPStatus.NOT_FOUND
-        if folder is None or not (folder / MANIFEST_NAME).exists():
-            return HTTPStatus.SERVICE_UNAVAILABLE
-        try:
-            self.publish(rank, folder)
-        except SliceError as error:
-            _log.error("cannot serve the slices of rank %d: %s", rank, error)
-            return HTTPStatus.INTERNAL_SERVER_ERROR
+            if prefix in self._content:
+                return self._content[prefix].get(path, HTTPStatus.NOT_FOUND)
+            return HTTPStatus.SERVICE_UNAVAILABLE if prefix in self._ranks else HTTPStatus.NOT_FOUND
+
+    def lose(self, path: str) -> None:
+        """Has the slices that `path` belongs to awaited again, until they are published anew."""
+        prefix = path[: path.rfind("/") + 1]
         with self._lock:
-            return self._content.get(path, HTTPStatus.NOT_FOUND)
-
-
-def _folder(path: str) -> str:
-    return path[: path.rfind("/") + 1]
+            if self._content.pop(prefix, None) is not None:
+                self.lost.add(self._ranks[prefix])

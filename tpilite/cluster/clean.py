@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tpilite.cluster.fetch import PART, VERIFIED_NAME
+from tpilite.cluster.fetch import PART
 from tpilite.cluster.splits import (
     LOCK_NAME,
     USED_NAME,
@@ -23,7 +23,9 @@ from tpilite.cluster.splits import (
 )
 from tpilite.cluster.terms import MARK_NAME
 from tpilite.errors import SliceError
+from tpilite.weights.content import CONTENT_NAME
 from tpilite.weights.slices import MANIFEST_NAME, TEMPORARY_NAME, Manifest, is_slice_file
+from tpilite.weights.trust import VERIFIED_NAME
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Unneeded:
                     for path in _files_of(node):
                         path.unlink()
                     _remove_if_empty(node)
-                for name in (MARK_NAME, USED_NAME, LOCK_NAME):
+                for name in (MARK_NAME, CONTENT_NAME, USED_NAME, LOCK_NAME):
                     (self.folder / name).unlink(missing_ok=True)
                 _remove_if_empty(self.folder)
         except OSError as error:

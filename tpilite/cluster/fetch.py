@@ -3,8 +3,7 @@
 What stands in the folder at any moment is enough to go on from: a file is under its own name only when its
 sha256 was right and it is on the disk; until then it is NAME.part. `manifest.json` appears last, so a
 folder that has it is whole; until then it is manifest.json.part, which says what the other .part files
-are parts of. `.verified.json` remembers size and time of the files that were checked, so that a start with
-tens of gigabytes on the disk does not read them all again.
+are parts of. What is known to be whole (`trust`) is not read again.
 """
 
 import contextlib
@@ -13,7 +12,6 @@ import hashlib
 import http.client
 import io
 import itertools
-import json
 import logging
 import os
 import re
@@ -24,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from tpilite.cluster.config import ClusterConfig
 from tpilite.cluster.slice_client import SliceClient
@@ -40,12 +38,13 @@ from tpilite.weights.slices import (
     Progress,
     is_slice_file,
     node_folder,
+    remove,
 )
+from tpilite.weights.trust import VerifiedFiles
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
-VERIFIED_NAME = ".verified.json"
 PART = ".part"
 # Large enough that a call costs nothing beside its bytes; it is also what a cut connection loses at most.
 _BUFFER_BYTES = 256 * 1024
@@ -67,6 +66,7 @@ def fetch_slices(
     save_dir: Path,
     *,
     force: bool = False,
+    verify: bool = False,
     served: bool = False,
     tls: ssl.SSLContext | None = None,
     progress: Progress | None = None,
@@ -75,7 +75,8 @@ def fetch_slices(
 ) -> Path:
     """The folder save_dir/node_{rank} with exactly the slices that the server has for this rank.
 
-    Only what is missing or differs is transferred; `force` transfers all. Where the folder is the very one
+    Only what is missing or differs is transferred; `force` transfers all, `verify` reads also what is known
+    to be whole. Where the folder is the very one
     that the server has `served` from, it is waited for and checked, and nothing in it is replaced.
     `timeout_s` bounds each wait for the network, `patience_s` the time without any sign of the server,
     through retries, until `PeerLost`.
@@ -88,7 +89,7 @@ def fetch_slices(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _alone(folder), SliceClient(host, port, token, tls, timeout_s) as client:
-            _Fetch(client, rank, folder, progress, patience_s, served).run(force and not served)
+            _Fetch(client, rank, folder, progress, patience_s, served, verify).run(force and not served)
     except OSError as error:
         raise write_error(folder, error) from error
     return folder
@@ -109,6 +110,7 @@ class _Fetch:
         progress: Progress | None,
         patience_s: float,
         served: bool,
+        verify: bool,
     ) -> None:
         self._client, self._rank, self._folder, self._served = client, rank, folder, served
         self._progress, self._patience_s = progress, patience_s
@@ -116,8 +118,7 @@ class _Fetch:
         # one after the other would be slower than the wire.
         self._buffers = [memoryview(bytearray(_BUFFER_BYTES)) for _ in range(2)]
         self._hasher = ThreadPoolExecutor(1, "slice-hash")
-        self._verified = _Verified(folder)
-        self._is_checking = False
+        self._verified = VerifiedFiles(folder, trust=not verify)
         # Bytes of whole files, the same with what there is of the current one, and of all.
         self._done_bytes = self._reached_bytes = self._total_bytes = 0
         self._last_sign = time.monotonic()
@@ -165,7 +166,7 @@ class _Fetch:
                 "damaged; make the slices again with --split_bin on rank 0"
             )
         # From here until the end the folder is not whole, and says so before anything is removed from it.
-        final.unlink(missing_ok=True)
+        remove(final)
         keep = files.keys() - missing.keys()
         if _content(unfinished) == raw:
             keep |= {name + PART for name in (*missing, MANIFEST_NAME)}
@@ -193,7 +194,7 @@ class _Fetch:
                 failed_at = time.monotonic()
                 if failed_at + delay_s - self._last_sign > self._patience_s:
                     of = f"of {self._total_bytes} " if self._total_bytes else ""
-                    raise PeerLost(
+                    raise type(lost)(
                         f"lost {self._client.name} after {self._reached_bytes} {of}bytes of "
                         f"rank {self._rank}'s slices: {lost}; start again to go on from there"
                     ) from lost
@@ -245,7 +246,7 @@ class _Fetch:
                 os.fsync(file.fileno())
             if digest.hexdigest() == entry.sha256:
                 part.replace(self._folder / name)
-                self._verified.add(name, entry)
+                self._verified.add({name: entry.sha256})
                 return
             part.unlink()
             _log.warning("%s came damaged from %s", name, self._client.name)
@@ -303,18 +304,9 @@ class _Fetch:
 
     def _have(self, name: str, entry: FileEntry) -> bool:
         """Whether the file is here already, right to the last bit."""
-        path = self._folder / name
-        have = self._verified.has(name, entry)
-        if not have and path.is_file() and path.stat().st_size == entry.size:
-            if not self._is_checking:
-                self._is_checking = True
-                _log.info("checking the slices in %s", self._folder)
-            with path.open("rb", buffering=0) as file:
-                have = self._hash(file).hexdigest() == entry.sha256
-            if have:
-                self._verified.add(name, entry)
-            else:
-                _log.warning("%s differs from what %s has", path, self._client.name)
+        have = self._verified.is_whole(name, entry.size, entry.sha256, self._report)
+        if not have and (self._folder / name).exists():
+            _log.warning("%s differs from what %s has", self._folder / name, self._client.name)
         self._done_bytes += entry.size if have else 0
         return have
 
@@ -323,7 +315,7 @@ class _Fetch:
         for path in list(self._folder.iterdir()):
             name = path.name.removesuffix(PART)
             if path.name not in keep and is_slice_file(name):
-                path.unlink()
+                remove(path)
 
     def _check_room(self, missing: Mapping[str, FileEntry]) -> None:
         needed = sum(entry.size for entry in missing.values())
@@ -341,33 +333,6 @@ class _Fetch:
         self._reached_bytes = self._done_bytes + n_in_file
         if self._progress is not None:
             self._progress(self._reached_bytes, self._total_bytes)
-
-
-class _Verified:
-    """Which files of a folder were checked, by size and time of change; kept in the folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        try:
-            known = json.loads((folder / VERIFIED_NAME).read_bytes())
-        except (OSError, ValueError, RecursionError):
-            known = None
-        self._known: dict[str, Any] = known if isinstance(known, dict) else {}
-
-    def has(self, name: str, entry: FileEntry) -> bool:
-        try:
-            stat = (self._folder / name).stat()
-        except OSError:
-            return False
-        now = [stat.st_size, stat.st_mtime_ns, entry.sha256]
-        return stat.st_size == entry.size and self._known.get(name) == now
-
-    def add(self, name: str, entry: FileEntry) -> None:
-        stat = (self._folder / name).stat()
-        self._known[name] = [stat.st_size, stat.st_mtime_ns, entry.sha256]
-        new = self._folder / (VERIFIED_NAME + PART)
-        new.write_text(json.dumps(self._known))
-        new.replace(self._folder / VERIFIED_NAME)
 
 
 @contextlib.contextmanager
@@ -389,5 +354,5 @@ def _alone(folder: Path) -> Iterator[None]:
 def _content(path: Path) -> bytes | None:
     try:
         return path.read_bytes()
-    except FileNotFoundError:
+    except OSError:  # it is missing, or nothing that we could go on from
         return None

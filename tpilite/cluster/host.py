@@ -44,7 +44,8 @@ class Host(Closing):
 
     `listen` opens the ports, `start` does all that takes long. `save_dir` is for slices, made from the model
     in `folder` where they are missing (`force` and `replace`: see `Split.of`); where `folder` has no weights,
-    slices that were brought there by hand are used. Both steps raise what goes wrong in them.
+    slices that were brought there by hand are used. With `verify` also what is known to be whole is read
+    again. Both steps raise what goes wrong in them.
     """
 
     rank: Rank
@@ -58,9 +59,10 @@ class Host(Closing):
         *,
         force: bool = False,
         replace: bool = False,
+        verify: bool = False,
     ) -> None:
         self._folder, self._save_dir, self._cluster, self._engine = folder, save_dir, cluster, engine
-        self._force, self._replace = force, replace
+        self._force, self._replace, self._verify = force, replace, verify
         self._stack = ExitStack()
         self._given_up: TpiliteError | None = None
         self.formed_s = 0.0  # when the last group formed, by the monotonic clock
@@ -70,14 +72,14 @@ class Host(Closing):
         with ExitStack() as stack:
             cluster = self._cluster
             security = security_of(cluster)
-            source = _Source(self._folder, self._save_dir, cluster, self._force, self._replace)
+            source = _Source(self._folder, self._save_dir, cluster, self._force, self._replace, self._verify)
             self._source = stack.enter_context(source)
             self.config, self.partition = source.config, source.partition
             terms = terms_of(source.fingerprint, source.partition)
             self._others = [r for r in range(1, cluster.world_size) if source.makes or source.has(r)]
             self._server = stack.enter_context(
                 SliceServer(
-                    dict.fromkeys(self._others),
+                    self._others,
                     cluster.token,
                     cluster.file_port,
                     tls=security.server_tls,
@@ -109,14 +111,19 @@ class Host(Closing):
     def start(self, progress: Progress | None = None) -> None:
         """Slices the model, hands the slices out, waits for the other ranks, and loads this one."""
         source = self._source
-        source.slice(progress)
-        for rank in self._others:
-            self._server.publish(rank, source.split.node(rank))
+        self._serve(progress)
         slices = self._stack.enter_context(SliceFolder(source.split.node(0)))
+        slices.verify(trust=source.makes or not self._verify)
         group = self._whole_group(None)
         self.rank = self._stack.enter_context(
             Rank(self.config, source.with_embedding(slices.tensors), 0, group, self._engine)
         )
+
+    def _serve(self, progress: Progress | None) -> None:
+        """Makes the slices that are missing, and hands out all."""
+        self._source.slice(progress)
+        for rank in self._others:
+            self._server.publish(rank, self._source.split.node(rank))
 
     @property
     def split_folder(self) -> Path:
@@ -150,6 +157,9 @@ class Host(Closing):
         while True:
             if self._given_up is not None:
                 raise self._given_up
+            if self._server.lost:
+                logger.warning("slices in %s are gone: they are made again", self.split_folder)
+                self._serve(None)
             left_s = _SETTLE_S if timeout_s is None else started_s + timeout_s - time.monotonic()
             try:
                 return self._rendezvous.wait_for_group(min(_SETTLE_S, left_s))
@@ -195,8 +205,15 @@ class _Source(Closing):
     """Where rank 0 has the model from: a checkpoint to slice, or slices that were brought."""
 
     def __init__(
-        self, folder: Path, save_dir: Path, cluster: ClusterConfig, force: bool, replace: bool
+        self,
+        folder: Path,
+        save_dir: Path,
+        cluster: ClusterConfig,
+        force: bool,
+        replace: bool,
+        verify: bool,
     ) -> None:
+        self._verify = verify
         self._checkpoint: Checkpoint | None = None
         carried = None if any(folder.glob("*.safetensors")) else _carried(save_dir, cluster.world_size)
         if carried is not None:
@@ -205,7 +222,7 @@ class _Source(Closing):
             self.config, self.partition = manifest.config, manifest.partition
             self.fingerprint = manifest.fingerprint
             return
-        self._checkpoint = Checkpoint(folder)
+        self._checkpoint = Checkpoint(folder, save_dir, trust=not verify)
         try:
             self.config = self._checkpoint.config
             self.partition = Partition.of(self.config, cluster.world_size, cluster.ratio)
@@ -233,7 +250,10 @@ class _Source(Closing):
     def slice(self, progress: Progress | None) -> None:
         """Makes the slices that are missing, if there is a checkpoint to make them from."""
         if self._checkpoint is not None:
-            self.split.make(self._checkpoint, self.partition, embedding=False, progress=progress)
+            self.split.make(
+                self._checkpoint, self.partition, embedding=False, verify=self._verify, progress=progress
+            )
+            self._verify = False
 
     def with_embedding(self, tensors: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:
         """Rank 0's tensors: the embedding from the checkpoint, where the slice was made without one."""

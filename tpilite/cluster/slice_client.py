@@ -22,6 +22,10 @@ from tpilite.errors import PeerLost, TpiliteError
 from tpilite.net import auth
 
 
+class Unreachable(PeerLost):
+    """No connection to the server can be made."""
+
+
 class SliceClient(Closing):
     """Connections to one server, one at a time, each proved in both directions before anything is read.
 
@@ -106,7 +110,12 @@ class SliceClient(Closing):
                 self._host, self._port, timeout=self._timeout_s, context=self._tls
             )
         connection.response_class = _Response
-        connection.connect()
+        try:
+            connection.connect()
+        except ssl.SSLError:
+            raise
+        except OSError as error:
+            raise Unreachable(f"{self.name} cannot be reached: {error.strerror or error}") from error
         # A connection opened behind our back would not be proved.
         connection.auto_open = 0
         return connection

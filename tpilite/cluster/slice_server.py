@@ -2,7 +2,7 @@
 
 import logging
 import ssl
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from http import HTTPStatus
 from pathlib import Path
 
@@ -36,20 +36,20 @@ _RETRY_AFTER_S = 2
 class SliceServer(Closing):
     """Serves slice folders by rank until it is closed; a context manager.
 
-    `folders` names the ranks that exist. A folder without a manifest is looked at again at each request;
-    None stands for a rank whose slices will come with `publish`. Port 0 takes a free one: see `.port`.
+    `ranks` are those that exist: until the slices of one come with `publish`, who asks for them is to wait.
+    So it is again when they cannot be read any more, which `lost` tells. Port 0 takes a free one.
     `host` "" listens on every address of the machine, IPv6 and IPv4.
     """
 
     def __init__(
         self,
-        folders: Mapping[int, Path | None],
+        ranks: Iterable[int],
         token: str,
         port: int,
         tls: ssl.SSLContext | None = None,
         host: str = "",
     ) -> None:
-        self._catalog = Catalog(folders)
+        self._catalog = Catalog(ranks)
         self._key, self._address, self._tls = auth.derive_key(token), (host, port), tls
         self._http: HttpServer | None = None
 
@@ -61,6 +61,11 @@ class SliceServer(Closing):
     def publish(self, rank: int, folder: Path) -> None:
         """Serves `folder` as that rank's from now on, in place of what was. Raises `SliceError`."""
         self._catalog.publish(rank, folder)
+
+    @property
+    def lost(self) -> bool:
+        """Whether slices that were published cannot be read any more."""
+        return bool(self._catalog.lost)
 
     def start(self) -> None:
         """Listens. Raises `ConfigError` when the port cannot be had."""
@@ -148,7 +153,10 @@ class _Application:
             file = found.open()
         except (OSError, SliceError) as error:
             _log.error("cannot serve %s: %s", request.target, error)
-            return self._send_empty(connection, HTTPStatus.INTERNAL_SERVER_ERROR)
+            self._catalog.lose(request.target)
+            return self._send_empty(
+                connection, HTTPStatus.SERVICE_UNAVAILABLE, {"Retry-After": str(_RETRY_AFTER_S)}
+            )
         with file:
             headers |= self._proof(connection, status, found.etag)
             if not connection.send_file(file, start, stop, status, headers):

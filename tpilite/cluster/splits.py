@@ -32,7 +32,7 @@ from tpilite.weights.checkpoint import Checkpoint
 from tpilite.weights.disk import write_error
 from tpilite.weights.partition import Partition
 from tpilite.weights.slicer import ensure_slices
-from tpilite.weights.slices import MANIFEST_NAME, NODE_NAME, Manifest, Progress, node_folder
+from tpilite.weights.slices import NODE_NAME, Manifest, Progress, node_folder
 
 logger = logging.getLogger(__name__)
 
@@ -214,10 +214,12 @@ class Split(Closing):
         partition: Partition,
         *,
         embedding: bool = True,
+        verify: bool = False,
         progress: Progress | None = None,
     ) -> list[Manifest]:
         """The manifests of all ranks' slices, made where they are missing: see `ensure_slices`."""
         with _write_errors(self.folder):
+            self._used.share()  # again, where the folder was removed meanwhile
             if not self._anew:
                 self._making.wait()
             try:
@@ -230,6 +232,7 @@ class Split(Closing):
                     self.folder,
                     force=self._anew,
                     embedding=embedding,
+                    verify=verify,
                     progress=progress,
                 )
             finally:
@@ -263,17 +266,17 @@ def take_both(making: FolderLock, used: FolderLock) -> bool:
 def _misfit(save_dir: Path, checkpoint: Checkpoint, partition: Partition) -> tuple[str, bool]:
     """What the slices directly in a folder were made for instead, if so, and whether for another model."""
     for rank in range(partition.world_size):
-        node = node_folder(save_dir, rank)
-        if (node / MANIFEST_NAME).exists():
-            try:
-                found = Manifest.read(node)
-            except SliceError as error:
-                raise SliceError(f"{error}; --split_bin makes the slices again") from error
-            misfit = found.misfit(checkpoint, partition)
-            if found.rank != rank:
-                misfit = f"made for rank {found.rank} where those of rank {rank} belong"
-            if misfit:
-                return misfit, found.fingerprint != checkpoint.fingerprint
+        try:
+            found = Manifest.find(node_folder(save_dir, rank))
+        except SliceError as error:
+            raise SliceError(f"{error}; --split_bin makes the slices again") from error
+        if found is None:
+            continue
+        misfit = found.misfit(checkpoint, partition)
+        if found.rank != rank:
+            misfit = f"made for rank {found.rank} where those of rank {rank} belong"
+        if misfit:
+            return misfit, found.fingerprint != checkpoint.fingerprint
     return "", False
 
 

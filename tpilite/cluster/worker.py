@@ -10,6 +10,7 @@ from typing import Any
 
 from tpilite.cluster.config import ClusterConfig
 from tpilite.cluster.fetch import fetch_slices
+from tpilite.cluster.slice_client import Unreachable
 from tpilite.cluster.splits import Split, find_split, split_id
 from tpilite.cluster.terms import is_served, security_of, terms_of
 from tpilite.collective import Solo
@@ -43,6 +44,7 @@ class WorkerOptions:
     model: Path | None = None  # a folder that may have the model, which is then to be that of rank 0
     rank: int | None = None
     force_download: bool = False
+    verify: bool = False
     once: bool = False
     progress: Progress | None = None
 
@@ -55,8 +57,8 @@ class Worker:
     ) -> None:
         self._address, self._cluster, self._engine, self._options = address, cluster, engine, options
         self._security = security_of(cluster)
-        self._terms = _known_terms(options.model)
-        self._force = options.force_download
+        self._terms = _known_terms(options)
+        self._force, self._verify = options.force_download, options.verify
         self._manifest: Manifest | None = None
         self._rank: Rank | None = None
         # What is kept from group to group: the slices' folder for itself, and the rank loaded from them.
@@ -87,14 +89,11 @@ class Worker:
             self._rank = None
             self._held.close()
             self._split = self._held.enter_context(Split.using(folder))
-        try:
-            manifest = self._fetch(membership, folder)
-        except PeerLost:
-            membership.check()  # knows better why, if rank 0 has ended the session
-            raise
+        manifest = self._fetch(membership, folder)
         if self._rank is None or manifest != self._manifest:
             self._loaded.close()
             slices = self._loaded.enter_context(SliceFolder(node_folder(folder, membership.rank)))
+            slices.verify(trust=True)
             first_id = slices.partition.vocab_range(membership.rank).start
             self._rank = self._loaded.enter_context(
                 Rank(slices.config, slices.tensors, first_id, Solo(), self._engine)
@@ -135,7 +134,8 @@ class Worker:
         """The manifest of this rank's slices, which are on this disk now."""
         node = node_folder(folder, membership.rank)
         terms = {name: membership.info.get(name) for name in ("model", "partition")}
-        found = Manifest.read(node) if (node / MANIFEST_NAME).exists() and not self._force else None
+        is_served_here = membership.rank in membership.info.get("served", ())
+        found = None if self._force else _found(node, again=is_served_here)
         fits = found is None or terms_of(found.fingerprint, found.partition) == terms
         shared = is_served(folder, membership.info.get("mark"))  # by rank 0, which is to make slices that fit
         # In the cache, a folder's name says what belongs into it: what does not is simply replaced.
@@ -144,24 +144,49 @@ class Worker:
                 f"{node} holds slices of another model, world size or ratio than rank 0's: "
                 "replace them with --force_download, or give another --save_dir"
             )
-        if membership.rank not in membership.info.get("served", ()):
+        if not is_served_here:
             if found is None or not fits:
                 raise SliceError(f"rank 0 has no slices for rank {membership.rank}: bring them to {node}")
-            return found
-        fetch_slices(
-            self._address[0],
-            _file_port(membership.info),
-            membership.rank,
-            self._cluster.token,
-            folder,
-            force=self._force,
-            served=shared,
-            tls=self._security.client_tls,
-            progress=self._options.progress,
-            patience_s=_PATIENCE_S,
-        )
-        self._force = False
-        return Manifest.read(node)
+            with SliceFolder(node) as slices:
+                slices.verify(self._options.progress, trust=not self._verify)
+        else:
+            self._fetch_served(membership, folder, shared)
+            found = Manifest.read(node)
+        self._force = self._verify = False
+        return found
+
+    def _fetch_served(self, membership: Membership, folder: Path, shared: bool) -> None:
+        """Has the slices that rank 0 serves in `folder`; waits, with a word, where its port is blocked."""
+        host, port, told = self._address[0], _file_port(membership.info), False
+        while True:
+            try:
+                fetch_slices(
+                    host,
+                    port,
+                    membership.rank,
+                    self._cluster.token,
+                    folder,
+                    force=self._force,
+                    verify=self._verify,
+                    served=shared,
+                    tls=self._security.client_tls,
+                    progress=self._options.progress,
+                    timeout_s=_PATIENCE_S,
+                    patience_s=_PATIENCE_S,
+                )
+                return
+            except PeerLost as lost:
+                membership.check()  # knows better why, if rank 0 has ended the session
+                if not isinstance(lost, Unreachable):
+                    raise
+                if not told:
+                    logger.warning(
+                        "rank 0 answers on port %d, but not on port %d, where its slices are: %s. Is a "
+                        "firewall in between? Open TCP port %d on %s, or start rank 0 with another "
+                        "--file_port; trying on",
+                        *(self._address[1], port, lost.__cause__, port, host),
+                    )
+                told = True
 
     def _save_dir(self, info: Mapping[str, Any]) -> Path:
         if self._options.save_dir is not None:
@@ -176,11 +201,23 @@ class Worker:
         return [rank for _, rank in sorted(ranks)]
 
 
-def _known_terms(folder: Path | None) -> dict[str, Any]:
+def _found(node: Path, again: bool) -> Manifest | None:
+    """The manifest in a folder; None where there is none, or a damaged one and it is fetched `again`."""
+    try:
+        return Manifest.find(node)
+    except SliceError as error:
+        if not again:
+            raise
+        logger.warning("%s: fetching it again", error)
+        return None
+
+
+def _known_terms(options: WorkerOptions) -> dict[str, Any]:
     """What this node knows of rank 0's terms before it joins: which model it is, where it has one itself."""
+    folder = options.model
     if folder is None or not any(folder.glob("*.safetensors")):
         return {}
-    with Checkpoint(folder) as checkpoint:
+    with Checkpoint(folder, options.cache, trust=not options.verify) as checkpoint:
         return {"model": checkpoint.fingerprint}
 
 

@@ -16,8 +16,10 @@ from typing import Any
 from tpilite.closing import Closing
 from tpilite.config import LlamaConfig, read_json
 from tpilite.errors import CheckpointError
+from tpilite.weights.content import CONTENT_NAME, content_hash
 from tpilite.weights.partition import EMBEDDING, LM_HEAD, tensor_shapes
 from tpilite.weights.tensor_file import StoredTensor, TensorFile
+from tpilite.weights.trust import KnownHashes
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -26,8 +28,7 @@ _INNER = "model."  # what Hugging Face's names have before those of LlamaModel i
 # A classifier's, a reward model's and the like, as transformers and TRL name them.
 _OTHER_HEAD = re.compile(r"(^|\.)(score|classifier|qa_outputs|regression\w*|\w*_head|head)\.")
 
-# A fine-tune changes nearly every row of the matrices that it changes, but it may change only some of the
-# matrices; so a little of each tensor is hashed, rather than much of some.
+# Of each tensor's first, middle and last bytes, in `sampled_fingerprint`.
 _SAMPLE_BYTES = 2048
 
 
@@ -37,10 +38,13 @@ class Checkpoint(Closing):
     `tensors` has every tensor of the architecture by Hugging Face's name, its shape checked against
     `config`, whatever the files have before these names. Where they have no `lm_head.weight`, it is the
     embedding's own `StoredTensor`. What else they hold is ignored.
+
+    The hash of its weights is kept in the folder `notes`, if there is one to be, and trusted from there.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, notes: Path | None = None, *, trust: bool = True) -> None:
         self.folder = folder
+        self._known = None if notes is None else KnownHashes(notes / CONTENT_NAME, trust=trust)
         self._files: dict[str, TensorFile] = {}
         if not folder.is_dir():
             raise CheckpointError(f"{folder} is not a folder; expected a model folder with config.json")
@@ -68,19 +72,27 @@ class Checkpoint(Closing):
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A hash that tells this model from others: of its configuration and of samples of every tensor.
+        """A hash that tells this model from any other: of its configuration and of every byte of its weights.
 
-        The first, middle and last two KiB of each tensor are read, so fine-tunes of one model differ. It
-        does not depend on how the tensors are spread over files. It is no proof against someone who
-        wants two models to look alike.
+        It takes a reading of all weights where it is not known, so who needs no slices does not ask for it.
         """
-        digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
+        digest = self._config_hash()
+        digest.update(content_hash(self.folder, self._files.values(), self.tensors, self._known).encode())
+        return digest.hexdigest()
+
+    @functools.cached_property
+    def sampled_fingerprint(self) -> str:
+        """The fingerprint that slices of earlier versions bear: of a few KiB of each tensor."""
+        digest = self._config_hash()
         for name, tensor in self.tensors.items():
             digest.update(json.dumps([name, tensor.dtype, tensor.shape]).encode())
             n_bytes = min(_SAMPLE_BYTES, tensor.nbytes)
             for start in (0, (tensor.nbytes - n_bytes) // 2, tensor.nbytes - n_bytes):
                 digest.update(tensor.bytes_at(start, n_bytes))
         return digest.hexdigest()
+
+    def _config_hash(self) -> "hashlib._Hash":
+        return hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
 
     def _find(self, config: LlamaConfig) -> dict[str, StoredTensor]:
         """What the files hold of the architecture; of the shards, those that hold something of it are opened.

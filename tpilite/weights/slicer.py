@@ -15,7 +15,6 @@ from tpilite.weights.checkpoint import Checkpoint
 from tpilite.weights.disk import free_bytes, full_error, is_full, sync_folder, write_error
 from tpilite.weights.partition import EMBEDDING, Partition
 from tpilite.weights.slices import (
-    CHUNK_BYTES,
     EMBED_FILE,
     MANIFEST_NAME,
     NODE_NAME,
@@ -28,6 +27,7 @@ from tpilite.weights.slices import (
     node_folder,
 )
 from tpilite.weights.tensor_file import TensorFileWriter, TensorSpec
+from tpilite.weights.trust import CHUNK_BYTES, VerifiedFiles
 
 _log = logging.getLogger(__name__)
 
@@ -40,11 +40,13 @@ def ensure_slices(
     force: bool = False,
     ranks: Iterable[int] | None = None,
     embedding: bool = True,
+    verify: bool = False,
     progress: Progress | None = None,
 ) -> list[Manifest]:
     """The manifests of the slices in `save_dir` of `ranks` (of all, if None), made where they are missing.
 
-    Slices that are there and fit are kept; `force` makes all anew and removes those of other ranks. Without
+    Slices that are there, fit and are whole are kept (`verify`: read again, though they are known to be);
+    `force` makes all anew and removes those of other ranks. Without
     `embedding`, rank 0's slice has none, for a rank 0 that reads it from the checkpoint: so checkpoint and
     slices together take no more than twice the checkpoint. Raises `SliceError` for slices that were
     made for something else, when the disk is full, and when it fails.
@@ -62,7 +64,9 @@ def ensure_slices(
                     clear_slice(folder)
                     with contextlib.suppress(OSError):  # it holds something that is not ours
                         folder.rmdir()
-        manifests = {rank: _usable(node_folder(save_dir, rank), checkpoint, partition) for rank in wanted}
+        manifests = {
+            rank: _usable(node_folder(save_dir, rank), checkpoint, partition, verify) for rank in wanted
+        }
         missing = {
             rank: node_folder(save_dir, rank)
             for rank, found in manifests.items()
@@ -73,15 +77,15 @@ def ensure_slices(
     return [manifest for manifest in manifests.values() if manifest is not None]
 
 
-def _usable(folder: Path, checkpoint: Checkpoint, partition: Partition) -> Manifest | None:
+def _usable(folder: Path, checkpoint: Checkpoint, partition: Partition, verify: bool) -> Manifest | None:
     """The manifest of a slice that can be used as it is; None when there is none."""
-    if not (folder / MANIFEST_NAME).exists():
-        return None
     try:
-        manifest = Manifest.read(folder)
-        misfit = manifest.misfit(checkpoint, partition)
+        manifest = Manifest.find(folder)
     except SliceError as error:
         raise SliceError(f"{error}; --split_bin makes the slices again") from error
+    if manifest is None:
+        return None
+    misfit = manifest.misfit(checkpoint, partition)
     if f"node_{manifest.rank}" != folder.name:
         misfit = f"made for rank {manifest.rank}"
     if misfit:
@@ -89,8 +93,9 @@ def _usable(folder: Path, checkpoint: Checkpoint, partition: Partition) -> Manif
             f"the slice in {folder} was {misfit}; "
             "--split_bin makes the slices again, another --save_dir keeps these"
         )
-    if not manifest.has_all_files(folder):
-        _log.warning("%s has lost files or parts of them; making it again", folder)
+    damaged = next(manifest.damaged_files(folder, trust=not verify), None)
+    if damaged is not None:
+        _log.warning("%s is damaged; making the slices of rank %d again", folder / damaged, manifest.rank)
         return None
     return manifest
 
@@ -209,6 +214,7 @@ class _Slicer:
         sync_folder(folder)
         os.replace(temporary, folder / MANIFEST_NAME)
         sync_folder(folder)
+        VerifiedFiles(folder).add({name: entry.sha256 for name, entry in files.items()})
         return manifest
 
 

@@ -18,17 +18,20 @@ The manifest is one JSON object of exactly these keys:
     rank         whose folder this is
     partition    `Partition.to_dict()`; its counts also say how many ranks there are
     fingerprint  `Checkpoint.fingerprint` of the model that was sliced, 64 hexadecimal digits
+                 (of slices that earlier versions made: `Checkpoint.sampled_fingerprint`)
     config       the fields of `LlamaConfig`
     files        for each file of the folder its "size" in bytes and its "sha256"
 
 A folder is a slice once its manifest is there. The manifest is written last, by renaming, after everything
 that it names has reached the disk; and it is removed first when a slice is made anew. What a killed
 process left behind is therefore never taken for a slice, and the next one starts over it.
+
+Beside these, `.verified.json` says which files were read and found right (`trust`). It is no part of a slice.
 """
 
-import hashlib
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -48,6 +51,7 @@ from tpilite.weights.partition import (
     mlp_axes,
 )
 from tpilite.weights.tensor_file import DTYPES, StoredTensor, TensorFile
+from tpilite.weights.trust import VERIFIED_NAME, VerifiedFiles
 
 MANIFEST_NAME = "manifest.json"
 
@@ -59,15 +63,13 @@ _MAX_FILE_BYTES = 1 << 48
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
+_AGAIN = "make it again with --split_bin or download it again with --force_download"
 _FORMAT, _VERSION = "tpilite slice", 1
 TEMPORARY_NAME = MANIFEST_NAME + ".tmp"
 EMBED_FILE, _HEAD_FILE = "embed.safetensors", "head.safetensors"
 _BLOCK_FILE = re.compile(r"(embed|head|layers\.(0|[1-9][0-9]{0,5})\.(attn|mlp))\.safetensors")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 NODE_NAME = re.compile(r"node_(0|[1-9][0-9]{0,5})")
-
-# Files are read, hashed and written by this much, while it is in the cache. It bounds the memory.
-CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -143,16 +145,24 @@ class Manifest:
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
         """The manifest of a slice folder. Raises `SliceError` when there is none or it is damaged."""
+        found = cls.find(folder)
+        if found is None:
+            raise SliceError(
+                f"{folder} is not a complete slice: it has no {MANIFEST_NAME}; make or download it again"
+            )
+        return found
+
+    @classmethod
+    def find(cls, folder: Path) -> "Manifest | None":
+        """The manifest of a slice folder, if there is one. Raises `SliceError` when it is damaged."""
         path = folder / MANIFEST_NAME
         try:
             with open(path, "rb") as file:
                 raw = file.read(MAX_MANIFEST_BYTES + 1)
-        except FileNotFoundError:
-            raise SliceError(
-                f"{folder} is not a complete slice: it has no {MANIFEST_NAME}; make or download it again"
-            ) from None
+        except (FileNotFoundError, NotADirectoryError):
+            return None
         except OSError as error:
-            raise SliceError(f"{path} cannot be read: {error.strerror}") from error
+            raise SliceError(f"{path} cannot be read: {error.strerror}; it is damaged") from error
         try:
             return cls.from_json(raw)
         except SliceError as error:
@@ -169,19 +179,26 @@ class Manifest:
                 return f"made with {field.name} = {is_set}, and the model has {expected}"
         if found != asked:
             return f"made for the ratio {_joined(found.ratio)}, and this start is for {_joined(asked.ratio)}"
-        if self.fingerprint != checkpoint.fingerprint:
-            return f"made from other weights than those in {checkpoint.folder}"
-        return None
+        if self.fingerprint == checkpoint.fingerprint:
+            return None
+        if self.fingerprint == checkpoint.sampled_fingerprint:
+            return "made by an earlier version, which did not look at all of the weights"
+        return f"made from other weights than those in {checkpoint.folder}"
 
-    def has_all_files(self, folder: Path) -> bool:
-        """Whether every file is there with its size."""
+    def damaged_files(
+        self, folder: Path, progress: Progress | None = None, *, trust: bool = True
+    ) -> Iterator[str]:
+        """The files that are not whole; `trust`: those that are known to be whole are not read again."""
+        verified, n_done = VerifiedFiles(folder, trust=trust), 0
         for name, entry in self.files.items():
-            try:
-                if (folder / name).stat().st_size != entry.size:
-                    return False
-            except OSError:
-                return False
-        return True
+
+            def report(n_read: int, before: int = n_done) -> None:
+                if progress:
+                    progress(before + n_read, self.nbytes)
+
+            if not verified.is_whole(name, entry.size, entry.sha256, report):
+                yield name
+            n_done += entry.size
 
 
 def node_folder(save_dir: Path, rank: int) -> Path:
@@ -193,7 +210,7 @@ class SliceFolder(Closing):
     """One rank's slice, opened: what `Checkpoint` is for a whole model. Raises `SliceError`.
 
     `tensors` has Hugging Face's names; the shapes are those of the rank's part. The sizes of all files are
-    checked against the manifest; their content only by `verify`.
+    checked against the manifest; their content by `verify`.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -213,26 +230,10 @@ class SliceFolder(Closing):
         for file in self._files:
             file.close()
 
-    def verify(self, progress: Progress | None = None) -> None:
-        """Reads every file and raises `SliceError` for the first whose sha256 is not the manifest's."""
-        done = 0
-        buffer = bytearray(CHUNK_BYTES)
-        for name, entry in self.manifest.files.items():
-            digest = hashlib.sha256()
-            try:
-                with open(self.folder / name, "rb", buffering=0) as file:
-                    while n_read := file.readinto(buffer):
-                        digest.update(memoryview(buffer)[:n_read])
-                        done += n_read
-                        if progress:
-                            progress(done, self.manifest.nbytes)
-            except OSError as error:
-                raise SliceError(f"{self.folder / name} cannot be read: {error.strerror}") from error
-            if digest.hexdigest() != entry.sha256:
-                raise SliceError(
-                    f"{self.folder / name} is damaged: its sha256 is not the manifest's; "
-                    "make it again with --split_bin or download it again with --force_download"
-                )
+    def verify(self, progress: Progress | None = None, *, trust: bool = False) -> None:
+        """Raises `SliceError` for the first file whose sha256 is not the manifest's: see `damaged_files`."""
+        for name in self.manifest.damaged_files(self.folder, progress, trust=trust):
+            raise SliceError(f"{self.folder / name} is damaged: its sha256 is not the manifest's; {_AGAIN}")
 
     def _open(self) -> dict[str, StoredTensor]:
         tensors: dict[str, StoredTensor] = {}
@@ -244,8 +245,7 @@ class SliceFolder(Closing):
             self._files.append(file)
             if file.nbytes != entry.size:
                 raise SliceError(
-                    f"{file.path} has {file.nbytes} bytes; the manifest expects {entry.size}: "
-                    "make it again with --split_bin or download it again with --force_download"
+                    f"{file.path} has {file.nbytes} bytes; the manifest expects {entry.size}: {_AGAIN}"
                 )
             tensors |= file.tensors
         expected = self.partition.shards(self.config, self.rank)
@@ -317,11 +317,19 @@ def _is_sha256(value: Any) -> bool:
 
 def clear_slice(folder: Path) -> None:
     """Removes the files of a slice, whole or half made, the manifest first: without it there is no slice."""
-    (folder / MANIFEST_NAME).unlink(missing_ok=True)
+    remove(folder / MANIFEST_NAME)
     sync_folder(folder)
     for path in list(folder.iterdir()):
-        if path.name == TEMPORARY_NAME or is_slice_file(path.name):
-            path.unlink()
+        if path.name in (TEMPORARY_NAME, VERIFIED_NAME) or is_slice_file(path.name):
+            remove(path)
+
+
+def remove(path: Path) -> None:
+    """Removes a file of a slice, or a folder that stands in its place, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def is_slice_file(name: str) -> bool:
