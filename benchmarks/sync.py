@@ -50,9 +50,9 @@ def main() -> None:
         ranks = range(1, max(WORKERS) + 1)
         for rank in ranks:
             make_slices(source, rank, arguments.megabytes * 1_000_000)
-        with SliceServer(
-            {rank: node_folder(source, rank) for rank in ranks}, TOKEN, 0, host="127.0.0.1"
-        ) as server:
+        with SliceServer(ranks, TOKEN, 0, host="127.0.0.1") as server:
+            for rank in ranks:
+                server.publish(rank, node_folder(source, rank))
             for n_workers in WORKERS:
                 runs = []
                 for _ in range(arguments.runs):
