@@ -24,7 +24,6 @@ from models import add_model_options, model_of
 from start import ROOT, environment, with_tokenizer
 
 from tpilite import SamplingParams
-from tpilite.cli.configs import engine_config
 from tpilite.cli.main import hosted
 from tpilite.cli.options import parse
 from tpilite.engine.session import Session
@@ -44,7 +43,7 @@ def measure(folder: Path, options: list[str], n_prompt: int, n_new: int) -> dict
     args = parse(["--local", "2", "--model_path", str(folder), *options])
     with ExitStack() as stack:
         host = stack.enter_context(hosted(args, folder, 2, stack))
-        session = Session(folder, host.config, host.rank, max_rows=engine_config(args).max_rows)
+        session = Session(folder, host.config, host.rank)
         session.open()
         (worker,) = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
         prompt = np.random.default_rng(0).integers(3, 1000, n_prompt).tolist()

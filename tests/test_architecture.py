@@ -34,7 +34,8 @@ _INSIDE = {
     "weights": "partition tensor_file uncached assemble trust content checkpoint disk slices slicer "
     "residency part_table loader pager",
     "native": "bindings products exchange",
-    "engine": "compiled config sampling usage sequence scheduler stats step runner rank engine session",
+    "engine": "compiled config sampling usage sequence prefix scheduler stats step choice runner rank engine "
+    "session",
     "cluster": "config token slice_protocol catalog slice_server slice_client fetch terms splits clean host "
     "worker",
     "serving": "config errors body_memory openai_requests openai_responses figures jobs service answer page "

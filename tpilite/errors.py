@@ -29,6 +29,17 @@ class ProtocolError(TpiliteError):
     exit_code = 3
 
 
+class NotFinite(TpiliteError):
+    """Rank `rank` computed what is no number: its part of the weights is damaged."""
+
+    def __init__(self, rank: int, what: str) -> None:
+        super().__init__(
+            f"rank {rank} computed {what} that are not finite numbers: its part of the weights is damaged; "
+            "make its slices anew (--split_bin, on another machine --force_download), or get the model again"
+        )
+        self.rank = rank
+
+
 class PeerLost(TpiliteError):
     """The connection to a peer closed, or the peer was silent for too long."""
 

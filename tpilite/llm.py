@@ -12,7 +12,6 @@ Closing the loop early ends the request.
 from contextlib import ExitStack
 from os import PathLike
 
-from tpilite.closing import Closing
 from tpilite.collective import Solo
 from tpilite.engine.config import EngineConfig, parse_budget
 from tpilite.engine.rank import Rank
@@ -21,12 +20,15 @@ from tpilite.shipped import find_model
 from tpilite.weights.checkpoint import Checkpoint
 
 
-class LLM(Session, Closing):
+class LLM(Session):
     """A Llama model that answers on this machine; a context manager.
 
     `memory_budget` bounds the memory of this process: bytes, a text like "2GiB", "auto" for what is free
     now, or "unlimited". What does not fit is read from the disk in every pass. `memory_window` instead
     keeps at most so many blocks of weights in memory.
+
+    Several threads may use it, and several streams be open, at once: requests are served in turn. What
+    fails ends its own request and leaves the rest as it is.
 
     The BLAS of this process is held to one thread, beside which ours work. Accelerate, NumPy's on a Mac, must
     be told before NumPy is imported: set VECLIB_MAXIMUM_THREADS=1, as `tpilite-node` does.
@@ -53,10 +55,11 @@ class LLM(Session, Closing):
         with ExitStack() as stack:
             checkpoint = stack.enter_context(Checkpoint(folder))
             rank = stack.enter_context(Rank(checkpoint.config, checkpoint.tensors, 0, Solo(), engine))
-            super().__init__(folder, checkpoint.config, rank, max_rows=engine.max_rows)
+            super().__init__(folder, checkpoint.config, rank)
             self.open()
             self._stack = stack.pop_all()
 
     def close(self) -> None:
-        """Ends the threads and closes the files."""
+        """Ends what is being served with an error, the threads, and the files' use."""
+        super().close()
         self._stack.close()

@@ -14,7 +14,7 @@ def feed(pieces: list[str], stop: tuple[str, ...]) -> tuple[list[str], Sequence]
     shown = []
     for piece in pieces:
         shown.append(sequence.add_text(piece))
-        if sequence.finish_reason:
+        if sequence.stopped:
             return shown, sequence
     shown.append(sequence.add_text("", last=True))
     return shown, sequence
@@ -23,14 +23,14 @@ def feed(pieces: list[str], stop: tuple[str, ...]) -> tuple[list[str], Sequence]
 def test_a_stop_text_ends_the_text_before_it() -> None:
     shown, sequence = feed(["one E", "ND", " two"], ("END",))
     assert shown == ["one ", ""]
-    assert sequence.finish_reason == "stop"
+    assert sequence.stopped
     assert sequence.text == "one "
 
 
 def test_what_only_begins_like_a_stop_text_is_shown_later() -> None:
     shown, sequence = feed(["a E", "N", "x", "E"], ("END",))
     assert shown == ["a ", "", "ENx", "", "E"]
-    assert sequence.finish_reason is None
+    assert not sequence.stopped
 
 
 @given(
@@ -45,7 +45,7 @@ def test_pieces_do_not_matter(text: str, cuts: list[int], stop: tuple[str, ...])
     # The first stop text to be complete counts; of those complete at once, the one that begins first.
     ends = [end for end in range(len(text) + 1) if any(s in text[:end] for s in stop)]
     assert "".join(shown) == sequence.text
-    assert (sequence.finish_reason == "stop") == bool(ends)
+    assert sequence.stopped == bool(ends)
     if not ends:
         assert sequence.text == text
     else:

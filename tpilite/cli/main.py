@@ -176,9 +176,7 @@ def run_as_rank_0(args: argparse.Namespace, folder: Path, params: SamplingParams
     with ExitStack() as stack:
         host = hosted(args, folder, world_size, stack)
         recovery = Recovery(interruptible(host.recover))
-        session = Session(
-            folder, host.config, host.rank, max_rows=engine_config(args).max_rows, recover=recovery
-        )
+        session = Session(folder, host.config, host.rank, recover=recovery)
         session.open()
         return answer_all(session, args, params, host, recovery)
 

@@ -89,7 +89,7 @@ def _add_model(group: _Group) -> None:
     add(
         "--kv_dtype",
         default=EngineConfig.kv_dtype,
-        choices=KV_DTYPES,
+        choices=tuple(KV_DTYPES),
         help="f16 halves the memory of a long text (%(default)s)",
     )
 

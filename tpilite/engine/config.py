@@ -2,28 +2,28 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from tpilite.checks import check_whole
 from tpilite.errors import ConfigError
 from tpilite.machine import parse_size
 
-KV_DTYPES = ("f32", "f16")
+KV_DTYPES = {"f32": np.float32, "f16": np.float16}
+MAX_ROWS = 256  # of a pass; more gain little speed and cost activations of [T, F] floats
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How a rank works: what it may use, and how much of a prompt goes into one pass."""
+    """How a rank works: what it may use of its machine."""
 
     threads: int | None = None  # None: one per physical core
-    max_rows: int = 256  # more gain little speed and cost activations of [T, F] floats
     kv_dtype: str = "f32"  # or "f16": half the memory of keys and values, rounded to 11 bits
     memory_budget: int | str = "auto"  # bytes for the process; "auto": what is free now; "unlimited"
     memory_window: int | None = None  # at most so many blocks in memory, none of them for longer than its use
 
     def __post_init__(self) -> None:
-        for name in ("threads", "max_rows"):
-            value = getattr(self, name)
-            if value is not None:
-                check_whole(name, value, least=1)
+        if self.threads is not None:
+            check_whole("threads", self.threads, least=1)
         if self.kv_dtype not in KV_DTYPES:
             raise ConfigError(f"kv_dtype must be {' or '.join(KV_DTYPES)}, found {self.kv_dtype!r}")
         if isinstance(self.memory_budget, str):

@@ -1,27 +1,30 @@
 """Rank 0's loop: requests in, passes made with all ranks, tokens chosen, text out as it is made."""
 
-import logging
-import math
+import itertools
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 
 from tpilite.arrays import Array
 from tpilite.config import LlamaConfig
+from tpilite.engine.choice import next_token, wanted_of
+from tpilite.engine.config import MAX_ROWS
+from tpilite.engine.prefix import CachedPrefix
 from tpilite.engine.rank import Rank
-from tpilite.engine.sampling import N_CANDIDATES, Candidates, best, choose, edits_for
 from tpilite.engine.scheduler import Scheduler
-from tpilite.engine.sequence import Sequence, TokenLogprob
+from tpilite.engine.sequence import Sequence
 from tpilite.engine.step import Rows, Step, Wanted
 from tpilite.engine.usage import Usage
-from tpilite.errors import ConfigError, PeerLost
+from tpilite.errors import ConfigError, NotFinite, PeerLost
 
 Recover = Callable[[PeerLost], None]
-
-logger = logging.getLogger(__name__)
 
 # How often every rank is asked for its status, which costs a message to it and one back.
 _STATUS_S = 2.0
@@ -52,59 +55,76 @@ class Output:
     finished: bool
 
 
-@dataclass
-class _CachedPrefix:
-    """The caches of the sequence served last, kept for a prompt that begins the same (a chat's next turn)."""
-
-    sequence_id: int
-    ids: list[int]
-
-
 class Engine:
-    """Serves requests with rank 0 and all others, one pass a `step`. For one thread at a time.
+    """Serves requests with rank 0 and all others, one pass a `step`, in the order in which they came.
 
-    Where a rank is lost, `recover` puts rank 0 into a new group, and the pass is made again from the tokens.
+    For any number of threads: each makes passes for whatever is first in the queue. A pass that fails ends
+    what it was made for and nothing else. Where a rank is lost, `recover` puts rank 0 into a new group, and
+    the pass is made again from the tokens; so it is after a pass that was interrupted.
     """
 
     def __init__(
-        self, config: LlamaConfig, rank: Rank, *, max_rows: int, recover: Recover | None = None
+        self, config: LlamaConfig, rank: Rank, *, max_rows: int = MAX_ROWS, recover: Recover | None = None
     ) -> None:
         assert rank.embed is not None, "rank 0 has the embedding"
         self.config = config
         self.runner = rank.runner
         self._rank, self._embed = rank, rank.embed
         self._recover = recover
-        self._scheduler = Scheduler(max_rows, on_start=self._take_up)
-        self._max_rows = max_rows
-        self._cached: _CachedPrefix | None = None
-        self._free: list[int] = []
-        self._next_id = 0
+        self._next_ids = itertools.count(1)
         self.context = config.max_position_embeddings  # or less, where a rank's memory allows no more
         self.ranks: list[dict[str, Any]] = []  # what each tells of itself, a few seconds old
         self._asked_s = 0.0
+        # What comes and goes between two passes. To append takes no lock, since a generator may be collected,
+        # and its sequence cancelled, in the middle of a pass.
+        self._submitted: deque[Sequence] = deque()
+        self._cancelled: deque[Sequence] = deque()
+        self._lock = threading.Lock()  # held through a pass; guards what follows
+        self._scheduler = Scheduler(max_rows, on_start=self._take_up)
+        self._prefix = CachedPrefix()
+        self._is_closed = False
+        self._is_whole = True  # the last pass came to its end, on all ranks
 
-    def open(self) -> None:
-        """Asks every rank for its status, which bounds the context: to be called before the first request."""
-        self._begin()
+    def open(self, lost: PeerLost | None = None) -> None:
+        """Begins with a group, before the first request, or with a new one where a rank is lost.
+
+        What was being served is computed again. Every rank is asked how long a text its memory allows.
+        """
+        while True:
+            if lost is not None:
+                if self._recover is None:
+                    raise lost
+                self._recover(lost)
+            self._forget_caches()
+            try:
+                self._ask_status()
+            except PeerLost as again:
+                lost = again
+            else:
+                self._is_whole = True
+                return
+
+    def close(self) -> None:
+        """Ends every sequence with an error, once the pass that is being made is over."""
+        with self._lock:
+            self._is_closed = True
+            self._take_in()
+            self._fail(self._scheduler.unfinished, _closed())
 
     def check(self, sequence: Sequence) -> None:
-        """Raises `ConfigError` or its `TooLong` where the sequence could not be served. For any thread."""
-        params, n_prompt = sequence.params, len(sequence.prompt_ids)
-        self._check_ids(sequence.prompt_ids)
-        for token_id in params.logit_bias:
-            self._check_ids([token_id])
-        if n_prompt + max(params.length or 0, 1) > self.context:
-            short_of_memory = self.context < self.config.max_position_embeddings
-            raise TooLong(n_prompt, params.length, self.context, short_of_memory)
+        """Raises `ConfigError` or its `TooLong` where the sequence could not be served."""
+        _check(sequence, self.config, self.context)
 
     def submit(self, sequence: Sequence) -> None:
         """Puts a new sequence into the queue. Raises what `check` does, before any work."""
+        if self._is_closed:
+            raise _closed()
         self.check(sequence)
-        sequence.sequence_id = self._new_id()
+        sequence.sequence_id = next(self._next_ids)
         if sequence.params.length == 0:
             sequence.finish_reason = "length"
         else:
-            self._scheduler.add(sequence)
+            self._submitted.append(sequence)
 
     def spent(self, sequence: Sequence) -> Usage:
         """What rank 0 has spent on a sequence so far."""
@@ -114,39 +134,120 @@ class Engine:
         return now.since(sequence.usage_before or now)
 
     def cancel(self, sequence: Sequence) -> None:
-        """Ends a sequence where it is; its place is free for the next pass."""
+        """Ends a sequence where it is, at the latest before the next pass."""
         if sequence.finish_reason is None:
-            self._finish(sequence, "cancelled")
+            self._cancelled.append(sequence)
+            if self._lock.acquire(blocking=False):
+                try:
+                    self._take_in()
+                finally:
+                    self._lock.release()
 
     def step(self) -> list[Output]:
-        """One pass over the next rows and what came of it; nothing when there is nothing to do."""
-        try:
-            return self._step()
-        except PeerLost as lost:
-            self._begin(lost)
-            return []
+        """One pass over the next rows and what came of it; nothing when there is nothing to do.
+
+        Raises what the pass failed with, which is the `error` of the sequences that it has ended.
+        """
+        outputs = self._pass()
+        for output in outputs:
+            if output.sequence.error is not None:
+                raise output.sequence.error
+        return outputs
 
     def run(self, sequence: Sequence) -> Iterator[Output]:
-        """Every output of `sequence` as it is made. Closing the iterator early cancels it."""
+        """Every output of `sequence` as it is made, by this thread's passes or another's.
+
+        Submits it, if that was not done. Raises its `error`. Closing the iterator early cancels it.
+        """
+        if not sequence.sequence_id:
+            self.submit(sequence)
+        n_given = 0
         try:
-            while sequence.finish_reason is None:
-                yield from (output for output in self.step() if output.sequence is sequence)
+            ended = False
+            while not ended:
+                ended = sequence.finish_reason is not None
+                for i in range(n_given, n_made := len(sequence.new_ids)):
+                    yield Output(sequence, sequence.new_ids[i], sequence.pieces[i], ended and i == n_made - 1)
+                n_given = n_made
+                if not ended:
+                    self._pass()
         finally:
             self.cancel(sequence)
+        if sequence.error is not None:
+            raise sequence.error
 
     def logits(self, ids: list[int]) -> Array:  # [T] -> [T, V]
         """The scores after each of `ids`, by themselves from position 0."""
-        self._check_ids(ids)
+        _check_ids(ids, self.config)
         if len(ids) > self.context:
             raise ConfigError(f"{len(ids)} tokens do not fit the context of {self.context}")
-        sequence_id, parts = self._new_id(), []
-        for start in range(0, len(ids), self._max_rows):
-            chunk = ids[start : start + self._max_rows]
-            wanted = tuple(Wanted(row, 0, 0.0) for row in range(len(chunk)))
-            step = Step((Rows(sequence_id, start, len(chunk)),), wanted, self._take_free())
-            parts.append(self.runner.scores(step, self._embed(chunk)))
-        self._free.append(sequence_id)
+        sequence_id, parts = next(self._next_ids), []
+        with self._passing():
+            for start in range(0, len(ids), self._scheduler.max_rows):
+                chunk = ids[start : start + self._scheduler.max_rows]
+                wanted = tuple(Wanted(row, 0, 0.0) for row in range(len(chunk)))
+                step = Step((Rows(sequence_id, start, len(chunk)),), wanted, self._prefix.take_free())
+                parts.append(self.runner.scores(step, self._embed(chunk)))
+            self._prefix.free(sequence_id)
+            self._is_whole = True
         return np.concatenate(parts)
+
+    # ---- with the lock held
+
+    @contextmanager
+    def _passing(self) -> Iterator[None]:
+        """The lock, for a pass that says itself when it has come to its end."""
+        with self._lock:
+            if self._is_closed:
+                raise _closed()
+            self._take_in()
+            if not self._is_whole:
+                self._mend()
+            self._is_whole = False
+            yield
+
+    def _pass(self) -> list[Output]:
+        """A pass and what came of it, of sequences that it has ended with an error too."""
+        with self._passing():
+            try:
+                outputs = self._step()
+            except PeerLost as lost:
+                self.open(lost)
+                return []
+            except Exception as error:
+                failed = self._scheduler.running
+                if not failed:
+                    raise
+                self._is_whole = isinstance(error, NotFinite)  # which is found out when the pass is over
+                return self._fail(failed, error)
+            self._is_whole = True
+            return outputs
+
+    def _take_in(self) -> None:
+        """Puts what was submitted into the queue, and ends what was cancelled."""
+        while self._submitted:
+            self._scheduler.add(self._submitted.popleft())
+        while self._cancelled:
+            sequence = self._cancelled.popleft()
+            if sequence.finish_reason is None:
+                self._finish(sequence, "cancelled")
+
+    def _mend(self) -> None:
+        """Forgets all caches after a pass that ended in its middle, where other ranks may still be."""
+        if self.runner.collective.world_size > 1:
+            self.open(PeerLost("the pass before ended in its middle"))
+        else:
+            self.runner.reset()
+            self._forget_caches()
+            self._is_whole = True
+
+    def _fail(self, sequences: list[Sequence], error: Exception) -> list[Output]:
+        """Ends sequences with an error. What is in their caches is not used again."""
+        for sequence in sequences:
+            sequence.error, sequence.n_cached = error, 0
+            self._prefix.free(sequence.sequence_id)
+            self._finish(sequence, "error")
+        return [Output(sequence, -1, "", finished=True) for sequence in sequences]
 
     def _step(self) -> list[Output]:
         chunks = self._scheduler.next()
@@ -158,101 +259,44 @@ class Engine:
         ends = np.cumsum([c.n_rows for c in chunks]) - 1
         last = [(c.sequence, int(end)) for c, end in zip(chunks, ends, strict=True) if c.reaches_end]
         rows = tuple(Rows(c.sequence.sequence_id, c.start, c.n_rows) for c in chunks)
-        wanted = tuple(self._wanted(sequence, row) for sequence, row in last)
-        reports = self.runner.candidates(Step(rows, wanted, self._take_free()), self._embed(ids))
-        scores: Array | None = None
-        outputs = []
-        for index, ((sequence, _), candidates) in enumerate(zip(last, reports, strict=True)):
-            params, position = sequence.params, sequence.n_tokens
-            token_id = choose(candidates, params, sequence.seed, position)
-            if token_id is None or params.logprobs is not None:
-                if scores is None:
-                    scores = self.runner.scores(Step(wanted=wanted))  # of the step just made
-                everything = self._everything(sequence, scores[index])
-                token_id = choose(everything, params, sequence.seed, position)
-                assert token_id is not None
-                if params.logprobs is not None:
-                    sequence.logprobs.append(_logprob(scores[index], token_id, params.logprobs))
-            outputs.append((sequence, token_id))
+        wanted = tuple(wanted_of(sequence, row) for sequence, row in last)
+        reports = self.runner.candidates(Step(rows, wanted, self._prefix.take_free()), self._embed(ids))
+
+        @cache
+        def scores() -> Array:  # [R, V], of the step just made
+            return self.runner.scores(Step(wanted=wanted))
+
+        chosen = [
+            (sequence, next_token(sequence, candidates, lambda index=index: scores()[index]))  # type: ignore[misc]
+            for index, ((sequence, _), candidates) in enumerate(zip(last, reports, strict=True))
+        ]
         for chunk in chunks:
             chunk.sequence.n_cached += chunk.n_rows
-        return [self._accept(sequence, token_id) for sequence, token_id in outputs]
+        return [self._accept(sequence, token_id) for sequence, token_id in chosen]
 
     def _take_up(self, sequence: Sequence) -> None:
-        """Starts a sequence on the kept caches where its prompt begins as they do, else frees them."""
         sequence.usage_before = self._rank.usage
-        cached, self._cached = self._cached, None
-        if cached is None:
-            return
-        limit = min(
-            len(cached.ids), sequence.n_tokens - 1
-        )  # the last row is always computed: it gives scores
-        ids = sequence.ids(0, limit)
-        shared = next((i for i in range(limit) if cached.ids[i] != ids[i]), limit)
-        if shared:
-            sequence.sequence_id, sequence.n_cached = cached.sequence_id, shared
-        else:
-            self._free.append(cached.sequence_id)
-
-    def _wanted(self, sequence: Sequence, row: int) -> Wanted:
-        params = sequence.params
-        edits = edits_for(params, sequence.prompt_ids, sequence.new_ids)
-        n = 1 if params.temperature == 0 else max(N_CANDIDATES, params.k)
-        return Wanted(row, n, params.temperature, edits)
-
-    def _everything(self, sequence: Sequence, logits: Array) -> Candidates:
-        edits = edits_for(sequence.params, sequence.prompt_ids, sequence.new_ids)
-        edited = logits if edits is None else edits.apply(logits, 0)
-        return best(edited, 0, len(edited), sequence.params.temperature)
+        self._prefix.give_to(sequence)
 
     def _accept(self, sequence: Sequence, token_id: int) -> Output:
         params = sequence.params
-        sequence.new_ids.append(token_id)
-        sequence.token_times_s.append(time.perf_counter())
-        text = ""
-        ended = token_id in sequence.eos_ids and not params.ignore_eos
-        if sequence.decoder is not None and not ended:
-            text = sequence.add_text(sequence.decoder.add(token_id))
-        reason = sequence.finish_reason
-        if reason is None and ended:
-            reason = "stop"
-        full = sequence.n_tokens >= self.context
-        if reason is None and (len(sequence.new_ids) == params.length or full):
-            reason = "length"
-        if reason is not None:
-            if sequence.decoder is not None and sequence.finish_reason is None:
-                text += sequence.add_text(sequence.decoder.finish(), last=True)
-            self._finish(sequence, sequence.finish_reason or reason)
-        return Output(sequence, token_id, text, reason is not None)
+        is_end = token_id in sequence.eos_ids and not params.ignore_eos
+        is_full = len(sequence.new_ids) + 1 == params.length or sequence.n_tokens + 1 >= self.context
+        text = sequence.add(token_id, is_end=is_end, last=is_end or is_full)
+        if is_end or sequence.stopped or is_full:
+            self._finish(sequence, "stop" if is_end or sequence.stopped else "length")
+        return Output(sequence, token_id, text, sequence.finish_reason is not None)
 
     def _finish(self, sequence: Sequence, reason: str) -> None:
         sequence.usage = self.spent(sequence)
-        sequence.finish_reason = reason
         self._scheduler.remove(sequence)
         if sequence.n_cached:
-            if self._cached is not None:
-                self._free.append(self._cached.sequence_id)
-            self._cached = _CachedPrefix(sequence.sequence_id, sequence.ids(0, sequence.n_cached))
+            self._prefix.keep(sequence)
+        sequence.finish_reason = reason
 
-    def _begin(self, lost: PeerLost | None = None) -> None:
-        """Begins with a group, a new one where a rank is lost: what was being served is computed again.
-
-        The context is the least that any rank's memory allows.
-        """
-        while True:
-            if lost is not None:
-                if self._recover is None:
-                    raise lost
-                self._recover(lost)
-            self._cached = None
-            self._free.clear()
-            self._scheduler.restart()
-            try:
-                self._ask_status()
-            except PeerLost as again:
-                lost = again
-            else:
-                return
+    def _forget_caches(self) -> None:
+        self._prefix.clear()
+        self._scheduler.restart()
 
     def _ask_status(self) -> None:
         """Asks every rank how it is, and how long a text its memory allows: the least is the context."""
@@ -262,30 +306,23 @@ class Engine:
             [self.config.max_position_embeddings, *(int(limit) for limit in limits if limit is not None)]
         )
 
-    def _check_ids(self, ids: list[int]) -> None:
-        if not ids:
-            raise ConfigError("the prompt is empty and this model has no BOS token to begin with")
-        for token_id in (min(ids), max(ids)):
-            if not 0 <= token_id < self.config.vocab_size:
-                raise ConfigError(
-                    f"token id {token_id} is not in the model's vocabulary of {self.config.vocab_size}"
-                )
 
-    def _new_id(self) -> int:
-        self._next_id += 1
-        return self._next_id
-
-    def _take_free(self) -> tuple[int, ...]:
-        free, self._free = tuple(self._free), []
-        return free
+def _check(sequence: Sequence, config: LlamaConfig, context: int) -> None:
+    params, n_prompt = sequence.params, len(sequence.prompt_ids)
+    _check_ids(sequence.prompt_ids, config)
+    for token_id in params.logit_bias:
+        _check_ids([token_id], config)
+    if n_prompt + max(params.length or 0, 1) > context:
+        raise TooLong(n_prompt, params.length, context, context < config.max_position_embeddings)
 
 
-def _logprob(logits: Array, token_id: int, n_top: int) -> TokenLogprob:
-    """The model's own log-probabilities (temperature 1, unedited) of a token and of the likeliest ones."""
-    top = best(logits, 0, max(n_top, 1), 1.0)
-    likeliest = tuple(
-        (int(i), float(score) - top.log_sum_exp)
-        for i, score in zip(top.ids[:n_top], top.logits[:n_top], strict=True)
-    )
-    logprob = float(logits[token_id]) - top.log_sum_exp
-    return TokenLogprob(token_id, logprob if math.isfinite(logprob) else -9999.0, likeliest)
+def _check_ids(ids: list[int], config: LlamaConfig) -> None:
+    if not ids:
+        raise ConfigError("the prompt is empty and this model has no BOS token to begin with")
+    for token_id in (min(ids), max(ids)):
+        if not 0 <= token_id < config.vocab_size:
+            raise ConfigError(f"token id {token_id} is not in the model's vocabulary of {config.vocab_size}")
+
+
+def _closed() -> ConfigError:
+    return ConfigError("this model was closed and serves no more; make a new one")

@@ -1,18 +1,17 @@
 """One rank made ready: its weights in memory as they should be, its threads, its model and its runner."""
 
+import gc
 import logging
 import platform
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
-import numpy as np
-
 from tpilite.closing import Closing
 from tpilite.collective import Collective, Timed
 from tpilite.config import LlamaConfig
 from tpilite.engine.compiled import new_products
-from tpilite.engine.config import EngineConfig
+from tpilite.engine.config import KV_DTYPES, MAX_ROWS, EngineConfig
 from tpilite.engine.runner import Runner
 from tpilite.engine.usage import Usage, disk_read_bytes
 from tpilite.linear.linear import Linear
@@ -67,14 +66,14 @@ class Rank(Closing):
                 config,
                 budget_bytes=budget_bytes_of(engine),
                 window=engine.memory_window,
-                max_rows=engine.max_rows,
+                max_rows=MAX_ROWS,
             )
         )
         self._pager.start()
+        self._last_usage: Usage | None = None  # once this rank is closed
         self._n_rows = 0  # of the pass before
         self._network = Timed(collective)
-        kv_dtype = np.float16 if engine.kv_dtype == "f16" else np.float32
-        model = Llama(config, self._pager.weights, self._network, linear, kv_dtype, empty)
+        model = Llama(config, self._pager.weights, self._network, linear, KV_DTYPES[engine.kv_dtype], empty)
         self._position_bytes = model.new_cache().position_bytes
         longest = self._max_positions()
         if longest is not None:  # so that no cache grows ahead beyond what there is room for
@@ -117,12 +116,19 @@ class Rank(Closing):
 
     @property
     def usage(self) -> Usage:
+        if self._last_usage is not None:
+            return self._last_usage
         paging = self._pager.usage()
         compute_s = self.runner.forward_s - self._network.reduced_s - paging.load_wait_s
         return Usage(compute_s, paging.load_wait_s, self._network.waited_s, disk_read_bytes(), paging)
 
     def close(self) -> None:
-        self._stack.close()
+        """Gives everything back, the maps of the model's files too where somebody keeps this rank."""
+        if self._last_usage is None:
+            self._last_usage = self.usage
+            self._stack.close()
+            del self.runner.model.weights, self._pager
+            gc.collect()  # the parts of paged weights and their owner refer to each other
 
 
 def budget_bytes_of(engine: EngineConfig) -> int | None:

@@ -30,7 +30,7 @@ class Scheduler:
     """The queue of requests and the one being served; `on_start` hears of each before its first rows."""
 
     def __init__(self, max_rows: int, on_start: Callable[[Sequence], None]) -> None:
-        self._max_rows = max_rows
+        self.max_rows = max_rows
         self._on_start = on_start
         self._waiting: deque[Sequence] = deque()
         self._running: Sequence | None = None
@@ -41,7 +41,12 @@ class Scheduler:
     @property
     def unfinished(self) -> list[Sequence]:
         """Everything that is being served or waits, in order."""
-        return [*([self._running] if self._running else []), *self._waiting]
+        return [*self.running, *self._waiting]
+
+    @property
+    def running(self) -> list[Sequence]:
+        """What the passes are made for now."""
+        return [self._running] if self._running else []
 
     def next(self) -> list[Chunk]:
         """The rows of the next pass; empty when there is nothing to do."""
@@ -51,7 +56,7 @@ class Scheduler:
         sequence = self._running
         if sequence is None:
             return []
-        n_rows = min(self._max_rows, sequence.n_tokens - sequence.n_cached)
+        n_rows = min(self.max_rows, sequence.n_tokens - sequence.n_cached)
         return [Chunk(sequence, sequence.n_cached, n_rows)]
 
     def remove(self, sequence: Sequence) -> None:

@@ -28,25 +28,30 @@ class TokenLogprob:
 
 @dataclass(eq=False)
 class Sequence:
-    """The state of one request. `n_cached` positions of `ids` are in the ranks' KV caches."""
+    """The state of one request. `n_cached` positions of `ids` are in the ranks' KV caches.
+
+    Other threads may read it while it is served: `finish_reason` is set when all else is there.
+    """
 
     prompt_ids: list[int]
     params: SamplingParams
     eos_ids: frozenset[int] = frozenset()
     decoder: Decoder | None = None
     new_ids: list[int] = field(default_factory=list)
-    sequence_id: int = 0  # that of its caches, given by the engine
+    pieces: list[str] = field(default_factory=list)  # the text shown for each of `new_ids`
+    sequence_id: int = 0  # that of its caches, given by the engine with its place in the queue
     n_cached: int = 0
     finish_reason: str | None = None
+    error: Exception | None = None  # what has ended it, where its `finish_reason` is "error"
     logprobs: list[TokenLogprob] = field(default_factory=list)
     seed: int = 0
-    text: str = ""
     n_decoded: int = 0  # characters, those held back and those of a stop text included
     started_s: float = field(default_factory=time.perf_counter)
     token_times_s: list[float] = field(default_factory=list)
     usage_before: Usage | None = None  # of rank 0, when its first rows were taken up
     usage: Usage | None = None  # what rank 0 has spent on it; None until it ends
-    _held: str = ""
+    stopped: bool = False  # by a stop text
+    _held: str = ""  # a tail that could be the beginning of a stop text
 
     def __post_init__(self) -> None:
         self.seed = secrets.randbits(63) if self.params.seed is None else self.params.seed
@@ -55,13 +60,29 @@ class Sequence:
     def n_tokens(self) -> int:
         return len(self.prompt_ids) + len(self.new_ids)
 
+    @property
+    def text(self) -> str:
+        """What has been shown so far."""
+        return "".join(self.pieces)
+
     def ids(self, start: int, stop: int) -> list[int]:
         """The ids at these positions, of the prompt and of what was generated."""
         n_prompt = len(self.prompt_ids)
         return self.prompt_ids[start:stop] + self.new_ids[max(0, start - n_prompt) : max(0, stop - n_prompt)]
 
+    def add(self, token_id: int, *, is_end: bool, last: bool) -> str:
+        """Adds a new token, an end token or the `last` maybe, and gives the text that may be shown for it."""
+        piece = ""
+        if self.decoder is not None:
+            piece = "" if is_end else self.decoder.add(token_id)
+            piece += self.decoder.finish() if last else ""
+        shown = self.add_text(piece, last=last)
+        self.token_times_s.append(time.perf_counter())
+        self.new_ids.append(token_id)
+        return shown
+
     def add_text(self, piece: str, *, last: bool = False) -> str:
-        """The part of `piece` that may be shown now; ends the sequence where a stop text appears.
+        """The part of `piece` that may be shown now: nothing from a stop text on.
 
         A tail that could be the beginning of a stop text is held back until it is decided.
         """
@@ -70,12 +91,12 @@ class Sequence:
         at, found = _first(self._held, self.params.stop)
         if found:
             shown, self._held = self._held[:at], ""
-            self.finish_reason = "stop"
+            self.stopped = True
         else:
             n_hold = 0 if last else _open_tail(self._held, self.params.stop)
             cut = len(self._held) - n_hold
             shown, self._held = self._held[:cut], self._held[cut:]
-        self.text += shown
+        self.pieces.append(shown)
         return shown
 
 

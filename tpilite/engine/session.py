@@ -1,6 +1,6 @@
 """Text in, text out: what a program asks of rank 0, however many ranks there are.
 
-    session = Session(folder, config, rank, max_rows=256)
+    session = Session(folder, config, rank)
     session.open()
     for text in session.stream("Once upon a time", SamplingParams(length=100, seed=1)):
         print(text, end="", flush=True)
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tpilite.closing import Closing
 from tpilite.config import LlamaConfig
 from tpilite.engine.engine import Engine, Recover, TooLong
 from tpilite.engine.rank import Rank
@@ -52,11 +53,12 @@ class EncodedPrompt:
     is_chat: bool
 
 
-class Session:
-    """Prompts and messages in, text out, by rank 0 of however many ranks. For one thread at a time.
+class Session(Closing):
+    """Prompts and messages in, text out, by rank 0 of however many ranks; closed by `with`.
 
-    `open` it before the first request. A prompt is a text or a list of token ids; a folder without tokenizer
-    files serves ids alone.
+    Several threads may use it, and several streams be open, at once: requests are served in the order in
+    which they come. `open` it before the first request. A prompt is a text or a list of token ids; a folder
+    without tokenizer files serves ids alone.
     """
 
     def __init__(
@@ -65,7 +67,6 @@ class Session:
         config: LlamaConfig,
         rank: Rank,
         *,
-        max_rows: int,
         recover: Recover | None = None,
     ) -> None:
         self.folder, self.config = folder, config
@@ -77,11 +78,15 @@ class Session:
         if self._tokenizer is not None:
             self.chat_format = chat_format(self._tokenizer, folder)
             self._eos_ids |= self._tokenizer.eos_ids
-        self.engine = Engine(config, rank, max_rows=max_rows, recover=recover)
+        self.engine = Engine(config, rank, recover=recover)
 
     def open(self) -> None:
         """Asks every rank how long a text its memory allows: to be called before the first request."""
         self.engine.open()
+
+    def close(self) -> None:
+        """Ends every request with an error. From now on there is none."""
+        self.engine.close()
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -95,17 +100,17 @@ class Session:
 
     def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> Completion:
         """The whole text that follows `prompt`."""
-        request = self.start(prompt, params)
+        request = self.prepare(self.encode(prompt), params)
         for _ in self.run(request):
             pass
         return self.completion(request)
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
         """The text that follows `prompt`, in pieces as it is made. Ending the loop early ends the work."""
-        return self.run(self.start(prompt, params))
+        return self.run(self.prepare(self.encode(prompt), params))
 
     def encode(self, prompt: Prompt) -> EncodedPrompt:
-        """A text to be continued, as ids. For any thread, as `encode_chat` and `prepare` are."""
+        """A text to be continued, as ids."""
         self._check_size(prompt if isinstance(prompt, str) else "")
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         return EncodedPrompt(ids, self._eos_ids, is_chat=False)
@@ -124,8 +129,9 @@ class Session:
         ids, stop_ids = chat_format.encode(messages), chat_format.stop_ids
         return EncodedPrompt(ids, self._eos_ids | stop_ids, is_chat=True)
 
-    def prepare(self, prompt: EncodedPrompt, params: SamplingParams) -> Sequence:
+    def prepare(self, prompt: EncodedPrompt, params: SamplingParams | None = None) -> Sequence:
         """A request that is not in the queue yet. Raises `ConfigError` if it cannot be served."""
+        params = params or SamplingParams()
         sequence = Sequence(prompt.ids, params, prompt.eos_ids)
         self.engine.check(sequence)
         if self._tokenizer is not None:
@@ -137,18 +143,20 @@ class Session:
 
     def start(self, prompt: Prompt, params: SamplingParams | None = None) -> Sequence:
         """A request for what follows `prompt`, in the queue. Raises `ConfigError` if it cannot be served."""
-        return self._start(self.encode(prompt), params)
+        return self._submitted(self.prepare(self.encode(prompt), params))
 
     def start_chat(self, messages: Chat, params: SamplingParams | None = None) -> Sequence:
         """A request for the answer to a conversation, in the queue. Raises as `start` does."""
-        return self._start(self.encode_chat(messages), params)
+        return self._submitted(self.prepare(self.encode_chat(messages), params))
 
     def run(self, request: Sequence) -> Iterator[str]:
-        """Serves `request` to its end and gives its text in pieces."""
+        """Serves `request` to its end and gives its text in pieces. Raises the error that ended it."""
         return (output.text for output in self.engine.run(request) if output.text)
 
     def completion(self, request: Sequence) -> Completion:
-        """What has come of `request` so far."""
+        """What has come of `request` so far. Raises the error that ended it."""
+        if request.error is not None:
+            raise request.error
         stats = measure(request, self.engine.spent(request))
         return Completion(request.text, list(request.new_ids), request.finish_reason, stats)
 
@@ -177,7 +185,6 @@ class Session:
         ):
             raise TooLong(-(-size * self.engine.context // limit), None, self.engine.context, False)
 
-    def _start(self, prompt: EncodedPrompt, params: SamplingParams | None) -> Sequence:
-        sequence = self.prepare(prompt, params or SamplingParams())
+    def _submitted(self, sequence: Sequence) -> Sequence:
         self.engine.submit(sequence)
         return sequence
