@@ -1,0 +1,60 @@
+"""What a worker makes of what it finds: a manifest that is damaged, a port that is blocked."""
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from slice_transfer import TOKEN, make_slices, serving
+
+from tpilite.cluster import worker as worker_module
+from tpilite.cluster.config import ClusterConfig
+from tpilite.cluster.worker import Worker, WorkerOptions
+from tpilite.engine.config import EngineConfig
+from tpilite.net.group import GroupEnded
+from tpilite.weights.slices import Manifest
+
+
+def membership(port: int, check: Callable[[], None] = lambda: None) -> Any:
+    return SimpleNamespace(rank=1, info={"served": [1], "file_port": port}, check=check)
+
+
+def worker(cache: Path) -> Worker:
+    return Worker(("127.0.0.1", 29700), ClusterConfig(TOKEN), EngineConfig(), WorkerOptions(cache=cache))
+
+
+@pytest.mark.parametrize("raw", [b"", b"{", b"\xff\x00garbage", b"[]"])
+def test_a_damaged_manifest_is_fetched_again(raw: bytes, tmp_path: Path) -> None:
+    make_slices(tmp_path / "split")
+    node = tmp_path / "here" / "node_1"
+    node.mkdir(parents=True)
+    (node / "manifest.json").write_bytes(raw)
+    with serving(tmp_path / "split") as server:
+        found = worker(tmp_path)._fetch(membership(server.port), tmp_path / "here")
+    assert found == Manifest.read(node) == Manifest.read(tmp_path / "split" / "node_1")
+
+
+def test_a_blocked_file_port_is_named_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_module, "_PATIENCE_S", 0.2)
+    n_checks = 0
+
+    def check() -> None:
+        nonlocal n_checks
+        n_checks += 1
+        if n_checks == 3:
+            raise GroupEnded("rank 0 ended the session")
+
+    with socket.socket() as full:  # what comes to a full backlog is dropped
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        port = full.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)), pytest.raises(GroupEnded):
+            worker(tmp_path)._fetch(membership(port, check), tmp_path / "here")
+    lines = [record.getMessage() for record in caplog.records if "--file_port" in record.getMessage()]
+    assert len(lines) == 1
+    assert f"not on port {port}" in lines[0]
+    assert f"Open TCP port {port} on 127.0.0.1" in lines[0]
