@@ -523,6 +523,18 @@ def test_a_worker_in_the_folder_of_rank_0_takes_nothing_away(nodes: Nodes, story
     assert damaged.read_bytes() != content
 
 
+def test_slices_that_are_removed_while_rank_0_runs_are_made_again(nodes: Nodes, story: Story) -> None:
+    cluster = Cluster(nodes, story, 2)
+    worker = cluster.start_worker("worker1")
+    cluster.host.wait_for_text(10)
+    worker.kill()
+    shutil.rmtree(cluster.host_split)
+    cluster.start_worker("worker2")
+    assert cluster.host.finish() == 0, cluster.host.err
+    assert cluster.host.out == story.text
+    assert "are gone: they are made again" in cluster.host.err
+
+
 def test_any_number_of_ranks_in_the_same_folder_also_at_once(
     nodes: Nodes, story: Story, tmp_path: Path
 ) -> None:
