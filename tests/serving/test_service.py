@@ -4,7 +4,7 @@ import pytest
 from servers import CONFIG, Gate, client_of, eventually, figures, get, health, lossy, post, served
 
 from tpilite import LLM
-from tpilite.errors import CheckpointError, PeerLost
+from tpilite.errors import CheckpointError, NotFinite, PeerLost
 
 openai = pytest.importorskip("openai", reason="needs OpenAI's client: pip install openai")
 
@@ -98,3 +98,22 @@ def test_stopping_finishes_what_is_open_and_takes_nothing_new(session: LLM) -> N
         gate.open()
         assert [c.choices[0].finish_reason for c in stream][-1] == "length"
         assert service.drain(10)
+
+
+@pytest.mark.parametrize(("error", "status"), [(NotFinite(1, "scores"), 500), (MemoryError(), 500)])
+def test_what_fails_in_a_pass_ends_its_own_request_and_the_next_is_served(
+    session: LLM, monkeypatch: pytest.MonkeyPatch, error: Exception, status: int
+) -> None:
+    body = {"model": "tiny", "prompt": "Once", "max_tokens": 3}
+
+    def failing(step: object, x: object = None) -> None:
+        raise error
+
+    with served(session, CONFIG) as server:
+        with monkeypatch.context() as patch:
+            patch.setattr(session.engine.runner, "_run", failing)
+            found, _, answer = post(server, "/v1/completions", body)
+        assert (found, answer["error"]["type"]) == (status, "server_error")
+        assert health(server)["status"] == "ok"
+        assert figures(server)["requests_failed"] == 1
+        assert post(server, "/v1/completions", body)[0] == 200

@@ -1,6 +1,5 @@
 """One rank made ready: its weights in memory as they should be, its threads, its model and its runner."""
 
-import gc
 import logging
 import platform
 from collections.abc import Mapping
@@ -70,7 +69,6 @@ class Rank(Closing):
             )
         )
         self._pager.start()
-        self._last_usage: Usage | None = None  # once this rank is closed
         self._n_rows = 0  # of the pass before
         self._network = Timed(collective)
         model = Llama(config, self._pager.weights, self._network, linear, KV_DTYPES[engine.kv_dtype], empty)
@@ -116,19 +114,12 @@ class Rank(Closing):
 
     @property
     def usage(self) -> Usage:
-        if self._last_usage is not None:
-            return self._last_usage
         paging = self._pager.usage()
         compute_s = self.runner.forward_s - self._network.reduced_s - paging.load_wait_s
         return Usage(compute_s, paging.load_wait_s, self._network.waited_s, disk_read_bytes(), paging)
 
     def close(self) -> None:
-        """Gives everything back, the maps of the model's files too where somebody keeps this rank."""
-        if self._last_usage is None:
-            self._last_usage = self.usage
-            self._stack.close()
-            del self.runner.model.weights, self._pager
-            gc.collect()  # the parts of paged weights and their owner refer to each other
+        self._stack.close()
 
 
 def budget_bytes_of(engine: EngineConfig) -> int | None:

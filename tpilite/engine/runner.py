@@ -1,5 +1,6 @@
 """Every rank's part of a pass: the `Step` that rank 0 broadcasts is executed by all, its results gathered."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -11,15 +12,17 @@ from tpilite.arrays import Array
 from tpilite.collective import Collective, Message
 from tpilite.engine.sampling import Candidates, best, merge
 from tpilite.engine.step import Rows, Step, Wanted, pack_candidates, unpack_candidates
-from tpilite.errors import ProtocolError
+from tpilite.errors import NotFinite, ProtocolError
 from tpilite.model.kv_cache import KVCache
 from tpilite.model.llama import Llama, Segment
+from tpilite.model.ops import is_finite
 
 Embedding = Callable[[Sequence[int]], Array]  # ids -> [T, D]
 
 
 _STOP = {"stop": True}
 _STATUS = {"survey": True}
+_DAMAGED = "not_finite_from"  # in a report, where it is not None
 _NONE: Array = np.zeros((0, 0), np.float32)
 
 
@@ -51,18 +54,29 @@ class Runner:
 
     def candidates(self, step: Step, x: Array | None = None) -> list[Candidates]:
         """On rank 0: the candidates of each wanted row, after the step is made by all ranks."""
-        reports = [[unpack_candidates(c) for c in part.header["candidates"]] for part in self._run(step, x)]
+        parts = self._run(step, x)
+        reports = [[unpack_candidates(c) for c in part.header["candidates"]] for part in parts]
+        for rank, of_rank in enumerate(reports):
+            if any(math.isnan(found.log_sum_exp) for found in of_rank):
+                raise NotFinite(rank, "scores")
         return [merge(of_row) for of_row in zip(*reports, strict=True)]
 
     def scores(self, step: Step, x: Array | None = None) -> Array:  # -> [R, V]
         """On rank 0: the whole scores of the R wanted rows, unedited, after the step is made by all ranks."""
-        parts = self._run(replace(step, full=True), x)
-        return np.concatenate([_array(part) for part in parts], axis=1)
+        parts = [_array(part) for part in self._run(replace(step, full=True), x)]
+        for rank, logits in enumerate(parts):
+            if not is_finite(logits):
+                raise NotFinite(rank, "scores")
+        return np.concatenate(parts, axis=1)
 
     def _run(self, step: Step, x: Array | None) -> list[Message]:
         self.collective.broadcast(Message(step.to_header(), x))
         parts = self.collective.gather(self._execute(step, x))
         assert parts is not None, "steps are rank 0's"
+        # After the first sum that is not finite no rank's hidden states are.
+        damaged = [(int(p.header[_DAMAGED]), rank) for rank, p in enumerate(parts) if _DAMAGED in p.header]
+        if damaged:
+            raise NotFinite(min(damaged)[1], "hidden states")
         return parts
 
     def serve(self) -> None:
@@ -107,13 +121,16 @@ class Runner:
             start_s = time.perf_counter()
             # Where none is wanted one goes on, so that every pass uses all layers in their order.
             wanted = [w.row for w in step.wanted] or [len(x) - 1]
-            hidden = self.model.forward(x, segments, wanted)
-            self._logits = self.model.logits(hidden) if step.wanted else _NONE
+            with np.errstate(all="ignore"):  # what is not finite is found below, and told
+                hidden = self.model.forward(x, segments, wanted)
+                self._logits = self.model.logits(hidden) if step.wanted else _NONE
             self.forward_s += time.perf_counter() - start_s
+        damage = self.model.not_finite_from
+        header = {} if damage is None else {_DAMAGED: damage}
         if step.full:
-            return Message(array=self._logits)
+            return Message(header, self._logits)
         reports = zip(step.wanted, self._logits, strict=True)
-        return Message({"candidates": [self._report(wanted, logits) for wanted, logits in reports]})
+        return Message(header | {"candidates": [self._report(wanted, logits) for wanted, logits in reports]})
 
     def _segment(self, rows: Rows) -> Segment:
         cache = self._caches.get(rows.sequence_id)

@@ -19,6 +19,9 @@ from numpy.typing import NDArray
 from tpilite.arrays import Array
 from tpilite.checks import check_whole, short
 from tpilite.errors import ConfigError
+from tpilite.model.ops import is_finite
+
+_LARGEST = np.float32(1e30)  # of an edited score, so that all stay finite
 
 # Top-p of 0.9 over a trained model's scores is covered by far fewer; 256 cost 2 KiB per rank and token.
 N_CANDIDATES = 256
@@ -92,7 +95,9 @@ class Edits:
         where = self.ids[low:high] - first_id
         scale, edited = self.scale[low:high], logits.copy()
         old = logits[where]
-        edited[where] = np.where(old > 0, old / scale, old * scale) + self.shift[low:high]
+        with np.errstate(over="ignore", divide="ignore"):  # by penalties next to nothing
+            changed = np.where(old > 0, old / scale, old * scale) + self.shift[low:high]
+        edited[where] = changed.clip(-_LARGEST, _LARGEST)
         return edited
 
 
@@ -127,12 +132,14 @@ class Candidates:
 
     ids: NDArray[np.int32]  # [C]
     logits: Array  # [C]
-    log_sum_exp: float  # of all logits / temperature (of the logits themselves when greedy)
+    log_sum_exp: float  # of all logits / temperature (when greedy, of the logits); NaN: they are not finite
     complete: bool  # whether these are all the tokens that there are
 
 
 def best(logits: Array, first_id: int, n: int, temperature: float) -> Candidates:  # [V] -> [C]
-    """The `n` best of the tokens from `first_id` on."""
+    """The `n` best of the tokens from `first_id` on; none where a score is not finite."""
+    if not is_finite(logits):
+        return Candidates(np.zeros(0, np.int32), np.zeros(0, np.float32), math.nan, False)
     n = min(n, logits.shape[0])
     if n == 0:
         return Candidates(np.zeros(0, np.int32), np.zeros(0, np.float32), -math.inf, True)

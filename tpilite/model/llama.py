@@ -21,7 +21,7 @@ from tpilite.collective import Collective
 from tpilite.config import LlamaConfig
 from tpilite.linear.matrix import FLOAT16_LIFT, Matrix, float16_bits
 from tpilite.model.kv_cache import Empty, Kept, KVCache
-from tpilite.model.ops import rms_norm, rope_frequencies, rope_table, rotate, softmax, swiglu
+from tpilite.model.ops import is_finite, rms_norm, rope_frequencies, rope_table, rotate, softmax, swiglu
 
 # Scores are [H, T, S] floats; a tile of query rows keeps them within this, so that a long prompt costs
 # no more memory than a short one.
@@ -97,6 +97,10 @@ class Llama:
         self.kv_dtype = kv_dtype
         self._kv_empty = kv_empty
         self.max_length = config.max_position_embeddings  # of a cache, or less where memory has no room
+        # Which of the last pass's sums was the first to which this rank gave what is not finite, from 1 on;
+        # 0 where the rows themselves were not. It tells the rank whose weights are damaged from the others.
+        self.not_finite_from: int | None = None
+        self._n_sums = 0
         self._frequencies = rope_frequencies(config)
 
     def new_cache(self) -> KVCache:
@@ -117,6 +121,7 @@ class Llama:
         eps = self.config.rms_norm_eps
         positions = np.concatenate([s.cache.length + np.arange(s.n_rows) for s in segments])
         table = rope_table(self._frequencies, positions)
+        self._n_sums, self.not_finite_from = 0, None if is_finite(x) else 0
         for segment in segments:
             segment.cache.reserve(segment.cache.length + segment.n_rows)
         for layer, w in enumerate(self.weights.layers):
@@ -124,9 +129,9 @@ class Llama:
             if wanted is not None and layer == len(self.weights.layers) - 1:
                 x, heads = x[wanted], heads[wanted]
             (part,) = self.linear(heads, w.o_proj)
-            x += self.collective.all_reduce(part)
+            x += self._sum(part)
             part = self._feed_forward(rms_norm(x, w.post_attention_layernorm, eps), w)
-            x += self.collective.all_reduce(part)
+            x += self._sum(part)
         for segment in segments:
             segment.cache.advance(segment.n_rows)
         return x
@@ -137,6 +142,13 @@ class Llama:
             rms_norm(x, self.weights.norm, self.config.rms_norm_eps), self.weights.lm_head
         )
         return logits
+
+    def _sum(self, part: Array) -> Array:  # [T, D] -> [T, D]
+        """The sum of all ranks' parts."""
+        self._n_sums += 1
+        if self.not_finite_from is None and not is_finite(part):
+            self.not_finite_from = self._n_sums
+        return self.collective.all_reduce(part)
 
     def _attention(
         self,

@@ -19,6 +19,13 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:  # [T, D], [D] -> [T
     return x * scale[:, None] * weight
 
 
+def is_finite(x: Array) -> bool:
+    """Whether no element is NaN or infinite; the sum of squares says so nearly always, in one call."""
+    flat = x.ravel()
+    with np.errstate(over="ignore", invalid="ignore"):
+        return math.isfinite(np.dot(flat, flat)) or bool(np.isfinite(flat).all())
+
+
 def silu(x: Array) -> Array:  # [...] -> [...]
     """x * sigmoid(x). The tanh form has no exponential that could overflow."""
     half = np.float32(0.5)

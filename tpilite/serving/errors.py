@@ -4,7 +4,7 @@ from typing import Any
 
 from tpilite.checks import short
 from tpilite.engine.engine import TooLong
-from tpilite.errors import ConfigError, TpiliteError
+from tpilite.errors import ConfigError, NotFinite, TpiliteError
 
 Json = dict[str, Any]
 
@@ -62,7 +62,7 @@ def api_error(error: TpiliteError, *, is_chat: bool) -> ApiError:
         return ApiError(429, str(error), kind="requests", code="rate_limit_exceeded", headers=later)
     if isinstance(error, ConfigError):
         return ApiError(400, str(error), param=param, code="invalid_value")
-    if isinstance(error, Broken):
+    if isinstance(error, Broken | NotFinite):
         return ApiError(500, str(error), kind="server_error", code="internal_error")
     code = "stopping" if isinstance(error, Stopping) else "unavailable"
     return ApiError(503, str(error), kind="server_error", code=code, headers={"Retry-After": "5"})

@@ -133,6 +133,16 @@ class Running:
                     complete.append(job)
         return complete
 
+    def take_failed(self) -> list[Job]:
+        """The jobs of which a sequence has ended with an error.
+
+        Their other choices end too, and all others where no sequence has.
+        """
+        choices = self._choices.values()
+        failed = list(dict.fromkeys(c.job for c in choices if c.sequence.error is not None))
+        self.cancel(failed or [choice.job for choice in choices])
+        return failed
+
     def cancel(self, jobs: Collection[Job]) -> None:
         """Ends the choices of these jobs in the engine."""
         for key, choice in list(self._choices.items()):

@@ -170,7 +170,7 @@ class Service(Closing):
         while self._thread.is_alive() and self.waiting_for is None:
             self._thread.join(0.1)
         with self._changed:
-            self._end_all(Stopping("the server was stopped before this answer was complete"))
+            self._end(Stopping("the server was stopped before this answer was complete"), list(self._open))
 
     def __enter__(self) -> "Service":
         self.start()
@@ -208,9 +208,8 @@ class Service(Closing):
         return [{"rank": 0, "name": name, "state": state, "memory_bytes": rss_bytes(), "resident_share": 1.0}]
 
     def _submit(self, prompts: list[EncodedPrompt], params: SamplingParams, n: int) -> Job:
-        sequences = [
-            self._session.prepare(prompt, _seeded(params, i)) for prompt in prompts for i in range(n)
-        ]
+        every = [_seeded(params, i) for i in range(n)]
+        sequences = [self._session.prepare(prompt, each) for prompt in prompts for each in every]
         job = Job(sequences, sum(len(prompt.ids) for prompt in prompts), self.cancel)
         with self._changed:
             if self._stopping:
@@ -238,7 +237,7 @@ class Service(Closing):
             logger.exception("the engine's thread ended by a mistake of tpilite's own")
             with self._changed:
                 self._failure = Broken("the engine failed by a mistake of its own; see the server's log")
-                self._end_all(self._failure)
+                self._end(self._failure, list(self._open))
 
     def _loop(self) -> None:
         running = Running(self._session.engine)
@@ -254,12 +253,8 @@ class Service(Closing):
             before_s = time.perf_counter()
             try:
                 outputs = self._session.engine.step() if running else []
-            except TpiliteError as error:
-                logger.error("%s", error)
-                running.cancel_all()
-                with self._changed:
-                    self._failure = error
-                    self._end_all(error)
+            except Exception as error:
+                self._fail(error, running)
                 continue
             pass_s = time.perf_counter() - before_s
             for job in running.deliver(outputs):
@@ -292,13 +287,21 @@ class Service(Closing):
         if not job.n_running:
             self._close_job(job)
 
+    def _fail(self, error: Exception, running: Running) -> None:
+        """Ends the jobs that a failed pass was made for; all of them where it was no single one's fault."""
+        failed = running.take_failed()
+        told = _logged(error, is_ours_to_stop=not failed)
+        with self._changed:
+            self._failure = None if failed else told
+            self._end(told, failed or list(self._open))
+
     def _close_job(self, job: Job, error: TpiliteError | None = None) -> None:
         with self._changed:
             if job in self._open:
                 self._figures.finish(time.monotonic() - job.started_s)
                 self._forget(job)
-        if error is not None:
-            job.put(error)
+            if error is not None:
+                job.put(error)
 
     # ---- with the lock held
 
@@ -306,12 +309,24 @@ class Service(Closing):
         del self._open[job]
         self._changed.notify_all()
 
-    def _end_all(self, error: TpiliteError) -> None:
-        self._inbox.clear()
-        for job in list(self._open):
-            self._figures.n_failed += 1
-            self._forget(job)
-            job.put(error)
+    def _end(self, error: TpiliteError, jobs: list[Job]) -> None:
+        self._inbox = [job for job in self._inbox if job not in jobs]
+        for job in jobs:
+            if job in self._open:
+                self._figures.n_failed += 1
+                self._forget(job)
+                job.put(error)
+
+
+def _logged(error: Exception, *, is_ours_to_stop: bool) -> TpiliteError:
+    """What waiting requests are told of an error. Raises it where it is a mistake that concerns them all."""
+    if isinstance(error, TpiliteError):
+        logger.error("%s", error)
+        return error
+    if is_ours_to_stop:
+        raise error
+    logger.error("a pass failed, and its request with it", exc_info=error)
+    return Broken("the pass for this request failed on the server; see its log")
 
 
 def _seeded(params: SamplingParams, i: int) -> SamplingParams:
