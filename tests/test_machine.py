@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tpilite import machine
 from tpilite.errors import ConfigError
 from tpilite.machine import (
     auto_budget_bytes,
@@ -21,6 +22,7 @@ from tpilite.machine import (
     parse_size,
     rss_bytes,
     spare_bytes,
+    usable_cores,
 )
 
 _MIB = 1 << 20
@@ -207,3 +209,33 @@ def test_freed_memory_is_kept_until_it_is_returned():
     kept, returned = map(int, done.stdout.split())
     assert 19 * _MIB < kept < 30 * _MIB
     assert returned < 4 * _MIB
+
+
+@pytest.mark.parametrize(
+    ("version", "inner", "outer", "n_cores"),
+    [
+        (2, "max 100000", "max 100000", 64),
+        (2, "300000 100000", "max 100000", 3),
+        (2, "max 100000", "250000 100000", 2),
+        (2, "50000 100000", "800000 100000", 1),
+        (2, "", "nonsense", 64),
+        (1, "-1 100000", "-1 100000", 64),
+        (1, "400000 100000", "200000 100000", 2),
+        (1, "10000 100000", "-1 100000", 1),
+    ],
+)
+def test_a_processor_quota_at_any_level_bounds_the_threads(
+    tmp_path, monkeypatch, version, inner, outer, n_cores
+):
+    monkeypatch.setattr(machine, "physical_cores", lambda: 64)
+    if version == 2:
+        files = {"proc/self/cgroup": "0::/a/b\n", "proc/self/mountinfo": _V2_MOUNT}
+        groups = {"sys/fs/cgroup/a/b/cpu.max": inner, "sys/fs/cgroup/a/cpu.max": outer}
+    else:
+        files = {"proc/self/cgroup": "4:cpu,cpuacct:/a/b\n", "proc/self/mountinfo": _V1_MOUNT.format(top="/")}
+        groups = {}
+        for folder, quota in (("a/b", inner), ("a", outer)):
+            top = f"sys/fs/cgroup/cpu/{folder}"
+            groups[f"{top}/cpu.cfs_quota_us"], groups[f"{top}/cpu.cfs_period_us"] = quota.split()
+    _write(tmp_path, files | groups)
+    assert usable_cores(tmp_path) == n_cores

@@ -42,6 +42,12 @@ _SETTERS = (
 
 _ROOT = Path("/")
 
+# The limit and the usage of a control group, by the version of its tree.
+_MEMORY_FILES = {
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+    2: ("memory.max", "memory.current"),
+}
+
 # Left to others, and to the kernel's own memory for this process, which its control group counts.
 _MARGIN_BYTES = 64 << 20
 
@@ -138,7 +144,8 @@ def cgroup_limit_bytes(root: Path = _ROOT) -> int | None:
 
 def _cgroup_limits(root: Path) -> Iterator[tuple[Path, int, int]]:
     """The folder, the limit and the usage of each group with a limit that this process is in."""
-    for folder, limit_name, usage_name in _cgroup_folders(root):
+    for folder, version in _cgroup_folders("memory", root):
+        limit_name, usage_name = _MEMORY_FILES[version]
         try:
             limit, usage = (int((folder / name).read_text()) for name in (limit_name, usage_name))
         except (OSError, ValueError):
@@ -157,28 +164,25 @@ def _cgroup_spares(root: Path) -> Iterator[int]:
         yield limit - usage + cached
 
 
-def _cgroup_folders(root: Path) -> Iterator[tuple[Path, str, str]]:
-    """Every memory control group of this process, up to the top, with its files' names."""
+def _cgroup_folders(controller: str, root: Path) -> Iterator[tuple[Path, int]]:
+    """Every control group of this process, up to the top, and its version."""
     paths: dict[str, PurePosixPath] = {}
     for line in _lines(root / "proc/self/cgroup"):
         _, controllers, group = line.split(":", 2)
-        if not controllers or "memory" in controllers.split(","):
+        if not controllers or controller in controllers.split(","):
             paths["cgroup" if controllers else "cgroup2"] = PurePosixPath(group)
     for line in _lines(root / "proc/self/mountinfo"):
         # id parent major:minor root mount-point options [tags...] - type source super-options
         left, _, right = line.partition(" - ")
         kind, _, options = right.split(" ", 2)
         top, mount_point = left.split(" ")[3:5]
-        if kind not in paths or (kind == "cgroup" and "memory" not in options.split(",")):
+        if kind not in paths or (kind == "cgroup" and controller not in options.split(",")):
             continue
         # A container may see a part of the tree mounted, and its path counted from the whole tree's top.
         path = paths[kind]
         inside = path.relative_to(top) if path.is_relative_to(top) else path.relative_to("/")
-        names = ("memory.max", "memory.current")
-        if kind == "cgroup":
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
         for folder in (inside, *inside.parents):
-            yield root / mount_point.lstrip("/") / folder, *names
+            yield root / mount_point.lstrip("/") / folder, 1 if kind == "cgroup" else 2
 
 
 def _lines(path: Path) -> list[str]:
@@ -192,6 +196,23 @@ def _fields(path: Path) -> dict[str, int]:
     """The numbers of a file of `name number` lines; other lines are left out."""
     rows = [line.split() for line in _lines(path)]
     return {row[0]: int(row[1]) for row in rows if len(row) > 1 and row[1].isdecimal()}
+
+
+def usable_cores(root: Path = _ROOT) -> int:
+    """The threads that can compute at once: as many as physical cores, and no more than the quotas allow.
+
+    Of a quota of one and a half processors one is used: threads that are throttled make all others wait.
+    """
+    return max(1, min([physical_cores(), *(int(quota) for quota in _cpu_quotas(root))]))
+
+
+def _cpu_quotas(root: Path) -> Iterator[float]:
+    """The processors that each control group of this process may use, where it has a quota."""
+    for folder, version in _cgroup_folders("cpu", root):
+        names = ("cpu.max",) if version == 2 else ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+        words = " ".join(line for name in names for line in _lines(folder / name)).split()
+        if len(words) == 2 and words[0].isdecimal() and words[1].isdecimal() and int(words[1]):
+            yield int(words[0]) / int(words[1])  # "max" and -1 are none
 
 
 def physical_cores() -> int:

@@ -18,7 +18,7 @@ from tpilite.closing import Closing
 from tpilite.cluster.config import ClusterConfig
 from tpilite.engine.config import EngineConfig
 from tpilite.errors import ConfigError
-from tpilite.machine import auto_budget_bytes, physical_cores
+from tpilite.machine import auto_budget_bytes, usable_cores
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def share_of(engine: EngineConfig, world_size: int) -> EngineConfig:
     budget = engine.memory_budget
     return replace(
         engine,
-        threads=engine.threads or max(1, physical_cores() // world_size),
+        threads=engine.threads or max(1, usable_cores() // world_size),
         memory_budget=auto_budget_bytes() // world_size if budget == "auto" else budget,
     )
 

@@ -77,7 +77,7 @@ def _add_model(group: _Group) -> None:
     add("--model_path", metavar="DIR", help="a Hugging Face folder of a Llama model, or 'fable', which ships")
     add("--model_type", metavar="TYPE", help="llama, the only type there is")
     add("--use_gpu", action="store_true", help="refused: tpilite computes on the CPU")
-    add("--threads", type=int, metavar="N", help="threads to compute with (physical cores)")
+    add("--threads", type=int, metavar="N", help="threads to compute with (physical cores within the quota)")
     add(
         "--memory_budget",
         default=EngineConfig.memory_budget,

@@ -20,9 +20,9 @@ from tpilite.machine import (
     format_size,
     keep_freed_memory,
     limit_blas_threads,
-    physical_cores,
     return_freed_memory,
     rss_bytes,
+    usable_cores,
 )
 from tpilite.model.llama import Llama
 from tpilite.weights.assemble import Embedding
@@ -54,7 +54,7 @@ class Rank(Closing):
         self._stack = ExitStack()
         limit_blas_threads()
         keep_freed_memory()
-        n_threads = engine.threads or physical_cores()
+        n_threads = engine.threads or usable_cores()
         linear = self._stack.enter_context(Linear(n_threads, new_products(n_threads)))
         n_bytes = sum(tensor.nbytes for tensor in tensors.values())
         if n_bytes >= _MEASURED_FROM_BYTES:  # before the pager finds out what memory there is
