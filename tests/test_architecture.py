@@ -38,8 +38,8 @@ _INSIDE = {
     "session",
     "cluster": "config token slice_protocol catalog slice_server slice_client fetch terms splits clean host "
     "worker",
-    "serving": "config errors body_memory openai_requests openai_responses figures jobs service answer page "
-    "routes server",
+    "serving": "config errors body_memory openai_requests openai_responses figures jobs service access "
+    "answer page routes server",
     "cli": "streams memory_report local terminal hub configs options clean main __main__",
     "shipped": "",
 }

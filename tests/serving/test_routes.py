@@ -19,7 +19,9 @@ from servers import (
 )
 
 from tpilite import LLM
+from tpilite.errors import CheckpointError
 from tpilite.serving.config import ServerConfig
+from tpilite.serving.page import load_page
 from tpilite.serving.server import Server
 
 openai = pytest.importorskip("openai", reason="needs OpenAI's client: pip install openai")
@@ -174,3 +176,97 @@ def test_the_cluster_is_described(session: LLM) -> None:
         (alone,) = json.loads(get(server, "/v1/cluster")[2])["ranks"]
     assert (alone["rank"], alone["state"]) == (0, "ready")
     assert alone["memory_bytes"] > 1e6
+
+
+def test_origins_of_any_scheme_and_port_are_allowed_by_name(folder: Path) -> None:
+    config = ServerConfig(
+        port=0,
+        model_name="tiny",
+        cors_origins=("app://obsidian.md", "http://localhost:*", "https://[fd00::5]"),
+    )
+
+    def status(origin: bytes) -> int:
+        return get(server, "/v1/models", b"Origin: %s\r\n" % origin)[0]
+
+    with LLM(folder, threads=1) as session, served(session, config) as server:
+        for origin in (
+            b"app://obsidian.md",
+            b"http://localhost:5173",
+            b"http://localhost",
+            b"https://[fd00::5]",
+        ):
+            assert status(origin) == 200, origin
+        for origin in (
+            b"app://other",
+            b"https://localhost:1",
+            b"http://localhost.evil:1",
+            b"null",
+            b"file://",
+        ):
+            assert status(origin) == 403, origin
+        for origin in (b"http://[", b"http://a/", b"http://a b", b"x", b"", b"http://a, http://b"):
+            assert status(origin) == 400, origin
+
+
+def test_a_preflight_grants_what_clients_in_javascript_send(named: Server) -> None:
+    asked = b"authorization,content-type,x-stainless-os,X-Stainless-Retry-Count,x-forwarded-host,b@d"
+    preflight = (
+        b"OPTIONS /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nOrigin: https://friend.example\r\n"
+        b"Access-Control-Request-Method: POST\r\nAccess-Control-Request-Headers: %s\r\n"
+        b"Connection: close\r\n\r\n"
+    )
+    status, headers, _ = split(exchange(named.port, preflight % asked))
+    assert status == 204
+    granted = {"authorization", "content-type", "x-stainless-os", "x-stainless-retry-count"}
+    assert set(headers["access-control-allow-headers"].split(", ")) == granted
+
+
+@pytest.mark.parametrize(("proxies", "status"), [(("127.0.0.1",), 200), (("127.0.0.2",), 403), ((), 403)])
+def test_a_forwarded_host_counts_from_a_named_proxy_alone(
+    folder: Path, proxies: tuple[str, ...], status: int
+) -> None:
+    config = ServerConfig(port=0, model_name="tiny", proxies=proxies, host_names=("home.example",))
+    headers = b"X-Forwarded-Host: home.example\r\nOrigin: https://home.example\r\n"
+    with LLM(folder, threads=1) as session, served(session, config) as server:
+        assert get(server, "/v1/models", headers)[0] == status
+        evil = b"X-Forwarded-Host: evil.example\r\n"
+        assert get(server, "/health", evil)[0] == (403 if status == 200 else 200)
+
+
+@pytest.mark.parametrize("key", [None, "s3cret"])
+def test_health_tells_no_places_to_who_has_shown_no_key(
+    session: LLM, monkeypatch: pytest.MonkeyPatch, key: str | None
+) -> None:
+    def damaged() -> None:
+        raise CheckpointError(
+            "rank 1 (pi-two) at 192.168.1.20:29700 and [fe80::1%eth0]:29700: /models/a/x is short"
+        )
+
+    with served(session, ServerConfig(port=0, model_name="tiny", api_key=key)) as server:
+        shown = b"Host: localhost\r\nAuthorization: Bearer s3cret\r\n"
+        with monkeypatch.context() as patch:
+            patch.setattr(session.engine, "step", damaged)
+            assert post(server, "/v1/completions", {"model": "tiny", "prompt": "Once"}, shown)[0] == 503
+        reason = json.loads(get(server, "/health")[2])["reason"]
+        assert reason.startswith("rank 1 (pi-two) at ... and ...: ...")
+        assert not re.search("192|fe80|models|29700", reason)
+        if key:
+            told = get(server, "/health", b"Authorization: Bearer s3cret\r\n")[2]
+            assert "/models/" in json.loads(told)["reason"]
+
+
+@pytest.mark.parametrize(
+    ("host", "key", "warns"), [("0.0.0.0", None, True), ("0.0.0.0", "x", False), ("127.0.0.1", None, False)]
+)
+def test_an_open_port_without_a_key_is_warned_of(
+    session: LLM, caplog: pytest.LogCaptureFixture, host: str, key: str | None, warns: bool
+) -> None:
+    with served(session, ServerConfig(host=host, port=0, api_key=key)):
+        pass
+    assert ("give it an --api_key" in caplog.text) == warns
+
+
+def test_the_page_names_nothing_by_an_absolute_path() -> None:
+    for name, file in load_page().items():
+        if not name.endswith(".svg"):
+            assert not re.search(rb"""(?:href|src|action)="/|["'`(]/v1|url\(/""", file.content), name

@@ -164,6 +164,7 @@ def server_config(args: argparse.Namespace, model_name: str, params: SamplingPar
         api_key=key,
         host_names=tuple(args.api_name),
         cors_origins=tuple(args.cors_origin),
+        proxies=tuple(args.api_proxy),
         max_waiting=args.max_waiting,
         grace_s=args.grace,
         defaults=params,

@@ -163,6 +163,7 @@ def _add_service(group: _Group) -> None:
     add("--api_key", metavar="KEY", help="what clients must show (nothing)")
     add("--api_key_file", type=Path, metavar="FILE", help="a file that holds the key")
     add("--api_name", action="append", default=[], metavar="NAME", help="a name browsers use; repeatable")
+    add("--api_proxy", action="append", default=[], metavar="ADDR", help="a proxy to trust; repeatable")
     add("--cors_origin", action="append", default=[], metavar="URL", help="pages that may call; repeatable")
     add(
         "--max_waiting",

@@ -1,7 +1,5 @@
-"""Which path does what, for whom: names of this machine, origins of pages, the API key, and the answers."""
+"""Which path does what, and the answers."""
 
-import hmac
-import ipaddress
 import json
 import logging
 import re
@@ -16,6 +14,7 @@ from tpilite.engine.sampling import SamplingParams
 from tpilite.net.http import HttpError
 from tpilite.net.http_server import Connection
 from tpilite.serving import openai_requests, openai_responses
+from tpilite.serving.access import Access
 from tpilite.serving.answer import Completions
 from tpilite.serving.body_memory import BodyMemory
 from tpilite.serving.config import ServerConfig
@@ -39,8 +38,12 @@ _SECURITY = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cross-Origin-Opener-Policy": "same-origin",
 }
-_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\[\]:/@\s]+)(?::[0-9]{1,5})?")
-_ORIGIN = re.compile(rf"null|[A-Za-z][A-Za-z0-9+.-]*://(?P<host>{_HOST.pattern})?")
+_GRANTED = re.compile(r"(?!x-forwarded-)[a-z0-9-]{1,100}")
+# Paths and addresses in a reason, which are nobody's business who has shown no key.
+_PLACE = re.compile(
+    r"(?<![\w.])(?:~|[A-Za-z]:)?[/\\][^\s,;()]+|\[?[0-9A-Fa-f]*:[0-9A-Fa-f:]*:[0-9A-Fa-f.]*(?:%\w+)?\]?(?::\d+)?"
+    r"|\d+(?:\.\d+){3}(?::\d+)?|(?<![\w.-])[\w.-]+:\d+"
+)
 # A context of 128k tokens is half a megabyte of text, or one of token ids.
 _MAX_BODY_BYTES = 4 << 20
 # JSON may write one byte of a text in six, beside all else that a request says.
@@ -74,7 +77,7 @@ class Routes:
     ) -> None:
         self._service, self._completions = service, completions
         self._config, self._model_name = config, model_name
-        self._host_names = host_names
+        self._access = Access(config, host_names)
         self._created_s = int(time.time())
         self._memory = BodyMemory()
         self._table = {
@@ -93,8 +96,7 @@ class Routes:
         request = connection.request
         connection.common_headers = self._common_headers()
         try:
-            self._check_host(request.headers)
-            origin = self._foreign_origin(request.headers)
+            origin = self._access.check(connection)
             if origin is not None:
                 connection.common_headers = self._common_headers(origin)
             self._route(connection, is_foreign=origin is not None)
@@ -130,7 +132,7 @@ class Routes:
                 headers={"Allow": route.method},
             )
         if not route.is_open:
-            self._check_key(connection)
+            self._access.check_key(connection)
         return route.answer(connection)
 
     def _find(self, path: str) -> _Route | None:
@@ -139,61 +141,6 @@ class Routes:
             return _Route("GET", partial(self._model, unquote(name)))
         return self._table.get(path)
 
-    # ---- who may ask
-
-    def _check_host(self, headers: Mapping[str, str]) -> None:
-        """Refuses names that are not this machine's: a page elsewhere could point its own name here.
-
-        By an address nobody else's page can be reached, so addresses are right whatever they are.
-        """
-        match = _HOST.fullmatch(headers.get("host", ""))
-        if not match:
-            raise ApiError(400, "a request needs one Host header with a name or an address")
-        name = match[1].strip("[]").rstrip(".").lower()
-        if name in self._host_names or name.endswith(".localhost"):
-            return
-        try:
-            ipaddress.ip_address(name)
-        except ValueError:
-            raise ApiError(
-                403,
-                f"{name[:100]!r} is not a name of this server: use its address, or start it with --api_name",
-                code="host_not_allowed",
-            ) from None
-
-    def _foreign_origin(self, headers: Mapping[str, str]) -> str | None:
-        """The origin of the page that asks, where it is an allowed one of another site.
-
-        Pages of other sites are refused: they could make the server work without reading its answers.
-        """
-        origin = headers.get("origin")
-        if origin is None:
-            return None
-        match = _ORIGIN.fullmatch(origin)
-        if not match:
-            raise ApiError(400, "the Origin header is not one origin, like https://example.org")
-        if match["host"] and match["host"].lower() == headers["host"].lower():
-            return None
-        if not {origin, "*"} & set(self._config.cors_origins):
-            raise ApiError(
-                403,
-                f"pages of {origin[:100]!r} may not use this server; --cors_origin allows them",
-                code="origin_not_allowed",
-            )
-        return origin
-
-    def _check_key(self, connection: Connection) -> None:
-        key = self._config.api_key
-        if key is None:
-            return
-        how = {"WWW-Authenticate": "Bearer"}
-        kind, _, given = connection.request.headers.get("authorization", "").partition(" ")
-        if kind.lower() != "bearer" or not given:
-            raise ApiError(401, "an API key is needed: send it as 'Authorization: Bearer KEY'", headers=how)
-        if not hmac.compare_digest(given.strip().encode("utf-8", "replace"), key.encode()):
-            raise ApiError(401, "the API key is not the right one", code="invalid_api_key", headers=how)
-        connection.authenticate()
-
     def _common_headers(self, origin: str | None = None) -> dict[str, str]:
         """The headers of every answer, and those for a page of `origin`."""
         headers = {"Cache-Control": "no-store", **_SECURITY}
@@ -201,6 +148,7 @@ class Routes:
             headers["Vary"] = "Origin"
         if origin is not None:
             headers["Access-Control-Allow-Origin"] = origin
+            headers["Access-Control-Expose-Headers"] = "x-request-id, retry-after"
             headers["Cross-Origin-Resource-Policy"] = "cross-origin"
         headers["X-Request-Id"] = f"req_{secrets.token_hex(12)}"
         return headers
@@ -218,14 +166,14 @@ class Routes:
         """The bytes that the body may have. Raises `ApiError` where no request of so many can fit."""
         length = connection.request.length
         size = _MAX_BODY_BYTES if length is None else length
-        limit = self._service.max_prompt_bytes
+        limit = self._service.session.max_prompt_bytes
         if limit is not None and parse is openai_requests.parse_chat:
             most = _MAX_FIELDS_BYTES + _BYTES_PER_ESCAPED * limit
             if most < size <= _MAX_BODY_BYTES and length is not None:
                 raise ApiError(
                     400,
                     f"the request has {size} bytes, and none of more than {most} can fit this model's "
-                    f"context length of {self._service.context} tokens",
+                    f"context length of {self._service.session.engine.context} tokens",
                     param="messages",
                     code="context_length_exceeded",
                 )
@@ -241,6 +189,8 @@ class Routes:
 
     def _health(self, connection: Connection) -> None:
         health = self._service.health()
+        if health["reason"] and not self._access.shows_key(connection):
+            health["reason"] = _PLACE.sub("...", health["reason"])
         _send_json(connection, health, 200 if health["status"] == "ok" else 503)
 
     def _metrics(self, connection: Connection) -> None:
@@ -249,9 +199,14 @@ class Routes:
 
     def _cluster(self, connection: Connection) -> None:
         service, defaults = self._service, self._config.defaults
+        context, can_chat = service.session.engine.context, service.session.chat_format is not None
         state = {
             **service.health(),
-            "model": {"id": self._model_name, "context": service.context, "chat": service.can_chat},
+            "model": {
+                "id": self._model_name,
+                "context": context,
+                "chat": can_chat,
+            },
             "defaults": {
                 "temperature": defaults.temperature,
                 "top_p": defaults.p,
@@ -289,10 +244,15 @@ def _send_file(file: PageFile, connection: Connection) -> None:
 
 
 def _send_preflight(connection: Connection, method: str) -> None:
-    """Answers a browser that asks what a page of an allowed origin may send."""
+    """Answers a browser that asks what a page of an allowed origin may send: what it likes, nearly.
+
+    Clients in JavaScript have headers of their own, which mean nothing here.
+    """
+    asked = connection.request.headers.get("access-control-request-headers", "").lower().split(",")
+    wanted = {name.strip() for name in asked if _GRANTED.fullmatch(name.strip())}
     headers = {
         "Access-Control-Allow-Methods": method,
-        "Access-Control-Allow-Headers": "authorization, content-type",
+        "Access-Control-Allow-Headers": ", ".join(sorted(wanted | {"authorization", "content-type"})),
         "Access-Control-Max-Age": "600",
     }
     connection.send_empty(204, headers)

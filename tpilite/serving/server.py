@@ -71,7 +71,7 @@ class Server(Closing):
     def __init__(self, service: Service, config: ServerConfig, model_name: str = "") -> None:
         name = config.model_name or model_name or "tpilite"
         own = socket.gethostname().lower()
-        self._host, self._port = config.host, config.port
+        self._config = config
         self._completions = Completions(service, name)
         self._routes = Routes(
             service,
@@ -90,7 +90,7 @@ class Server(Closing):
     @property
     def url(self) -> str:
         """Where a browser on this machine finds the page."""
-        host = self._host
+        host = self._config.host
         if host in ("", "0.0.0.0", "::"):
             host = "127.0.0.1"
         return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
@@ -98,11 +98,13 @@ class Server(Closing):
     def start(self) -> None:
         """Listens. Raises `ConfigError` for an address that it cannot have."""
         try:
-            sock = listen((self._host, self._port), "--api_port")
+            sock = listen((self._config.host, self._config.port), "--api_port")
         except ConfigError as error:
             raise ConfigError(f"{error}; --api_host another address") from error
         self._http = HttpServer(sock, lambda: self._routes, max_connections=_MAX_CONNECTIONS)
         self._http.start()
+        if self._config.is_open:
+            logger.warning("whoever reaches port %d may use the model: give it an --api_key", self.port)
 
     def finish_answers(self, timeout_s: float = 5.0) -> None:
         """Waits until no answer is being sent any more."""

@@ -64,7 +64,7 @@ class Service(Closing):
         recovery: Recovery | None = None,
         cluster_state: Callable[[], list[dict[str, Any]]] | None = None,
     ) -> None:
-        self._session = session
+        self.session = session
         self._max_waiting = max_waiting
         self._usage = usage
         self._recovery = recovery
@@ -91,21 +91,6 @@ class Service(Closing):
         """Begins to serve."""
         self._thread.start()
 
-    @property
-    def context(self) -> int:
-        """The longest text that the model and every rank's memory allow."""
-        return self._session.engine.context
-
-    @property
-    def max_prompt_bytes(self) -> int | None:
-        """The bytes beyond which no text fits the context; None where that cannot be told."""
-        return self._session.max_prompt_bytes
-
-    @property
-    def can_chat(self) -> bool:
-        """Whether messages can be answered, beside texts continued."""
-        return self._session.chat_format is not None
-
     def token(self, token_id: int) -> tuple[str, bytes | None]:
         """What a token reads as, and its bytes where it stands for any."""
         raw = b"" if self._tokenizer is None else self._tokenizer.token_bytes(token_id)
@@ -130,10 +115,10 @@ class Service(Closing):
 
         `variables` are set for the model's own chat template.
         """
-        if self._session.chat_format is None:
+        if self.session.chat_format is None:
             raise ConfigError("this model was not made for chat; use /v1/completions, which continues a text")
-        prompt = self._session.encode_chat(messages, variables)
-        n_left = self.context - len(prompt.ids)
+        prompt = self.session.encode_chat(messages, variables)
+        n_left = self.session.engine.context - len(prompt.ids)
         if params.length is not None and 0 < n_left < params.length:
             params = replace(params, length=n_left)
         return self._submit([prompt], params, n)
@@ -143,7 +128,7 @@ class Service(Closing):
 
         Raises `TooLong` and `ConfigError` for what the model cannot do, `Busy`, `Stopping` and `Broken`.
         """
-        return self._submit([self._session.encode(prompt) for prompt in prompts], params, n)
+        return self._submit([self.session.encode(prompt) for prompt in prompts], params, n)
 
     def cancel(self, job: Job) -> None:
         """Ends a job that nobody waits for; its place is free at once and its sequences end before a pass."""
@@ -209,7 +194,7 @@ class Service(Closing):
 
     def _submit(self, prompts: list[EncodedPrompt], params: SamplingParams, n: int) -> Job:
         every = [_seeded(params, i) for i in range(n)]
-        sequences = [self._session.prepare(prompt, each) for prompt in prompts for each in every]
+        sequences = [self.session.prepare(prompt, each) for prompt in prompts for each in every]
         job = Job(sequences, sum(len(prompt.ids) for prompt in prompts), self.cancel)
         with self._changed:
             if self._stopping:
@@ -240,7 +225,7 @@ class Service(Closing):
                 self._end(self._failure, list(self._open))
 
     def _loop(self) -> None:
-        running = Running(self._session.engine)
+        running = Running(self.session.engine)
         usage = self._usage()
         while (taken := self._take(running)) is not None:
             started, cancelled = taken
@@ -252,7 +237,7 @@ class Service(Closing):
             running.cancel(cancelled)
             before_s = time.perf_counter()
             try:
-                outputs = self._session.engine.step() if running else []
+                outputs = self.session.engine.step() if running else []
             except Exception as error:
                 self._fail(error, running)
                 continue

@@ -31,7 +31,7 @@ async function ask(path, options = {}) {
 }
 
 export async function cluster() {
-  return (await ask("/v1/cluster")).json();
+  return (await ask("v1/cluster")).json();
 }
 
 // Yields {text, reason, usage} for every chunk, and {paused} for every comment that keeps the stream alive.

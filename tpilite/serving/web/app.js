@@ -187,7 +187,7 @@ async function answer(conversation) {
   };
   try {
     let usage = null;
-    const path = conversation.kind === "text" ? "/v1/completions" : "/v1/chat/completions";
+    const path = conversation.kind === "text" ? "v1/completions" : "v1/chat/completions";
     for await (const chunk of answered(path, asked, controller.signal)) {
       notice(chunk.paused ? "A machine is missing. The answer goes on when it is back." : "");
       if (chunk.text) {
