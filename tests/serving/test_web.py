@@ -1,10 +1,14 @@
 """The page in a real browser: what a person sees and does, and what hostile text may not do."""
 
 import json
+import re
+import socket
+import socketserver
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from browser import Browser, Page, browser
@@ -552,3 +556,37 @@ def test_who_wants_no_motion_gets_none(chromium: Browser, server: Server) -> Non
         page = opened(chromium, server, width=390, height=844, reduced_motion=reduced)
         moves = page.run("getComputedStyle(document.getElementById('sidebar')).transitionProperty !== 'none'")
         assert moves != reduced
+
+
+class _Prefix(socketserver.BaseRequestHandler):
+    """A proxy that serves a server's paths under /assistant/, and nothing else."""
+
+    to_port: int
+
+    def handle(self) -> None:
+        head = b""
+        while b"\r\n\r\n" not in head and (packet := self.request.recv(65536)):
+            head += packet
+        head = re.sub(rb"^(\w+) /assistant/", rb"\1 /", head, count=1)
+        head = head.replace(b"\r\n", b"\r\nConnection: close\r\n", 1)
+        if b" /" not in head:
+            return
+        with socket.create_connection(("127.0.0.1", self.to_port)) as far:
+            far.sendall(head)
+            while packet := far.recv(65536):
+                self.request.sendall(packet)
+
+
+def test_the_page_works_under_a_path_of_a_proxy(chromium: Browser, server: Server) -> None:
+    handler = type("Handler", (_Prefix,), {"to_port": server.port})
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), handler) as proxy:
+        thread = threading.Thread(target=proxy.serve_forever)
+        thread.start()
+        page = chromium.open(f"http://127.0.0.1:{proxy.server_address[1]}/assistant/")
+        page.wait(READY)
+        assert page.text("#model")
+        paths = {urlsplit(url).path for url in page.requested() if url.startswith("http")}
+        assert {"/assistant/app.js", "/assistant/v1/cluster"} <= paths
+        assert all(path.startswith("/assistant/") for path in paths)
+        proxy.shutdown()
+        thread.join()
