@@ -111,7 +111,7 @@ class Service(Closing):
         n: int = 1,
         variables: Mapping[str, Any] | None = None,
     ) -> Job:
-        """The job of answering a conversation `n` times, up to the context's end. Raises as `complete` does."""
+        """The job of answering a conversation `n` times, to the context's end. Raises as `complete` does."""
         if self.session.chat_format is None:
             raise ConfigError("this model was not made for chat; use /v1/completions, which continues a text")
         prompt = self.session.encode_chat(messages, variables)
