@@ -1,5 +1,6 @@
 """Requests as a session prepares them: their ends, their decoders, and what each of them cost."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -91,3 +92,17 @@ def test_a_folder_without_chat_answers_no_conversation(tmp_path: Path) -> None:
     with LLM(write_model(tmp_path, chat=False), threads=1) as llm:
         with pytest.raises(ConfigError, match="not a chat model"):
             llm.encode_chat(HELLO)
+
+
+def test_what_the_user_leaves_out_is_as_the_models_publisher_says(tmp_path: Path) -> None:
+    folder = write_model(tmp_path)
+    path = folder / "generation_config.json"
+    said = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(said | {"temperature": 0.6, "top_k": 7, "repetition_penalty": 1.3}))
+    with LLM(folder, threads=1) as llm:
+        prompt = llm.encode("Once")
+        found = llm.prepare(prompt).params
+        assert (found.temperature, found.k, found.repetition_penalty) == (0.6, 7, 1.3)
+        assert (found.p, found.min_p) == (0.9, 0.0)
+        found = llm.prepare(prompt, SamplingParams(temperature=1.0, k=0, p=None)).params  # type: ignore[arg-type]
+        assert (found.temperature, found.k, found.p, found.repetition_penalty) == (1.0, 0, 0.9, 1.3)

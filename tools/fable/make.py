@@ -55,7 +55,6 @@ CONFIG: dict[str, Any] = {
 
 GENERATION_CONFIG: dict[str, Any] = {
     "bos_token_id": 1,
-    "do_sample": False,
     "eos_token_id": 2,
     "max_length": 512,
 }

@@ -40,7 +40,7 @@ from tpilite.cluster.host import Host, own_address
 from tpilite.cluster.splits import Split
 from tpilite.cluster.worker import Worker, WorkerOptions
 from tpilite.engine.config import EngineConfig
-from tpilite.engine.sampling import SamplingParams
+from tpilite.engine.sampling import SamplingParams, taken_from
 from tpilite.engine.session import Completion, Session
 from tpilite.errors import ConfigError, TpiliteError
 from tpilite.llm import LLM
@@ -249,13 +249,16 @@ def answer_all(
     recovery: Recovery | None = None,
 ) -> int:
     """The service, a conversation with the person at the terminal, or the texts that follow the prompts."""
+    if taken := taken_from(session.defaults, params):
+        said = ", ".join(f"{name} {value:g}" for name, value in taken.items())
+        logger.debug("from the model's generation_config.json: %s", said)
     with ExitStack() as stack:
         if args.memory_report is not None:
             stack.enter_context(MemoryReport(args.memory_report, lambda: paging_columns(session.usage)))
         if args.serve:
             serve(
                 session,
-                server_config(args, model_name(session.folder), params),
+                server_config(args, model_name(session.folder), session.completed(params)),
                 ready=lambda url: print(f"tpilite: the page and the API are at {url}", file=sys.stderr),
                 usage=lambda: session.usage,
                 recovery=recovery,

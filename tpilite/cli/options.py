@@ -8,7 +8,7 @@ from typing import NoReturn
 from tpilite.cluster.config import ClusterConfig
 from tpilite.engine.compiled import why_not
 from tpilite.engine.config import KV_DTYPES, EngineConfig
-from tpilite.engine.sampling import SamplingParams
+from tpilite.engine.sampling import DEFAULTS
 from tpilite.errors import ConfigError
 from tpilite.net.codecs import CODECS
 from tpilite.net.sums import ALGORITHMS
@@ -209,12 +209,12 @@ def _add_choice(group: _Group) -> None:
     """Adds the options that say how each token is chosen."""
 
     def add(name: str, kind: type, metavar: str, what: str) -> None:
-        default = getattr(SamplingParams, name)
-        group.add_argument(f"--{name}", type=kind, default=default, metavar=metavar, help=what)
+        whose = f" (the model's, else {DEFAULTS[name]:g})" if name in DEFAULTS else ""
+        group.add_argument(f"--{name}", type=kind, metavar=metavar, help=what + whose)
 
-    add("temperature", float, "X", "0 is greedy (%(default)s)")
-    add("k", int, "N", "choose among the N best; 0 for all (%(default)s)")
-    add("p", float, "X", "and the likeliest that reach X (%(default)s)")
-    add("min_p", float, "X", "and X times the best (%(default)s)")
-    add("repetition_penalty", float, "X", "above 1, tokens that were there become less likely (%(default)s)")
+    add("temperature", float, "X", "0 is greedy")
+    add("k", int, "N", "choose among the N best; 0 for all")
+    add("p", float, "X", "and the likeliest that reach X")
+    add("min_p", float, "X", "and X times the best")
+    add("repetition_penalty", float, "X", "above 1, tokens that were there become less likely")
     add("seed", int, "N", "the same seed gives the same text (random)")

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from tpilite.arrays import Array
 from tpilite.checks import check_whole, short
+from tpilite.config import GenerationDefaults
 from tpilite.errors import ConfigError
 from tpilite.model.ops import is_finite
 
@@ -27,9 +28,17 @@ _LARGEST = np.float32(1e30)  # of an edited score, so that all stay finite
 N_CANDIDATES = 256
 
 
+# Used where neither the user nor the model's publisher says anything.
+DEFAULTS: dict[str, float] = {"temperature": 1.0, "k": 0, "p": 0.9, "min_p": 0.0, "repetition_penalty": 1.0}
+_UNSET: Any = None
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How tokens are chosen and when the text ends. `temperature=0` is greedy; `k=0` and `p=1` do not cut.
+
+    What is left out, or None, is as the model's publisher says, else as in `DEFAULTS`. The names of what was
+    left out are in `unset`; until a session knows the model, these have the value of `DEFAULTS`.
 
     `length` is the most new tokens, None as many as the context holds. `seed` is a whole number
     of 64 bits, None draws one at random. `logprobs` asks for the log-probability of each token and
@@ -38,11 +47,11 @@ class SamplingParams:
     Raises `ConfigError` for values that make no sense.
     """
 
-    temperature: float = 1.0
-    k: int = 0
-    p: float = 0.9
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
+    temperature: float = _UNSET
+    k: int = _UNSET
+    p: float = _UNSET
+    min_p: float = _UNSET
+    repetition_penalty: float = _UNSET
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
@@ -51,8 +60,13 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    unset: frozenset[str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        unset = [name for name in DEFAULTS if getattr(self, name) is None]
+        object.__setattr__(self, "unset", frozenset(unset))
+        for name in unset:
+            object.__setattr__(self, name, DEFAULTS[name])
         _in_range("temperature", self.temperature, 0, 100)
         _in_range("p", self.p, 0, 1, above=True)
         _in_range("min_p", self.min_p, 0, 1)
@@ -70,6 +84,11 @@ class SamplingParams:
             _in_range(f"logit_bias of {token_id}", bias, -1000, 1000)
         if isinstance(self.stop, str) or not all(isinstance(s, str) and s for s in self.stop):
             raise ConfigError(f"stop must be a tuple of texts that are not empty, found {self.stop!r}")
+
+
+def taken_from(model: GenerationDefaults, params: SamplingParams) -> dict[str, float]:
+    """What the user has left to the model's publisher, who says it."""
+    return {name: value for name, value in model.given().items() if name in params.unset}
 
 
 def _in_range(name: str, value: Any, low: float, high: float, *, above: bool = False) -> None:

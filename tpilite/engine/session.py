@@ -10,7 +10,7 @@ Closing the loop early ends the request.
 
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tpilite.closing import Closing
-from tpilite.config import LlamaConfig
+from tpilite.config import GenerationDefaults, LlamaConfig
 from tpilite.engine.engine import Engine, Recover, TooLong
 from tpilite.engine.rank import Rank
-from tpilite.engine.sampling import SamplingParams
+from tpilite.engine.sampling import SamplingParams, taken_from
 from tpilite.engine.sequence import Sequence
 from tpilite.engine.stats import Stats, measure
 from tpilite.engine.usage import Usage
@@ -71,6 +71,7 @@ class Session(Closing):
     ) -> None:
         self.folder, self.config = folder, config
         self._rank = rank
+        self.defaults = GenerationDefaults.from_folder(folder)
         self._tokenizer = load_tokenizer(folder, config.vocab_size)
         # How messages become a prompt; None for a model that was not made for chat.
         self.chat_format: ChatFormat | None = None
@@ -131,7 +132,7 @@ class Session(Closing):
 
     def prepare(self, prompt: EncodedPrompt, params: SamplingParams | None = None) -> Sequence:
         """A request that is not in the queue yet. Raises `ConfigError` if it cannot be served."""
-        params = params or SamplingParams()
+        params = self.completed(params or SamplingParams())
         sequence = Sequence(prompt.ids, params, prompt.eos_ids)
         self.engine.check(sequence)
         if self._tokenizer is not None:
@@ -140,6 +141,11 @@ class Session(Closing):
         elif params.stop:
             raise ConfigError("stop texts need a tokenizer, which this model's folder does not have")
         return sequence
+
+    def completed(self, params: SamplingParams) -> SamplingParams:
+        """`params` with what they leave to the model's publisher as its generation_config.json has it."""
+        taken: dict[str, Any] = taken_from(self.defaults, params)
+        return replace(params, **taken) if taken else params
 
     def start(self, prompt: Prompt, params: SamplingParams | None = None) -> Sequence:
         """A request for what follows `prompt`, in the queue. Raises `ConfigError` if it cannot be served."""
