@@ -19,15 +19,16 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 from nodes import TOKEN, Node, Nodes, free_ports, make_story
 
 from tpilite.errors import TpiliteError
-from tpilite.net import handshake, messages, wire
-from tpilite.net.auth import derive_key
+from tpilite.net import auth, handshake, messages, wire
 
+_KEY = auth.derive_key(TOKEN)
 _THREADS = 4
 _ANSWER_S = 0.2  # what an answer may take; a port that waits for more of a request is left alone
 _BODY = {"model": "story", "prompt": "It was", "max_tokens": 3, "seed": 1}
@@ -47,19 +48,29 @@ def greetings() -> list[bytes]:
 
 def joins() -> list[bytes]:
     """What somebody with the token may say then."""
-    join = wire.encode(messages.Join(None, {"model": "x"}))
-    others = [messages.Heartbeat(), messages.Ready({}, 9), messages.Goodbye(), messages.Barrier()]
-    return [join, *(join + wire.encode(other) for other in others)]
+    said = [
+        messages.Join(None, {"model": "x"}),
+        messages.Heartbeat(),
+        messages.Ready({}, 9),
+        messages.Goodbye(),
+    ]
+    return [wire.encode(message) for message in (*said, messages.Barrier())]
 
 
-def unknown(port: int) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", port), timeout=5)
+def unknown(port: int, data: bytes) -> socket.socket:
+    """A connection that has sent `data`."""
+    sock = socket.create_connection(("127.0.0.1", port), timeout=5)
+    sock.sendall(data)
+    return sock
 
 
-def known(port: int) -> socket.socket:
-    """A connection that has proved the token."""
-    channel = handshake.connect(("127.0.0.1", port), derive_key(TOKEN), timeout_s=5)
-    return socket.socket(fileno=channel._sock.detach())
+def known(port: int, data: bytes) -> socket.socket:
+    """A connection that has proved the token and then sent `data` with the tag that vouches for it."""
+    channel = handshake.connect(("127.0.0.1", port), _KEY, timeout_s=5)
+    tag = channel.tag(bytearray(data))
+    sock = socket.socket(fileno=channel._sock.detach())
+    sock.sendall(data + tag)
+    return sock
 
 
 def requests(paths: Sequence[str], bodies: Sequence[object]) -> list[bytes]:
@@ -107,7 +118,7 @@ class Target:
         port: int,
         honest: Sequence[bytes],
         n: int,
-        connect: Callable[[int], socket.socket] = unknown,
+        connect: Callable[[int, bytes], socket.socket] = unknown,
     ) -> None:
         self.name, self.port, self.honest, self.n, self._connect = name, port, honest, n, connect
         self.n_sent = self.n_refused = 0
@@ -127,8 +138,7 @@ class Target:
     def _send(self, data: bytes) -> None:
         answer = b""
         try:
-            with self._connect(self.port) as sock:
-                sock.sendall(data)
+            with self._connect(self.port, data) as sock:
                 sock.shutdown(socket.SHUT_WR)
                 sock.settimeout(_ANSWER_S)
                 with suppress(OSError):
@@ -147,11 +157,9 @@ def memory_and_files(node: Node) -> tuple[int, int]:
 
 
 def in_threads(work: Callable[[int], None]) -> None:
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(_THREADS)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(_THREADS) as threads:
+        for done in [threads.submit(work, i) for i in range(_THREADS)]:
+            done.result()
 
 
 def told(api_port: int) -> str:
