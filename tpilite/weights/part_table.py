@@ -190,6 +190,10 @@ class PartTable:
         with self._changed:
             assert self.window_bytes, "the pager was not started"
             assert not any(load.opened for load in self._queue), "one part is open at a time"
+            # Reading ahead may have failed long ago, for a pass that has ended since: it is tried again.
+            for failed in [load for load in self._queue if load.error]:
+                self._queue.remove(failed)
+                self._drop(failed)
             try:
                 while not self._closed:
                     if part.array is not None:
@@ -222,7 +226,7 @@ class PartTable:
     def _plan(self) -> Load | None:
         """A load of the next part that is to be read; None where there is none, or no room for it.
 
-        Nor is anything read behind a part that failed, until that is opened and says so.
+        Nor is anything read behind a part that failed, until a part is opened.
         """
         if any(load.error for load in self._queue):
             return None
