@@ -16,9 +16,10 @@ import json, sys
 from tpilite import LLM, SamplingParams
 from tpilite.machine import peak_rss_bytes
 
-folder, budget, threads, kv_dtype, prompts = json.loads(sys.argv[1])
+folder, budget, threads, kv_dtype, shares = json.loads(sys.argv[1])
 with LLM(folder, memory_budget=budget, threads=threads, kv_dtype=kv_dtype) as llm:
-    for lengths in prompts:
+    for of_context in shares:
+        lengths = [int(share * (llm.engine.context - 4)) for share in of_context]
         ids = [[(7 * k + i) % 500 for i in range(n)] for k, n in enumerate(lengths)]
         requests = [llm.start(prompt, SamplingParams(length=4, ignore_eos=True)) for prompt in ids]
         for request in requests:
@@ -45,15 +46,15 @@ def model(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the peak is not told by the process alone")
 @pytest.mark.parametrize(
-    ("budget", "threads", "kv_dtype", "prompts"),
+    ("budget", "threads", "kv_dtype", "shares"),  # of the context that the budget allows, text by text
     [
-        (195_000_000, 2, "f32", [[1200], [1100], [5]]),
-        (150_000_000, 3, "f16", [[600, 500, 300], [900]]),
-        (203_000_000, 1, "f32", [[1400], [1300]]),  # whose caches would like to grow beyond the room
+        (195_000_000, 2, "f32", [[0.95], [0.85], [0.01]]),
+        (170_000_000, 3, "f16", [[0.6, 0.5, 0.3], [0.9]]),
+        (203_000_000, 1, "f32", [[1.0], [0.95]]),  # whose caches would like to grow beyond the room
     ],
 )
-def test_the_peak_stays_within_the_budget(model, budget, threads, kv_dtype, prompts):
-    spec = json.dumps([str(model), budget, threads, kv_dtype, prompts])
+def test_the_peak_stays_within_the_budget(model, budget, threads, kv_dtype, shares):
+    spec = json.dumps([str(model), budget, threads, kv_dtype, shares])
     done = subprocess.run([sys.executable, "-c", _MODEL, spec], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     peak, streaming = json.loads(done.stdout)
