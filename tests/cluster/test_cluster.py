@@ -373,6 +373,7 @@ def test_a_worker_that_comes_back_with_another_model_is_refused(
     assert wrong.finish() == 2
     for node in (wrong, cluster.host):
         node.wait_for_line("another model")
+    assert (other / "split" / ".content.json").exists(), "what is known of the model stands beside its slices"
     # Slices of another ratio, brought under the right rank, are refused likewise.
     stale = tmp_path / "stale"
     cut = ("--model_path", story.folder, "--world_size", 2, "--ratio", "3,1", "--save_dir", stale)

@@ -153,7 +153,7 @@ def work(args: argparse.Namespace, rank: int | None) -> int:
     with progress_bar("fetching slices") as bar:
         options = WorkerOptions(
             save_dir=save_dir,
-            cache=in_cache("slices") if save_dir is None else WorkerOptions.cache,
+            cache=save_dir or in_cache("slices"),
             model=folder,
             rank=rank,
             force_download=args.force_download,

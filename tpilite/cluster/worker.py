@@ -39,8 +39,8 @@ _NODE = re.compile(r"node_([1-9][0-9]{0,5})")
 class WorkerOptions:
     """What the user of a worker may ask for."""
 
+    cache: Path  # where what is known of the weights of `model` is kept, and slices where no place is given
     save_dir: Path | None = None  # None: a folder of its own for every model and partition, below `cache`
-    cache: Path = Path("slices")
     model: Path | None = None  # a folder that may have the model, which is then to be that of rank 0
     rank: int | None = None
     force_download: bool = False
