@@ -1,7 +1,6 @@
 """A small model with a tokenizer and a chat template, and servers of it, for the tests of the service."""
 
 import functools
-import io
 import json
 import socket
 import threading
@@ -12,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import sentencepiece
 from checkpoints import tiny_config, write_checkpoint
+from tokenizer_files import N_SENTENCEPIECE, train
 
 from tpilite.engine.sampling import SamplingParams
 from tpilite.engine.session import Session
@@ -25,13 +24,6 @@ from tpilite.serving.service import Recovery, Service
 from tpilite.weights.partition import LM_HEAD
 from tpilite.weights.tensor_file import TensorFile
 
-N_PIECES = 400
-SENTENCES = [
-    "Once upon a time there was a little fox who lived by the river.",
-    "The fox was not afraid of the water, and the water was not afraid of the fox.",
-    "One day the hare asked: where does the river end? It ends in the sea, said the fox!",
-    "They walked and walked, 12 days and 345 steps, until they saw the big blue sea.",
-] * 5
 HELLO: Any = [{"role": "user", "content": "Where does the river end?"}]
 CONFIG = ServerConfig(port=0, model_name="tiny", max_waiting=2, defaults=SamplingParams(seed=1))
 JSON = b"Host: localhost\r\nContent-Type: application/json\r\n"
@@ -46,24 +38,12 @@ TEMPLATE = (
 
 @functools.cache
 def tokenizer_model() -> bytes:
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(SENTENCES),
-        model_writer=model,
-        vocab_size=N_PIECES,
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        num_threads=1,
-        minloglevel=2,
-    )
-    return model.getvalue()
+    return train()
 
 
 def write_model(folder: Path, *, chat: bool = True, context: int = 256, **config: Any) -> Path:
-    """A random model that speaks nonsense of the pieces of `SENTENCES` and hardly ever ends by itself."""
-    values = {"vocab_size": N_PIECES, "max_position_embeddings": context, "eos_token_ids": ()}
+    """A random model that speaks nonsense of the pieces of that tokenizer and hardly ever ends by itself."""
+    values = {"vocab_size": N_SENTENCEPIECE, "max_position_embeddings": context, "eos_token_ids": ()}
     write_checkpoint(folder, tiny_config(**(values | config)), "F32", seed=3)
     with TensorFile(folder / "model.safetensors") as file, open(file.path, "r+b") as weights:
         specials = file.tensors[LM_HEAD].rows(0, 3)

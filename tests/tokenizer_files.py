@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ SENTENCES = [
 derandomized = settings(derandomize=True, deadline=None, max_examples=150)
 
 
-def train(**options: object) -> bytes:
+def train(sentences: Sequence[str] = SENTENCES, **options: object) -> bytes:
     """A sentencepiece model in the manner of Llama 2's, of 400 pieces."""
     model = io.BytesIO()
     arguments: dict[str, object] = {
@@ -38,7 +39,7 @@ def train(**options: object) -> bytes:
         "minloglevel": 2,
     }
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(SENTENCES), model_writer=model, **{**arguments, **options}
+        sentence_iterator=iter(sentences), model_writer=model, **{**arguments, **options}
     )
     return model.getvalue()
 

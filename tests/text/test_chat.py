@@ -1,16 +1,15 @@
 """Chat formats against what transformers' apply_chat_template makes of the published templates."""
 
 import datetime
-import io
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizer_files import train
 
 from tpilite.errors import CheckpointError, ConfigError
 from tpilite.text.chat import ChatFormat, JinjaChat, Llama2Chat, Llama3Chat, chat_format
@@ -33,19 +32,7 @@ derandomized = settings(derandomize=True, deadline=None, max_examples=100)
 @pytest.fixture(scope="module")
 def small_llama2(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     folder = tmp_path_factory.mktemp("llama2")
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["a river ends in the sea"]),
-        model_writer=model,
-        vocab_size=290,
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        num_threads=1,
-        minloglevel=2,
-    )
-    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    (folder / "tokenizer.model").write_bytes(train(["a river ends in the sea"], vocab_size=290))
     return loaded(folder, 290)
 
 
