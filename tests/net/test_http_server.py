@@ -1,6 +1,7 @@
 """An HTTP server whose application knows nothing of any API: connections, limits, and who makes room."""
 
 import logging
+import math
 import re
 import socket
 import threading
@@ -177,53 +178,67 @@ def test_slow_clients_are_cut(monkeypatch: pytest.MonkeyPatch, start: bytes) -> 
         assert ended
 
 
-def waits(server: HttpServer, n: int) -> None:
-    """Until so many connections wait for their clients."""
+def waits(server: HttpServer, n: int, within: int = 0) -> None:
+    """Until so many connections wait for their clients, `within` of them with a part of a request read."""
     for _ in range(1000):
         found = list(server._connections.values())
-        if len(found) == n and all(connection._waits_since_s is not None for connection in found):
+        waiting = [c for c in found if (c._waits_since_s or math.inf) <= time.monotonic()]
+        if len(waiting) == len(found) == n and sum(not c._reader.is_idle for c in found) == within:
             return
         time.sleep(0.01)
-    pytest.fail(f"{len(found)} connections")
+    pytest.fail(f"{len(found)} connections, of which {len(waiting)} wait")
+
+
+def answered(connection: socket.socket, end: bytes) -> socket.socket:
+    """The connection, once the server's answer has come up to its end."""
+    answer = b""
+    while not answer.endswith(end):
+        piece = connection.recv(65536)
+        assert piece, answer
+        answer += piece
+    return connection
 
 
 @pytest.mark.parametrize(
-    "start",
+    ("start", "end", "is_within"),
     [
-        b"",
-        b"GET / HTTP/1.1\r\nHost",
-        b"GET / HTTP/1.1\r\nHost: a\r\n\r\n",
-        b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n1234",
+        (b"", b"", False),
+        (b"GET / HTTP/1.1\r\nHost", b"", True),
+        (b"GET /a HTTP/1.1\r\nHost: a\r\n\r\n", b"/a ", False),
+        (b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n1234", b"", True),
     ],
 )
-def test_connections_that_wait_for_their_clients_keep_nobody_out(start: bytes) -> None:
+def test_connections_that_wait_for_their_clients_keep_nobody_out(
+    start: bytes, end: bytes, is_within: bool
+) -> None:
     with serving(max_connections=3) as server:
         held = []
         for n in (1, 2, 3):
-            held.append(connect(server, start))
-            waits(server, n)
+            held.append(answered(connect(server, start), end))
+            waits(server, n, within=n * is_within)
         first, *others = held
         assert answer_to(server, b"GET /new HTTP/1.1\r\nHost: a\r\n\r\n").endswith(b"/new ")
-        rest(first)
+        assert rest(first) == b""
         for other in others:
             other.settimeout(0.05)
-            with other, suppress(TimeoutError):
-                assert other.recv(65536).startswith(b"HTTP/1.1 200 ")
+            with other, pytest.raises(TimeoutError):
+                other.recv(65536)
 
 
 def test_who_has_proved_himself_makes_room_last_and_not_within_a_request() -> None:
     known = b"GET /known HTTP/1.1\r\nHost: a\r\nAuthorization: me\r\n\r\n"
     with serving(max_connections=3) as server:
-        first = connect(server, known)
+        first = answered(connect(server, known), b"/known ")
         waits(server, 1)
         stranger = connect(server)
-        within = connect(server, known, b"GET /half")
-        waits(server, 3)
+        within = answered(connect(server, known), b"/known ")
+        within.sendall(b"GET /half")
+        waits(server, 3, within=1)
         for _ in range(2):
             assert answer_to(server, b"GET /new HTTP/1.1\r\nHost: a\r\n\r\n").endswith(b"/new ")
         assert rest(stranger) == b""
-        held = [connect(server, known), connect(server, known)]
-        assert rest(first).endswith(b"/known ")
+        held = [answered(connect(server, known), b"/known ") for _ in range(2)]
+        assert rest(first) == b""
         within.sendall(b" HTTP/1.1\r\nHost: a\r\n\r\n")
         within.shutdown(socket.SHUT_WR)
         assert rest(within).endswith(b"/half ")
