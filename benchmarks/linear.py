@@ -30,7 +30,7 @@ import numpy as np
 from models import PRESETS
 from numpy.typing import NDArray
 
-from tpilite.config import LlamaConfig
+from tpilite.config.llama import LlamaConfig
 from tpilite.engine.compiled import new_products
 from tpilite.linear.linear import Linear
 from tpilite.linear.matrix import Matrix

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tpilite.config import LlamaConfig, RopeScaling
+from tpilite.config.llama import LlamaConfig, RopeScaling
+from tpilite.formats.safetensors import TensorFileWriter, TensorSpec
 from tpilite.weights.partition import LM_HEAD, tensor_shapes
-from tpilite.weights.tensor_file import TensorFileWriter, TensorSpec
 
 PRESETS = {
     "tinyllama-1.1b": LlamaConfig(

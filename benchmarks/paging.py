@@ -26,9 +26,10 @@ from engines import ONE_THREAD
 from models import PRESETS, add_model_options, model_of, write_model
 
 from tpilite.collective import Solo
-from tpilite.config import LlamaConfig
+from tpilite.config.llama import LlamaConfig
 from tpilite.engine.compiled import new_products
 from tpilite.engine.usage import disk_read_bytes
+from tpilite.formats.stored import StoredTensor
 from tpilite.linear.linear import Linear
 from tpilite.machine import limit_blas_threads, peak_rss_bytes, rss_bytes
 from tpilite.model.llama import Llama, Segment
@@ -36,7 +37,6 @@ from tpilite.weights.assemble import Embedding, assemble, mapped
 from tpilite.weights.checkpoint import Checkpoint
 from tpilite.weights.pager import PART_BYTES, Pager
 from tpilite.weights.partition import EMBEDDING
-from tpilite.weights.tensor_file import StoredTensor
 from tpilite.weights.uncached import UncachedFile, allocate, buffer_bytes
 
 _SETTLED_AFTER = 24  # tokens

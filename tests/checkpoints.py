@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tpilite.config import LlamaConfig
+from tpilite.config.llama import LlamaConfig
+from tpilite.dtypes import DTYPES
+from tpilite.formats.safetensors import TensorFileWriter, TensorSpec
 from tpilite.weights.partition import LM_HEAD, tensor_shapes
-from tpilite.weights.tensor_file import DTYPES, TensorFileWriter, TensorSpec
 
 
 def tiny_config(**changes: Any) -> LlamaConfig:

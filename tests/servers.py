@@ -17,12 +17,12 @@ from tokenizer_files import N_SENTENCEPIECE, train
 from tpilite.engine.sampling import SamplingParams
 from tpilite.engine.session import Session
 from tpilite.errors import PeerLost
+from tpilite.formats.safetensors import TensorFile
 from tpilite.llm import LLM
 from tpilite.serving.config import ServerConfig
 from tpilite.serving.server import Server
 from tpilite.serving.service import Recovery, Service
 from tpilite.weights.partition import LM_HEAD
-from tpilite.weights.tensor_file import TensorFile
 
 HELLO: Any = [{"role": "user", "content": "Where does the river end?"}]
 CONFIG = ServerConfig(port=0, model_name="tiny", max_waiting=2, defaults=SamplingParams(seed=1))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tpilite.cluster.fetch import fetch_slices
 from tpilite.cluster.slice_server import SliceServer
-from tpilite.config import LlamaConfig
+from tpilite.config.llama import LlamaConfig
 from tpilite.weights.partition import Partition
 from tpilite.weights.slices import FileEntry, Manifest
 

@@ -15,8 +15,8 @@ _PACKAGE = _ROOT / "tpilite"
 # The floors of the package, lowest first: folders and the modules beside them import from lower floors only.
 # This is the one place that says so.
 _FLOORS = [
-    "errors version arrays closing shipped",
-    "checks linear",
+    "errors version arrays closing dtypes shipped",
+    "checks linear formats",
     "config collective machine",
     "model text net",
     "weights native",
@@ -26,12 +26,14 @@ _FLOORS = [
 ]
 # Inside a folder, each module imports only from those before it: a new module needs its place here.
 _INSIDE = {
+    "formats": "json_file stored safetensors",
+    "config": "llama hugging_face generation",
     "linear": "calls packing products plans matrix blocks thread_pool linear",
     "model": "ops kv_cache llama",
     "text": "added_tokens tokenizer llama2_files llama3_files load chat",
     "net": "auth messages wire address channel handshake control exchange codecs sums measure group listener "
     "http http_server members rendezvous membership",
-    "weights": "partition tensor_file uncached assemble trust content checkpoint disk slices slicer "
+    "weights": "partition uncached assemble trust content checkpoint disk slices slicer "
     "residency part_table loader pager",
     "native": "bindings products exchange",
     "engine": "compiled config sampling usage sequence prefix scheduler stats step choice runner rank engine "

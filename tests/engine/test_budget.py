@@ -7,7 +7,7 @@ import sys
 import pytest
 from checkpoints import write_checkpoint
 
-from tpilite.config import LlamaConfig
+from tpilite.config.llama import LlamaConfig
 from tpilite.engine import rank
 from tpilite.engine.config import EngineConfig
 

@@ -13,7 +13,7 @@ from ranks import run_ranks
 from safetensors.numpy import load_file
 
 from tpilite.collective import Message, Solo
-from tpilite.config import LlamaConfig
+from tpilite.config.hugging_face import config_from_hf
 from tpilite.errors import PeerLost
 from tpilite.linear.linear import Linear
 from tpilite.linear.matrix import Matrix, as_float32
@@ -74,7 +74,7 @@ class Tiny:
     """A small checkpoint, random unless given, and what runs it."""
 
     def __init__(self, config, seed=1, stored="float32", tensors=None):
-        self.config = LlamaConfig.from_hf(config)
+        self.config = config_from_hf(config)
         self.stored = tensors or random_tensors(config, seed, stored)
         self.reference = lambda ids: reference.logits(config, widened(self.stored), ids)
         self.stored.setdefault("lm_head.weight", self.stored["model.embed_tokens.weight"])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from checkpoints import hf_config, random_tensors, tiny_config, write_checkpoint, write_tensor_file
 
-from tpilite.config import RopeScaling
+from tpilite.config.llama import RopeScaling
 from tpilite.errors import CheckpointError
 from tpilite.weights.checkpoint import Checkpoint
 

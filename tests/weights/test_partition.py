@@ -6,7 +6,7 @@ from checkpoints import tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tpilite.config import LlamaConfig
+from tpilite.config.llama import LlamaConfig
 from tpilite.errors import ConfigError
 from tpilite.weights.partition import Partition, tensor_axes, tensor_shapes
 

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tpilite.formats.stored import StoredTensor
 from tpilite.linear.calls import part_rows
 from tpilite.weights.residency import (
     PagedPart,
@@ -15,7 +16,6 @@ from tpilite.weights.residency import (
     cut,
     spread,
 )
-from tpilite.weights.tensor_file import StoredTensor
 
 
 def tensor(n_rows, n_cols=512):

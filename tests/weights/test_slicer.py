@@ -13,7 +13,7 @@ import pytest
 import safetensors
 from checkpoints import random_tensors, tiny_config, write_checkpoint
 
-from tpilite.config import LlamaConfig, RopeScaling
+from tpilite.config.llama import LlamaConfig, RopeScaling
 from tpilite.errors import SliceError
 from tpilite.weights.checkpoint import Checkpoint
 from tpilite.weights.partition import Partition

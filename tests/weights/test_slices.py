@@ -9,7 +9,7 @@ from checkpoints import hf_config, tiny_config, write_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tpilite.config import LlamaConfig, RopeScaling
+from tpilite.config.llama import LlamaConfig, RopeScaling
 from tpilite.errors import SliceError
 from tpilite.weights.checkpoint import Checkpoint
 from tpilite.weights.partition import Partition

@@ -20,12 +20,12 @@ from tpilite.engine.compiled import new_sums
 from tpilite.engine.config import EngineConfig
 from tpilite.engine.rank import Rank
 from tpilite.errors import PeerLost, SliceError, TpiliteError
+from tpilite.formats.stored import StoredTensor
 from tpilite.net.group import RankLost, RootGroup
 from tpilite.net.rendezvous import Rendezvous
 from tpilite.weights.checkpoint import Checkpoint
 from tpilite.weights.partition import EMBEDDING, Partition
 from tpilite.weights.slices import MANIFEST_NAME, Manifest, Progress, SliceFolder, node_folder
-from tpilite.weights.tensor_file import StoredTensor
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from tpilite.arrays import Array
-from tpilite.config import LlamaConfig
+from tpilite.config.llama import LlamaConfig
 from tpilite.engine.choice import next_token, wanted_of
 from tpilite.engine.config import MAX_ROWS
 from tpilite.engine.prefix import CachedPrefix

@@ -8,11 +8,12 @@ from typing import Any
 
 from tpilite.closing import Closing
 from tpilite.collective import Collective, Timed
-from tpilite.config import LlamaConfig
+from tpilite.config.llama import LlamaConfig
 from tpilite.engine.compiled import new_products
 from tpilite.engine.config import KV_DTYPES, MAX_ROWS, EngineConfig
 from tpilite.engine.runner import Runner
 from tpilite.engine.usage import Usage, disk_read_bytes
+from tpilite.formats.stored import StoredTensor
 from tpilite.linear.linear import Linear
 from tpilite.machine import (
     auto_budget_bytes,
@@ -28,7 +29,6 @@ from tpilite.model.llama import Llama
 from tpilite.weights.assemble import Embedding
 from tpilite.weights.pager import Pager
 from tpilite.weights.partition import EMBEDDING
-from tpilite.weights.tensor_file import StoredTensor
 from tpilite.weights.uncached import empty
 
 logger = logging.getLogger(__name__)

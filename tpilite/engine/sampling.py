@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from tpilite.arrays import Array
 from tpilite.checks import check_whole, short
-from tpilite.config import GenerationDefaults
+from tpilite.config.generation import GenerationDefaults
 from tpilite.errors import ConfigError
 from tpilite.model.ops import is_finite
 

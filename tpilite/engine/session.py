@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tpilite.closing import Closing
-from tpilite.config import GenerationDefaults, LlamaConfig
+from tpilite.config.generation import GenerationDefaults
+from tpilite.config.llama import LlamaConfig
 from tpilite.engine.engine import Engine, Recover, TooLong
 from tpilite.engine.rank import Rank
 from tpilite.engine.sampling import SamplingParams, taken_from

@@ -18,7 +18,7 @@ import numpy as np
 
 from tpilite.arrays import Array
 from tpilite.collective import Collective
-from tpilite.config import LlamaConfig
+from tpilite.config.llama import LlamaConfig
 from tpilite.linear.matrix import FLOAT16_LIFT, Matrix, float16_bits
 from tpilite.model.kv_cache import Empty, Kept, KVCache
 from tpilite.model.ops import is_finite, rms_norm, rope_frequencies, rope_table, rotate, softmax, swiglu

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tpilite.arrays import Array
-from tpilite.config import LlamaConfig, RopeScaling
+from tpilite.config.llama import LlamaConfig, RopeScaling
 
 _TILE_BYTES = 128 << 10
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tpilite.config import read_json
 from tpilite.errors import CheckpointError
+from tpilite.formats.json_file import read_json
 
 logger = logging.getLogger(__name__)
 

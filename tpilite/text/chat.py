@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
-from tpilite.config import read_json
 from tpilite.errors import CheckpointError, ConfigError
+from tpilite.formats.json_file import read_json
 from tpilite.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)

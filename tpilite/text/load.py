@@ -8,8 +8,8 @@ encodes text in which nothing is special. A new kind is a module of its own and 
 
 from pathlib import Path
 
-from tpilite.config import read_json
 from tpilite.errors import CheckpointError
+from tpilite.formats.json_file import read_json
 from tpilite.text import llama2_files, llama3_files
 from tpilite.text.added_tokens import TokenizerSettings
 from tpilite.text.tokenizer import Tokenizer

@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from tpilite.arrays import Array
+from tpilite.formats.stored import StoredTensor
 from tpilite.linear.matrix import Matrix, as_float32
 from tpilite.model.llama import LayerWeights, LlamaWeights
 from tpilite.weights.partition import FINAL_NORM, LM_HEAD, layer_tensor
-from tpilite.weights.tensor_file import StoredTensor
 
 MatrixOf = Callable[[StoredTensor, Array | None], Matrix]
 

@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from tpilite.closing import Closing
-from tpilite.config import LlamaConfig, read_json
+from tpilite.config.hugging_face import config_of_folder
+from tpilite.config.llama import LlamaConfig
 from tpilite.errors import CheckpointError
+from tpilite.formats.json_file import read_json
+from tpilite.formats.safetensors import TensorFile
+from tpilite.formats.stored import StoredTensor
 from tpilite.weights.content import CONTENT_NAME, content_hash
 from tpilite.weights.partition import EMBEDDING, LM_HEAD, tensor_shapes
-from tpilite.weights.tensor_file import StoredTensor, TensorFile
 from tpilite.weights.trust import KnownHashes
 
 _SINGLE = "model.safetensors"
@@ -48,7 +51,7 @@ class Checkpoint(Closing):
         self._files: dict[str, TensorFile] = {}
         if not folder.is_dir():
             raise CheckpointError(f"{folder} is not a folder; expected a model folder with config.json")
-        config = LlamaConfig.from_folder(folder)
+        config = config_of_folder(folder)
         try:
             found = self._find(config)
             # The file's own head counts, whatever the flag says (merged adapters are published so); and some

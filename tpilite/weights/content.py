@@ -15,8 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tpilite.errors import CheckpointError
+from tpilite.formats.stored import StoredFile, StoredTensor, read_exactly
 from tpilite.machine import format_size
-from tpilite.weights.tensor_file import StoredTensor, TensorFile, read_exactly
 from tpilite.weights.trust import CHUNK_BYTES, KnownHashes, settle, state_of
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ _QUIET_BYTES, _REPORT_S = 512 << 20, 5.0
 
 
 def content_hash(
-    folder: Path, files: Iterable[TensorFile], tensors: Mapping[str, StoredTensor], known: KnownHashes | None
+    folder: Path, files: Iterable[StoredFile], tensors: Mapping[str, StoredTensor], known: KnownHashes | None
 ) -> str:
     """The hash of all tensors of the model in `folder`; from `known` while its files are unchanged.
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from tpilite.closing import Closing
+from tpilite.formats.stored import StoredFile
 from tpilite.linear.packing import Packed, pack
 from tpilite.weights.part_table import Load, PartTable, Purpose
-from tpilite.weights.tensor_file import TensorFile
 from tpilite.weights.uncached import UncachedFile, allocate
 
 # A second request is there when the first is done: threads that compute may let a reader wait for a core.
@@ -25,7 +25,7 @@ class Loader(Closing):
         self._table = table
         self._read_method = read_method
         self._lock = threading.Lock()  # guards all that follows
-        self._files: dict[TensorFile, UncachedFile] = {}
+        self._files: dict[StoredFile, UncachedFile] = {}
         self._n_reading = 0
         self._reading_since_s = 0.0
         self.loads = self.read_bytes = 0

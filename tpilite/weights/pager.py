@@ -19,8 +19,9 @@ from dataclasses import dataclass, replace
 
 from tpilite.arrays import Array
 from tpilite.closing import Closing
-from tpilite.config import LlamaConfig
+from tpilite.config.llama import LlamaConfig
 from tpilite.errors import ConfigError
+from tpilite.formats.stored import StoredTensor
 from tpilite.linear.matrix import Matrix
 from tpilite.machine import format_size, rss_bytes, spare_bytes
 from tpilite.model.llama import LlamaWeights
@@ -29,7 +30,6 @@ from tpilite.weights.loader import Loader
 from tpilite.weights.part_table import PartTable
 from tpilite.weights.partition import EMBEDDING, LM_HEAD, layer_tensor
 from tpilite.weights.residency import can_pack, cut
-from tpilite.weights.tensor_file import StoredTensor
 
 # Larger reads are no faster, smaller ones leave the disk idle in between: benchmarks/paging.py measures it.
 # A part should also be small beside the budget, so that little of that is lost to the window.

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tpilite.formats.stored import StoredTensor
 from tpilite.linear.matrix import Stored, Weights
 from tpilite.linear.packing import Packed
 from tpilite.weights.residency import (
@@ -20,7 +21,6 @@ from tpilite.weights.residency import (
     choose_unpacking,
     spread,
 )
-from tpilite.weights.tensor_file import StoredTensor
 from tpilite.weights.uncached import allocate
 
 

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
 from typing import Any
 
-from tpilite.config import LlamaConfig
+from tpilite.config.llama import LlamaConfig
 from tpilite.errors import ConfigError
 
 EMBEDDING = "model.embed_tokens.weight"

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from tpilite.errors import ConfigError, SliceError
+from tpilite.formats.safetensors import TensorFileWriter, TensorSpec
 from tpilite.machine import format_size
 from tpilite.weights.checkpoint import Checkpoint
 from tpilite.weights.disk import free_bytes, full_error, is_full, sync_folder, write_error
@@ -26,7 +27,6 @@ from tpilite.weights.slices import (
     clear_slice,
     node_folder,
 )
-from tpilite.weights.tensor_file import TensorFileWriter, TensorSpec
 from tpilite.weights.trust import CHUNK_BYTES, VerifiedFiles
 
 _log = logging.getLogger(__name__)

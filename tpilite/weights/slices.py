@@ -9,7 +9,7 @@ Format, version 1. The folder holds `manifest.json` and one safetensors file per
 
 Tensors keep Hugging Face's names and the checkpoint's dtype; their shapes are those of the rank's part
 (`partition`). A rank without KV heads has tensors of no elements there. In each file the matrices come
-first and begin at a multiple of `tensor_file.DATA_ALIGNMENT`.
+first and begin at a multiple of `formats.safetensors.DATA_ALIGNMENT`.
 
 The manifest is one JSON object of exactly these keys:
 
@@ -38,8 +38,11 @@ from pathlib import Path
 from typing import Any
 
 from tpilite.closing import Closing
-from tpilite.config import LlamaConfig, RopeScaling
+from tpilite.config.llama import LlamaConfig, RopeScaling
+from tpilite.dtypes import DTYPES
 from tpilite.errors import CheckpointError, ConfigError, SliceError
+from tpilite.formats.safetensors import TensorFile
+from tpilite.formats.stored import StoredTensor
 from tpilite.weights.checkpoint import Checkpoint
 from tpilite.weights.disk import sync_folder
 from tpilite.weights.partition import (
@@ -50,7 +53,6 @@ from tpilite.weights.partition import (
     attention_axes,
     mlp_axes,
 )
-from tpilite.weights.tensor_file import DTYPES, StoredTensor, TensorFile
 from tpilite.weights.trust import VERIFIED_NAME, VerifiedFiles
 
 MANIFEST_NAME = "manifest.json"

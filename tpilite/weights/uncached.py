@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tpilite.errors import CheckpointError
-from tpilite.weights.tensor_file import TensorFile
+from tpilite.formats.stored import StoredFile
 
 READ_METHODS = ("direct", "nocache", "advise", "plain")
 
@@ -65,7 +65,7 @@ def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
 class UncachedFile:
     """A tensor file opened once more, for reading by one of `READ_METHODS`; None is the best there is."""
 
-    def __init__(self, file: TensorFile, read_method: str | None = None) -> None:
+    def __init__(self, file: StoredFile, read_method: str | None = None) -> None:
         self._file = file
         for self.read_method in READ_METHODS if read_method is None else (read_method,):
             try:
@@ -107,7 +107,7 @@ class UncachedFile:
         return before
 
 
-def _open_again(file: TensorFile, flags: int = 0) -> int:
+def _open_again(file: StoredFile, flags: int = 0) -> int:
     """A descriptor of its own for the same file. Raises OSError when its path leads elsewhere by now."""
     fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC | flags)
     if os.path.samestat(os.fstat(fd), os.fstat(file.fileno())):
@@ -116,7 +116,7 @@ def _open_again(file: TensorFile, flags: int = 0) -> int:
     raise FileNotFoundError(file.path)
 
 
-def _open_direct(file: TensorFile) -> int:
+def _open_direct(file: StoredFile) -> int:
     fd = _open_again(file, os.O_DIRECT)
     try:  # some file systems allow to open and refuse to read
         os.preadv(fd, [allocate(BLOCK_BYTES)], 0)
@@ -126,7 +126,7 @@ def _open_direct(file: TensorFile) -> int:
     return fd
 
 
-def _open_nocache(file: TensorFile) -> int:
+def _open_nocache(file: StoredFile) -> int:
     if _F_NOCACHE is None:
         raise OSError("this system has no F_NOCACHE")
     fd = _open_again(file)
@@ -134,12 +134,12 @@ def _open_nocache(file: TensorFile) -> int:
     return fd
 
 
-def _open_advise(file: TensorFile) -> int:
+def _open_advise(file: StoredFile) -> int:
     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_NORMAL)
     return os.dup(file.fileno())
 
 
-_OPEN: dict[str, Callable[[TensorFile], int]] = {
+_OPEN: dict[str, Callable[[StoredFile], int]] = {
     "direct": _open_direct,
     "nocache": _open_nocache,
     "advise": _open_advise,

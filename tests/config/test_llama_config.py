@@ -7,11 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tpilite.config import GenerationDefaults, LlamaConfig, RopeScaling, read_json
+from tpilite.config.generation import GenerationDefaults
+from tpilite.config.hugging_face import config_from_hf, config_of_folder
+from tpilite.config.llama import LlamaConfig, RopeScaling
 from tpilite.engine.config import EngineConfig
 from tpilite.errors import CheckpointError, ConfigError, TpiliteError
+from tpilite.formats.json_file import read_json
 
-_GOLDEN = Path(__file__).parent / "fixtures" / "golden"
+_GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"
 
 # The config.json of published models, less the keys about training, software and padding that all have.
 _COMMON = {
@@ -142,7 +145,7 @@ def _parameters(config):
     ],
 )
 def test_published_models_are_read_as_they_are(published, billions, head_dim, rope_theta, rope_scaling, eos):
-    config = LlamaConfig.from_hf(published)
+    config = config_from_hf(published)
     scaling = None if rope_scaling is None else RopeScaling("llama3", rope_scaling, 1.0, 4.0, 8192)
     assert _parameters(config) == pytest.approx(billions, abs=0.006)
     assert (config.head_dim, config.rope_theta, config.rope_scaling) == (head_dim, rope_theta, scaling)
@@ -154,16 +157,16 @@ def test_published_models_are_read_as_they_are(published, billions, head_dim, ro
 @pytest.mark.parametrize("case", sorted(path.name for path in _GOLDEN.iterdir() if path.is_dir()))
 def test_what_transformers_writes_is_read(case):
     written = json.loads((_GOLDEN / case / "config.json").read_text())
-    config = LlamaConfig.from_folder(_GOLDEN / case)
+    config = config_of_folder(_GOLDEN / case)
     for name in ("hidden_size", "intermediate_size", "vocab_size", "num_key_value_heads"):
         assert getattr(config, name) == written[name]
 
 
 def test_both_spellings_of_the_rotary_embedding_mean_the_same():
-    older = LlamaConfig.from_hf(_LLAMA_3_1)
+    older = config_from_hf(_LLAMA_3_1)
     rest = {key: value for key, value in _LLAMA_3_1.items() if not key.startswith("rope")}
-    newer = LlamaConfig.from_hf(rest | {"rope_parameters": {**_ROPE_3_1, "rope_theta": 500000.0}})
-    oldest = LlamaConfig.from_hf(
+    newer = config_from_hf(rest | {"rope_parameters": {**_ROPE_3_1, "rope_theta": 500000.0}})
+    oldest = config_from_hf(
         rest | {"rope_theta": 7.0, "rope_scaling": {"type": "linear", "factor": 2}, "rope_parameters": None}
     )
     assert newer == older
@@ -181,21 +184,21 @@ def test_both_spellings_of_the_rotary_embedding_mean_the_same():
     ],
 )
 def test_plain_rotary_embedding_in_all_its_spellings(rope, theta):
-    config = LlamaConfig.from_hf(_TINYLLAMA | {"rope_theta": theta} | rope)
+    config = config_from_hf(_TINYLLAMA | {"rope_theta": theta} | rope)
     assert (config.rope_theta, config.rope_scaling) == (theta, None)
 
 
 def test_where_a_file_has_both_spellings_the_older_one_counts_as_in_transformers():
     both = {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": _ROPE_3_1}
-    assert LlamaConfig.from_hf(_TINYLLAMA | both).rope_scaling == RopeScaling("linear", 2.0)
+    assert config_from_hf(_TINYLLAMA | both).rope_scaling == RopeScaling("linear", 2.0)
 
 
 def test_generation_config_says_where_a_text_ends():
     generation = {"bos_token_id": 5, "eos_token_id": [7, 8], "temperature": 0.6}
-    config = LlamaConfig.from_hf(_LLAMA_2, generation)
+    config = config_from_hf(_LLAMA_2, generation)
     assert (config.bos_token_id, config.eos_token_ids) == (5, (7, 8))
-    assert LlamaConfig.from_hf(_LLAMA_2, {}).eos_token_ids == (2,)
-    assert LlamaConfig.from_hf(_LLAMA_2 | {"eos_token_id": None, "bos_token_id": None}).eos_token_ids == ()
+    assert config_from_hf(_LLAMA_2, {}).eos_token_ids == (2,)
+    assert config_from_hf(_LLAMA_2 | {"eos_token_id": None, "bos_token_id": None}).eos_token_ids == ()
 
 
 @pytest.mark.parametrize(
@@ -221,7 +224,7 @@ def test_generation_config_says_where_a_text_ends():
 def test_what_changes_the_maths_and_is_not_supported_is_named(key, value, shown):
     published = _LLAMA_2 | {"architectures": ["MistralForCausalLM"], key: value}
     with pytest.raises(ConfigError) as raised:
-        LlamaConfig.from_hf(published)
+        config_from_hf(published)
     assert key in str(raised.value)
     assert (shown or "null") in str(raised.value)
     assert "expected" in str(raised.value)
@@ -231,14 +234,14 @@ def test_null_means_the_default():
     names = ("max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "attention_bias", "mlp_bias")
     without = {key: value for key, value in _LLAMA_2.items() if key not in names}
     nulls = dict.fromkeys([*names, "head_dim", "num_key_value_heads", "bos_token_id"])
-    config = LlamaConfig.from_hf(_LLAMA_2 | nulls)
-    assert config == LlamaConfig.from_hf(without | {"bos_token_id": None})
+    config = config_from_hf(_LLAMA_2 | nulls)
+    assert config == config_from_hf(without | {"bos_token_id": None})
     assert (config.max_position_embeddings, config.rms_norm_eps) == (2048, 1e-6)
 
 
 def test_the_architecture_stands_for_a_missing_model_type():
     without = {key: value for key, value in _LLAMA_2.items() if key != "model_type"}
-    assert LlamaConfig.from_hf(without) == LlamaConfig.from_hf(_LLAMA_2)
+    assert config_from_hf(without) == config_from_hf(_LLAMA_2)
 
 
 @pytest.mark.parametrize(
@@ -278,19 +281,19 @@ def test_the_architecture_stands_for_a_missing_model_type():
 )
 def test_a_wrong_value_is_named_with_what_was_expected(changes, message):
     with pytest.raises(ConfigError, match=message):
-        LlamaConfig.from_hf(_LLAMA_2 | changes)
+        config_from_hf(_LLAMA_2 | changes)
 
 
 @pytest.mark.parametrize("key", ["hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size"])
 def test_a_missing_size_is_named(key):
     with pytest.raises(ConfigError, match=f"no {key}, which a Llama model needs"):
-        LlamaConfig.from_hf({k: v for k, v in _LLAMA_2.items() if k != key})
+        config_from_hf({k: v for k, v in _LLAMA_2.items() if k != key})
 
 
 def _read(config, generation=None):
     """The configuration, or the error that says why there is none; anything else is raised."""
     try:
-        return LlamaConfig.from_hf(config, generation)
+        return config_from_hf(config, generation)
     except TpiliteError as error:
         return error
 
@@ -352,7 +355,7 @@ def test_a_damaged_config_json_is_an_error_of_one_line(tmp_path, content, messag
     if content is not None:
         (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(TpiliteError, match=message) as raised:
-        LlamaConfig.from_folder(tmp_path)
+        config_of_folder(tmp_path)
     assert "\n" not in str(raised.value)
 
 
@@ -374,7 +377,7 @@ def test_an_engine_needs_whole_numbers(changes):
 )
 def test_a_model_with_another_head_is_refused_by_name(name):
     with pytest.raises(ConfigError, match=f"architectures = .*{name}.* expected LlamaForCausalLM"):
-        LlamaConfig.from_hf(_LLAMA_2 | {"architectures": [name]})
+        config_from_hf(_LLAMA_2 | {"architectures": [name]})
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tpilite.errors import CheckpointError
-from tpilite.weights.tensor_file import DATA_ALIGNMENT, TensorFile
+from tpilite.formats.safetensors import DATA_ALIGNMENT, TensorFile
 
 FUZZ = settings(deadline=None, max_examples=300)
 

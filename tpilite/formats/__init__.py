@@ -1,0 +1,6 @@
+"""Files as others define them: headers checked, tensors as ranges of bytes, nothing said of what they mean.
+
+Begin with `stored.py`, an open file and its tensors; then `safetensors.py`.
+May import: `errors`, `closing` and `dtypes`.
+Must never know: models, tokenizers, ranks.
+"""
