@@ -1,7 +1,7 @@
 """Latency of one all-reduce between processes, on loopback and over slow wires, against the bound.
 
-    python benchmarks/allreduce.py [--ranks 2,4,8] [--kib 16,32] [--ways star,auto] [--json FILE]
-    python benchmarks/allreduce.py --delay_ms 1 --rate_mbit 300 --ways star,direct,scatter,auto
+    python benchmarks/allreduce.py [--ranks 2,4,8] [--kib 16,32] [--algorithms star,auto] [--json FILE]
+    python benchmarks/allreduce.py --delay_ms 1 --rate_mbit 300 --algorithms star,direct,scatter,auto
 
 The second gives each rank a network namespace of its own, at the end of a wire as `wires.py` tells, and
 needs root. The bound for n ranks, S bytes, a one-way latency a and an inverse bandwidth b, all but S
@@ -60,7 +60,9 @@ def main() -> None:
     )
     parser.add_argument("--ranks", default="2,4,8")
     parser.add_argument("--kib", default="16,32")
-    parser.add_argument("--ways", default="star", help=f"of {', '.join(_ALGORITHMS)}; separated by commas")
+    parser.add_argument(
+        "--algorithms", default="star", help=f"of {', '.join(_ALGORITHMS)}; separated by commas"
+    )
     parser.add_argument("--payload", default="f32", choices=("f32", "f16", "bf16"))
     parser.add_argument("--delay_ms", type=float, default=0.0, help="one way, over wires")
     parser.add_argument("--rate_mbit", type=float, default=0.0, help="of each rank's wire")
@@ -101,7 +103,7 @@ def main() -> None:
     for name, value in conditions.items():
         print(f"# {name}: {value:.1f}" if isinstance(value, float) else f"# {name}: {value}")
     print(
-        "ranks   KiB  way             one us  quartiles us      bound us   over us/rank  times  rounds  "
+        "ranks   KiB  algorithm       one us  quartiles us      bound us   over us/rank  times  rounds  "
         "in a row us  late us"
     )
     rows = []
@@ -109,16 +111,18 @@ def main() -> None:
         with contextlib.ExitStack() as stack:
             wires = stack.enter_context(Wires(n_ranks, delay_s, bits_per_s)) if bits_per_s else None
             cluster = stack.enter_context(Cluster(n_ranks, args.payload, args.protect, delay_s, wires))
-            for way, kib in itertools.product(args.ways.split(","), kibs):
-                times_s, in_a_row_s, late_s, used = cluster.measure(way, kib << 10, args.seconds)
+            for algorithm, kib in itertools.product(args.algorithms.split(","), kibs):
+                times_s, in_a_row_s, late_s, used = cluster.measure(algorithm, kib << 10, args.seconds)
                 n_bytes = (kib << 10) // (1 if args.payload == "f32" else 2)
                 bounds = bounds_s(n_ranks, n_bytes, latency_s, per_byte_s)
-                bound_s = min(bounds.values()) if way == "auto" else bounds[way.removeprefix("plain-")]
+                bound_s = (
+                    min(bounds.values()) if algorithm == "auto" else bounds[algorithm.removeprefix("plain-")]
+                )
                 low_s, median_s, high_s = statistics.quantiles(times_s, n=4)
                 row = {
                     "ranks": n_ranks,
                     "kib": kib,
-                    "way": f"auto:{used}" if way == "auto" else way,
+                    "algorithm": f"auto:{used}" if algorithm == "auto" else algorithm,
                     "median_us": median_s * 1e6,
                     "quartiles_us": [low_s * 1e6, high_s * 1e6],
                     "bound_us": bound_s * 1e6,
@@ -130,7 +134,7 @@ def main() -> None:
                 }
                 rows.append(row)
                 print(
-                    f"{n_ranks:5} {kib:5}  {row['way']:13} {median_s * 1e6:9.1f}  "
+                    f"{n_ranks:5} {kib:5}  {row['algorithm']:13} {median_s * 1e6:9.1f}  "
                     f"{low_s * 1e6:7.1f}-{high_s * 1e6:<8.1f} {bound_s * 1e6:9.1f} "
                     f"{row['over_us_per_rank']:13.1f} {row['times']:6.2f}  {len(times_s):6} "
                     f"{in_a_row_s * 1e6:12.1f} {late_s * 1e6:8.1f}"
@@ -151,24 +155,24 @@ def bounds_s(n_ranks: int, n_bytes: int, latency_s: float, per_byte_s: float) ->
 
 
 def foretell(rows: list[dict[str, Any]], latency_s: float = 1e-4, bits_per_s: float = 1e9) -> None:
-    """Prints what the ways of summing would take on another network, by what they took above the bound."""
+    """Prints what the algorithms would take on another network, by what they took above the bound."""
     print(f"# computed for {latency_s * 1e3:g} ms one way, {bits_per_s / 1e9:g} Gb/s")
-    print("ranks   KiB  cheapest bound us  each way, us; the cheapest of them")
+    print("ranks   KiB  cheapest bound us  each algorithm, us; the cheapest of them")
     for (n_ranks, kib), group in itertools.groupby(
         sorted(rows, key=lambda row: (row["ranks"], row["kib"])), key=lambda row: (row["ranks"], row["kib"])
     ):
         bounds = bounds_s(n_ranks, kib << 10, latency_s, 8 / bits_per_s)
         least_us = min(bounds.values()) * 1e6
         took_us = {
-            row["way"]: bounds[row["way"]] * 1e6 + row["over_us_per_rank"] * n_ranks
+            row["algorithm"]: bounds[row["algorithm"]] * 1e6 + row["over_us_per_rank"] * n_ranks
             for row in group
-            if row["way"] in bounds
+            if row["algorithm"] in bounds
         }
         if took_us:
-            best = min(took_us, key=lambda way: took_us[way])
-            ways = ", ".join(f"{way} {us:.0f}" for way, us in took_us.items())
+            best = min(took_us, key=lambda algorithm: took_us[algorithm])
+            all_took = ", ".join(f"{algorithm} {us:.0f}" for algorithm, us in took_us.items())
             times = took_us[best] / least_us
-            print(f"{n_ranks:5} {kib:5} {least_us:18.0f}  {ways}; {best}, {times:.2f} times")
+            print(f"{n_ranks:5} {kib:5} {least_us:18.0f}  {all_took}; {best}, {times:.2f} times")
 
 
 class Cluster:
@@ -201,11 +205,11 @@ class Cluster:
             process.join(5)
             process.kill()
 
-    def measure(self, way: str, n_bytes: int, seconds: float) -> tuple[list[float], float, float, str]:
-        """Seconds of each single sum, of one in a row and that the wires were late, and the way."""
+    def measure(self, algorithm: str, n_bytes: int, seconds: float) -> tuple[list[float], float, float, str]:
+        """Seconds of each single sum, of one in a row and that the wires were late, and the algorithm."""
         n = n_bytes // 4
-        self.group.broadcast(Message({"way": way}))
-        self._sum = prepare(self.group, way)
+        self.group.broadcast(Message({"algorithm": algorithm}))
+        self._sum = prepare(self.group, algorithm)
         trial_s = self._in_a_row(n, 10)
         n_rounds = max(30, min(20_000, int(seconds / 2 / trial_s)))
         in_a_row_s = self._in_a_row(n, n_rounds)
@@ -234,10 +238,10 @@ class Cluster:
         return times_s
 
 
-def prepare(group: Group, way: str) -> Callable[[Any], Any]:
-    """What sums an array in this way; a plain one only sends and receives as much, by the plainest calls."""
-    plain, _, exchange = way.rpartition("-")
-    group.settle("star" if plain else way)
+def prepare(group: Group, algorithm: str) -> Callable[[Any], Any]:
+    """What sums an array by an algorithm; a plain one only sends and receives as much."""
+    plain, _, exchange = algorithm.rpartition("-")
+    group.settle("star" if plain else algorithm)
     if not plain:
         return group.all_reduce
     socks = [group.channel((group.rank + i) % group.world_size)._sock for i in range(1, group.world_size)]
@@ -274,8 +278,8 @@ def work(rank: int, ends: list[list[socket.socket | None]], payload: str, protec
     with contextlib.suppress(Exception, KeyboardInterrupt):  # rank 0 has ended and says what there is to say
         while True:
             order = group.broadcast(None).header
-            if "way" in order:
-                sum_up = prepare(group, order["way"])
+            if "algorithm" in order:
+                sum_up = prepare(group, order["algorithm"])
                 continue
             moments = np.stack(sums(sum_up, order["n"], order["starts"]))
             group.gather(Message({}, moments))

@@ -39,10 +39,10 @@ def local_groups(
             channels[low][high] = Channel(a, f"rank {high}")
             channels[high][low] = Channel(b, f"rank {low}")
     classes = [RootGroup] + [MemberGroup] * (world_size - 1)
-    return [
-        cls(rank, channels[rank], allreduce=allreduce, payload=payload, new_sum=new_sum)
-        for rank, cls in enumerate(classes)
-    ]
+    groups = [cls(rank, channels[rank], payload=payload, new_sum=new_sum) for rank, cls in enumerate(classes)]
+    for group in groups:
+        group.settle(allreduce)
+    return groups
 
 
 class Ranks:

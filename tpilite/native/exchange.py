@@ -18,7 +18,7 @@ from tpilite.arrays import Array
 from tpilite.native.bindings import FOLDER, address, load_library
 from tpilite.net.channel import Channel, TlsChannel
 from tpilite.net.exchange import Exchange, NewExchange, Transfer
-from tpilite.net.sums import NewSum, ScatterSum, Sum, new_sum
+from tpilite.net.sums import NewSum, ScatterSum, new_sum
 
 
 class _Transfer(ctypes.Structure):
@@ -149,10 +149,4 @@ def load(folder: Path = FOLDER) -> ctypes.CDLL:
 def sums_by(library: ctypes.CDLL) -> NewSum:
     """What makes sums over compiled exchanges, the scattered one in one call."""
     new_exchange = functools.partial(CompiledExchange, library)
-
-    def compiled_sum(
-        way: str, rank: int, channels: Sequence[Channel | None], payload: str, n: int, protect: bool = False
-    ) -> Sum:
-        return new_sum(way, rank, channels, payload, n, protect, new_exchange, CompiledScatterSum)
-
-    return compiled_sum
+    return functools.partial(new_sum, new_exchange=new_exchange, scatter_sum=CompiledScatterSum)

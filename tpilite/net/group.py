@@ -61,14 +61,13 @@ class Group(Closing):
         channels: Sequence[Channel | None],
         controls: Mapping[int, Control] | None = None,
         *,
-        allreduce: str = STAR,
         payload: str = "f32",
         protect: bool = False,
         new_sum: NewSum = new_sum,
     ) -> None:
         self.rank = rank
         self.world_size = len(channels)
-        self.allreduce = allreduce
+        self.allreduce = STAR  # until `settle`
         self.payload = payload
         self.protect = protect
         self._new_sum = new_sum
