@@ -1,6 +1,6 @@
 """Makes tests/fixtures/added_tokens.json: the ids that transformers gives where tokens were added to a model.
 
-    python tools/make_added_token_fixtures.py
+    PYTHONPATH=tests python tools/make_added_token_fixtures.py
 
 Development only: needs transformers 5 and protobuf. Each case has the files of a folder beside the
 tokenizer.model of sentencepiece that is here too, and the ids of the same texts in each. tokenizer.json is
@@ -8,13 +8,12 @@ kept without its list of merges, which nothing reads where tokenizer.model is.
 """
 
 import base64
-import io
 import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import sentencepiece
+from tokenizer_files import train
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, LlamaTokenizer
 
@@ -44,22 +43,6 @@ _STRIPPED = [
     AddedToken("<mask>", special=False, lstrip=True, rstrip=True, normalized=False),
     AddedToken("<|end|>", special=True, rstrip=True, normalized=False),
 ]
-
-
-def _train() -> bytes:
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(_SENTENCES),
-        model_writer=model,
-        vocab_size=360,
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        num_threads=1,
-        minloglevel=2,
-    )
-    return model.getvalue()
 
 
 def _saved(model: bytes, folder: Path, **options: Any) -> None:
@@ -100,7 +83,7 @@ def _case(folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    model = _train()
+    model = train(_SENTENCES, vocab_size=360)
     with tempfile.TemporaryDirectory() as temporary:
         folders = {}
         for name in ("saved", "no_prefix_space", "legacy", "older_json", "json_without_prefix"):
