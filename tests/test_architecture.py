@@ -36,7 +36,7 @@ _INSIDE = {
     "weights": "partition uncached assemble trust content checkpoint disk slices slicer "
     "residency part_table loader pager",
     "native": "bindings products exchange",
-    "engine": "compiled config sampling usage sequence prefix scheduler stats step choice runner rank engine "
+    "engine": "compiled config sampling usage sequence scheduler stats step choice runner rank engine "
     "session",
     "cluster": "config token slice_protocol catalog slice_server slice_client fetch terms splits clean host "
     "worker",

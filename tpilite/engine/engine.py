@@ -16,9 +16,8 @@ from tpilite.arrays import Array
 from tpilite.config.llama import LlamaConfig
 from tpilite.engine.choice import next_token, wanted_of
 from tpilite.engine.config import MAX_ROWS
-from tpilite.engine.prefix import CachedPrefix
 from tpilite.engine.rank import Rank
-from tpilite.engine.scheduler import Scheduler
+from tpilite.engine.scheduler import CachedPrefix, Scheduler
 from tpilite.engine.sequence import Sequence
 from tpilite.engine.step import Rows, Step, Wanted
 from tpilite.engine.usage import Usage
