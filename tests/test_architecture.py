@@ -28,7 +28,7 @@ _FLOORS = [
 _INSIDE = {
     "formats": "json_file stored safetensors",
     "config": "llama hugging_face generation",
-    "linear": "calls packing products plans matrix blocks thread_pool linear",
+    "linear": "calls packing block_types matrix products plans chunks thread_pool linear",
     "model": "ops kv_cache llama",
     "text": "added_tokens tokenizer llama2_files llama3_files load chat",
     "net": "auth messages wire address channel handshake control exchange codecs sums measure group listener "

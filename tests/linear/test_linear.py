@@ -7,12 +7,14 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
+from block_rows import random_blocks
 from compiled_code import MAKERS, new_linear
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tpilite.linear import linear as module
 from tpilite.linear import plans
+from tpilite.linear.block_types import BLOCK_TYPES
 from tpilite.linear.calls import part_rows
 from tpilite.linear.linear import Linear
 from tpilite.linear.matrix import InMemory, Matrix, as_float32
@@ -29,6 +31,13 @@ def stored(rng, dtype, shape, scale=1.0):
     if dtype == "bf16":
         return (w.view(np.uint32) >> 16).astype(np.uint16)
     return w.astype(np.float16 if dtype == "f16" else np.float32)
+
+
+def any_rows(rng, kind, n_rows, n_cols):
+    """Of a stored dtype or a block type."""
+    if kind in BLOCK_TYPES:
+        return random_blocks(rng, kind, n_rows, n_cols)
+    return stored(rng, kind, (n_rows, n_cols))
 
 
 def rows_of_x(rng, t, n_cols, scale=1.0):
@@ -106,7 +115,7 @@ def test_is_the_product_of_the_stored_values(data):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("t", [1, 4, 50, 120])
 @pytest.mark.parametrize("makers", [KERNELS, *([maker] for maker in MAKERS if maker not in KERNELS)])
-def test_the_bits_depend_on_neither_threads_nor_numpys_way_nor_parts_nor_blocks(makers, dtype, t):
+def test_the_bits_depend_on_neither_threads_nor_numpys_way_nor_parts_nor_chunks(makers, dtype, t):
     rng = np.random.default_rng(1)
     w = stored(rng, dtype, (584, 600))
     x = rows_of_x(rng, t, 600)
@@ -143,6 +152,68 @@ def test_packed_weights_give_the_same_bits(t, scale):
             expected, found = (linear(x, Matrix(520, 900, (InMemory(rows),)))[0] for rows in (w, packed))
         np.testing.assert_array_equal(found, expected)
         check(found, x, w)
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_is_the_product_of_rows_of_block_types_beside_others(data):
+    draw = data.draw
+    rng = np.random.default_rng(draw(st.integers(0, 9)))
+    n_cols = 256 * draw(st.integers(1, 9))
+    x = rows_of_x(rng, draw(st.sampled_from([1, 2, 3, 8, 65])), n_cols)
+    kinds = draw(st.lists(st.sampled_from([*BLOCK_TYPES, *DTYPES]), min_size=1, max_size=4))
+    weights = [any_rows(rng, kind, draw(st.integers(1, 400)), n_cols) for kind in kinds]
+    with new_linear(draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from(MAKERS))) as linear:
+        results = linear(x, *(Matrix.of(w) for w in weights))
+    for y, w in zip(results, weights, strict=True):
+        check(y, x, w)
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+@pytest.mark.parametrize("kind", BLOCK_TYPES)
+@pytest.mark.parametrize("t", [1, 4, 70])
+def test_bits_of_block_types_depend_on_neither_threads_nor_parts(kind, t, maker):
+    rng = np.random.default_rng(1)
+    w, x = random_blocks(rng, kind, 584, 768), rows_of_x(rng, t, 768)
+    unit = part_rows(768)
+    parts = tuple(InMemory(w[i : i + unit]) for i in range(0, 584, unit))
+    assert len(parts) == 2
+    results = []
+    for n_threads in (1, 2, 3):
+        with new_linear(n_threads, maker) as linear:
+            results += linear(x, Matrix.of(w))
+            results += linear(x, Matrix(584, 768, parts))
+            results.append(linear(x, Matrix.of(stored(rng, "bf16", (50, 768))), Matrix.of(w))[1])
+    assert len({y.tobytes() for y in results}) == 1
+    check(results[0], x, w)
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+@pytest.mark.parametrize("t", [1, 3])
+@pytest.mark.parametrize(("first_col", "n_inputs"), [(0, 300), (300, 212), (100, 57), (0, 512), (40, None)])
+def test_a_rank_multiplies_its_own_columns_of_whole_blocks(maker, t, first_col, n_inputs):
+    rng = np.random.default_rng(1)
+    w = random_blocks(rng, "Q4_K", 60, 512)
+    stop = 512 if n_inputs is None else first_col + n_inputs
+    x = rows_of_x(rng, t, stop - first_col)
+    matrix = Matrix(60, 512, (InMemory(w),), first_col=first_col, n_inputs=n_inputs)
+    with new_linear(2, maker) as linear:
+        (y,) = linear(x, matrix)
+    check(y, x, as_float32(w)[:, first_col:stop])
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_nan_and_infinite_scales_arrive(maker):
+    rng = np.random.default_rng(1)
+    w = random_blocks(rng, "Q8_0", 3, 64)
+    w.bytes[0, :2], w.bytes[1, 34:36] = [0, 0x7E], [0, 0x7C]
+    w.bytes[1, 36:] = 3
+    for t in (1, 3):
+        with new_linear(1, maker) as linear:
+            (y,) = linear(np.ones((t, 64), np.float32), Matrix.of(w))
+        assert np.isnan(y[:, 0]).all()
+        assert (y[:, 1] == np.inf).all()
+        assert np.isfinite(y[:, 2]).all()
 
 
 @pytest.mark.parametrize("maker", MAKERS)
@@ -226,7 +297,7 @@ def test_decoding_allocates_its_results_alone(dtype, maker):
             peak = tracemalloc.get_traced_memory()[1] - before
         finally:
             tracemalloc.stop()
-    # The results are 20 kB, the weights as float32 5 MB; blocks and views are Python objects.
+    # The results are 20 kB, the weights as float32 5 MB; chunks and views are Python objects.
     assert peak < 20_000 + 20_000
 
 

@@ -4,7 +4,7 @@ A BLAS gives a row of W other last bits when it is multiplied beside other rows:
 groups (of 4, 8, 12 or 24), and choose other code for other shapes. But equal calls give equal bits, at
 whatever addresses and in whatever thread. So the shape of the call that a row is in depends on nothing but
 the shape of its matrix and the number of rows of x: counted from the matrix's first row, every call takes
-`call_rows` of them, and the last call what is left. Blocks are whole calls, and parts of a matrix begin at
+`call_rows` of them, and the last call what is left. Chunks are whole calls, and parts of a matrix begin at
 multiples of `part_rows`.
 """
 

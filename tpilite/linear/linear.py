@@ -1,8 +1,8 @@
 """y = x W^T + b for a stored matrix of any dtype: the one place where stored weights become numbers.
 
-What leaves here is float32. `Linear` cuts the parts of matrices into blocks of rows. A thread takes a block,
+What leaves here is float32. `Linear` cuts the parts of matrices into chunks of rows. A thread takes a chunk,
 widens it to float32 in memory of its own that stays in the cache, and multiplies; or `Products` that are
-handed in do all that. A sum's bits depend neither on the threads nor on the blocks; nor on the parts, if each
+handed in do all that. A sum's bits depend neither on the threads nor on the chunks; nor on the parts, if each
 begins at a multiple of `part_rows`.
 """
 
@@ -20,18 +20,18 @@ import numpy as np
 
 from tpilite.arrays import Array
 from tpilite.closing import Closing
-from tpilite.linear.blocks import Block, Input, Piece, Scratch, multiply
 from tpilite.linear.calls import blas_repeats, call_rows, part_rows
-from tpilite.linear.matrix import FLOAT16_EXPONENT_GAP, InMemory, Matrix, Part, Stored, Weights
+from tpilite.linear.chunks import Chunk, Input, Piece, Scratch, multiply
+from tpilite.linear.matrix import FLOAT16_EXPONENT_GAP, Blocks, InMemory, Matrix, Part, Stored, Weights
 from tpilite.linear.packing import Packed
-from tpilite.linear.plans import FEW_ROWS_BLOCK_BYTES, KERNELS, Notes, Plan
+from tpilite.linear.plans import FEW_ROWS_CHUNK_BYTES, KERNELS, Notes, Plan
 from tpilite.linear.products import Product, Products
 from tpilite.linear.thread_pool import ThreadPool
 
 logger = logging.getLogger(__name__)
 
-# Blocks per thread and call, at least: what one thread may wait for the other at the end of a call.
-_BLOCKS_PER_THREAD = 4
+# Chunks per thread and call, at least: what one thread may wait for the other at the end of a call.
+_CHUNKS_PER_THREAD = 4
 
 # Whether many rows of x are left to NumPy even where products are handed in. macOS's BLAS multiplies on a
 # unit of the processor that no loop of ours reaches. This is not measured at the start, as NumPy's kernels
@@ -92,8 +92,8 @@ class Linear(Closing):
             self._products.close()
             self._products = None
 
-    def __call__(self, x: Array, *matrices: Matrix) -> list[Array]:  # [T, D] -> [T, n_rows] each
-        assert all(x.shape[1] == matrix.n_cols for matrix in matrices)
+    def __call__(self, x: Array, *matrices: Matrix) -> list[Array]:  # [T, n_inputs] -> [T, n_rows] each
+        x = _placed(x, matrices)
         results = [np.empty((x.shape[0], m.n_rows), np.float32) for m in matrices]
         if x.size:
             self._multiply(x, matrices, results)
@@ -133,29 +133,32 @@ class Linear(Closing):
     def _run(self, x: Input, pieces: list[Piece]) -> None:
         """Multiplies all pieces."""
         if self._products is not None and (len(x.rows) == 1 or not self._blas_for_many):
-            self._products.multiply(x.rows, [Product(piece.rows, piece.out) for piece in pieces])
-        else:
-            self._run_blocks(x, pieces)
+            products = [Product(rows, out) for _, rows, out in pieces if not isinstance(rows, Blocks)]
+            pieces = [piece for piece in pieces if isinstance(piece.rows, Blocks)]
+            if products:
+                self._products.multiply(x.rows, products)
+        if pieces:
+            self._run_chunks(x, pieces)
 
-    def _run_blocks(self, x: Input, pieces: list[Piece]) -> None:
-        """Multiplies all pieces in NumPy, each thread taking the next block once it is done with one."""
+    def _run_chunks(self, x: Input, pieces: list[Piece]) -> None:
+        """Multiplies all pieces in NumPy, each thread taking the next chunk once it is done with one."""
         n_weights = sum(math.prod(piece.rows.shape) for piece in pieces)
-        blocks: deque[Block] = deque()
+        chunks: deque[Chunk] = deque()
         for part, rows, out in pieces:
             n_rows, n_cols = rows.shape
-            plan = self._plan(_BFLOAT16 if isinstance(rows, Packed) else rows.dtype, n_weights)
+            plan = self._plan_for(rows, n_weights)
             kernel, gap = self._kernel_for(part, rows, plan)
             columns, missing_bits = x.scaled(gap)
-            n_bytes = min(plan.block_bytes, 4 * n_weights // (self.n_threads * _BLOCKS_PER_THREAD))
+            n_bytes = min(plan.chunk_bytes, 4 * n_weights // (self.n_threads * _CHUNKS_PER_THREAD))
             per_call = call_rows(n_cols, len(x.rows))
-            step = -(-max(n_bytes, FEW_ROWS_BLOCK_BYTES[0]) // (4 * n_cols * per_call)) * per_call
+            step = -(-max(n_bytes, FEW_ROWS_CHUNK_BYTES[0]) // (4 * n_cols * per_call)) * per_call
             room = min(step, n_rows)
             for scratch in self._scratch:
                 scratch.reserve(room * n_cols, room * len(x.rows), isinstance(rows, Packed))
             for start in range(0, n_rows, step):
                 stop = min(start + step, n_rows)
-                blocks.append(
-                    Block(rows, start, stop, kernel, columns, missing_bits, per_call, out[:, start:stop])
+                chunks.append(
+                    Chunk(rows, start, stop, kernel, columns, missing_bits, per_call, out[:, start:stop])
                 )
 
         def work(thread: int) -> None:
@@ -164,10 +167,10 @@ class Linear(Closing):
             with np.errstate(all="ignore"):
                 while True:
                     try:
-                        block = blocks.popleft()
+                        chunk = chunks.popleft()
                     except IndexError:
                         return
-                    multiply(block, scratch)
+                    multiply(chunk, scratch)
 
         self._pool.run(work)
 
@@ -175,6 +178,8 @@ class Linear(Closing):
         """The kernel that widens the rows, and `gap`: it leaves them too small by the factor 2**gap."""
         if isinstance(rows, Packed):
             return plan.kernel, rows.gap
+        if isinstance(rows, Blocks):
+            return plan.kernel, 0
         if rows.dtype == np.float16 and plan.kernel == "bits":
             return ("bits", FLOAT16_EXPONENT_GAP) if self._is_finite(part, rows) else ("cast", 0)
         return plan.kernel, 0
@@ -194,6 +199,11 @@ class Linear(Closing):
         self._finite[id(part)] = part
         return True
 
+    def _plan_for(self, rows: Weights, n_weights: int) -> Plan:
+        if isinstance(rows, Blocks):
+            return Plan(KERNELS[0])
+        return self._plan(_BFLOAT16 if isinstance(rows, Packed) else rows.dtype, n_weights)
+
     def _plan(self, dtype: np.dtype[Any], n_weights: int) -> Plan:
         if (plan := self.plans.get(dtype)) is not None:
             return plan
@@ -210,7 +220,7 @@ class Linear(Closing):
         return plan
 
     def _measure(self, dtype: np.dtype[Any]) -> Plan:
-        """The fastest plan, on more weights than caches hold: the kernel, then the size of the blocks."""
+        """The fastest plan, on more weights than caches hold: the kernel, then the size of the chunks."""
         values = np.linspace(-0.1, 0.1, 4093, dtype=np.float32)
         few = values.view(np.uint16)[1::2] if dtype == np.uint16 else values.astype(dtype)
         stored = np.resize(few, (_MEASURED_BYTES // dtype.itemsize // _MEASURED_COLS, _MEASURED_COLS))
@@ -224,9 +234,20 @@ class Linear(Closing):
                 for plan in plans:
                     self.plans[dtype] = plan
                     start = time.perf_counter()
-                    self._run_blocks(x, [Piece(part, stored, out)])
+                    self._run_chunks(x, [Piece(part, stored, out)])
                     seconds[plan] = min(seconds[plan], time.perf_counter() - start)
             return min(plans, key=seconds.__getitem__)
 
         kernel = fastest([Plan(kernel) for kernel in KERNELS]).kernel
-        return fastest([Plan(kernel, n_bytes) for n_bytes in FEW_ROWS_BLOCK_BYTES])
+        return fastest([Plan(kernel, n_bytes) for n_bytes in FEW_ROWS_CHUNK_BYTES])
+
+
+def _placed(x: Array, matrices: Iterable[Matrix]) -> Array:  # [T, n_inputs] -> [T, n_cols]
+    """x where the matrices, which all have the same columns, want it."""
+    ((n_inputs, first_col, n_cols),) = {(m.n_inputs, m.first_col, m.n_cols) for m in matrices}
+    assert x.shape[1] == (n_cols - first_col if n_inputs is None else n_inputs)
+    if x.shape[1] == n_cols:
+        return x
+    placed = np.zeros((len(x), n_cols), np.float32)
+    placed[:, first_col : first_col + x.shape[1]] = x
+    return placed

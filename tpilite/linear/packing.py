@@ -11,7 +11,7 @@ Four rows share three. Rows 0 to 2 have their bits where bfloat16 has them, so t
 The four bits between are row 3's: the exponent in row 0, the mantissa's upper four bits in row 1, both
 inverted where the weight is negative, the sign and the mantissa's lower three bits in row 2. An arithmetic
 shift of these three spreads the sign over the others' places, and so inverts them back: every operation
-saved here counts, since each goes through the whole block once.
+saved here counts, since each goes through the whole chunk once.
 
 What comes out has the upper bits of its exponent missing, which is to say that it is too small by a power
 of two, the same for all rows packed together: `gap` is its logarithm.

@@ -12,26 +12,26 @@ import numpy as np
 
 logger = logging.getLogger(__name__)
 
-# Blocks are measured as float32. This fits most second-level caches.
-BLOCK_BYTES = 1 << 20
+# Chunks are measured as float32. This fits most second-level caches.
+CHUNK_BYTES = 1 << 20
 
 # Larger ones are faster where the caches behind are large: each NumPy call on fresh memory takes some
 # microseconds before it streams, and hands the interpreter over twice.
-FEW_ROWS_BLOCK_BYTES = (1 << 18, 1 << 20, 1 << 21, 1 << 22)
+FEW_ROWS_CHUNK_BYTES = (1 << 18, 1 << 20, 1 << 21, 1 << 22)
 
 KERNELS = ("bits", "cast")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How blocks of one stored dtype become float32, and how large they are beside few rows of x.
+    """How chunks of one stored dtype become float32, and how large they are beside few rows of x.
 
     `cast` is NumPy's own conversion. `bits` moves bits: for bfloat16 in one pass instead of two, for
     float16 by three integer operations, where NumPy's cast is slow (without hardware for it).
     """
 
     kernel: str
-    block_bytes: int = BLOCK_BYTES
+    chunk_bytes: int = CHUNK_BYTES
 
 
 class Notes:
@@ -43,7 +43,7 @@ class Notes:
 
     def read(self, dtype: str) -> Plan | None:
         match self._all().get(self._key, {}).get(dtype):
-            case [str(kernel), int(n_bytes)] if kernel in KERNELS and n_bytes in FEW_ROWS_BLOCK_BYTES:
+            case [str(kernel), int(n_bytes)] if kernel in KERNELS and n_bytes in FEW_ROWS_CHUNK_BYTES:
                 return Plan(kernel, n_bytes)
         return None
 

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from tpilite.arrays import Array
 from tpilite.linear.calls import multiply_in_calls
-from tpilite.linear.matrix import Part, Stored, Weights, float16_bits
+from tpilite.linear.matrix import Blocks, Part, Stored, Weights, float16_bits
 from tpilite.linear.packing import Packed
 
 _SIXTEEN = np.uint32(16)
@@ -42,7 +42,7 @@ class Input:
 
 
 class Scratch:
-    """One thread's memory, as much as the largest block so far took."""
+    """One thread's memory, as much as the largest chunk so far took."""
 
     def __init__(self) -> None:
         self._wide = np.empty(0, np.uint8)
@@ -78,7 +78,7 @@ class Piece(NamedTuple):
     out: Array  # [T, n_rows]
 
 
-class Block(NamedTuple):
+class Chunk(NamedTuple):
     """What one thread multiplies at a time: some rows of a part, with x in columns."""
 
     rows: Weights
@@ -91,29 +91,33 @@ class Block(NamedTuple):
     out: Array  # [T, stop - start]
 
 
-def multiply(block: Block, scratch: Scratch) -> None:
+def multiply(chunk: Chunk, scratch: Scratch) -> None:
     """out = x rows^T: [n, D] -> [T, n]."""
-    n, columns, out = block.stop - block.start, block.columns, block.out
+    n, columns, out = chunk.stop - chunk.start, chunk.columns, chunk.out
     n_cols, n_x = columns.shape
-    if isinstance(block.rows, Packed):
+    if isinstance(chunk.rows, Packed):
         bits, spare = scratch.unpacked(n, n_cols)
-        block.rows.unpack(block.start, block.stop, bits, spare)
-        weights = _widen(bits, block.kernel, scratch)
-        places, values = block.rows.exceptions(block.start, block.stop)
+        chunk.rows.unpack(chunk.start, chunk.stop, bits, spare)
+        weights = _widen(bits, chunk.kernel, scratch)
+        places, values = chunk.rows.exceptions(chunk.start, chunk.stop)
         if len(places):
             weights.reshape(-1)[places] = values
+    elif isinstance(chunk.rows, Blocks):
+        rows = chunk.rows[chunk.start : chunk.stop]
+        weights = scratch.wide(n * n_cols).view(np.float32).reshape(n, n_cols)
+        rows.type.widen(rows.as_blocks(), weights.reshape(-1, rows.type.n_weights))
     else:
-        weights = block.rows[block.start : block.stop]
+        weights = chunk.rows[chunk.start : chunk.stop]
         if weights.dtype != np.float32 or not weights.flags.aligned:
-            weights = _widen(weights, block.kernel, scratch)
+            weights = _widen(weights, chunk.kernel, scratch)
     if n_x == 1:
-        multiply_in_calls(weights, columns, out.T, block.rows_per_call)
+        multiply_in_calls(weights, columns, out.T, chunk.rows_per_call)
     else:
         sums = scratch.sums(n, n_x)
-        multiply_in_calls(weights, columns, sums, block.rows_per_call)
+        multiply_in_calls(weights, columns, sums, chunk.rows_per_call)
         _copy_transposed(sums, out)
-    if block.missing_bits:
-        out *= np.float32(2.0**block.missing_bits)
+    if chunk.missing_bits:
+        out *= np.float32(2.0**chunk.missing_bits)
 
 
 def _copy_transposed(source: Array, target: Array) -> None:  # [n, m] -> [m, n]
