@@ -2,16 +2,18 @@
 
     python tests/fuzz.py [--frames 1000000] [--requests 100000] [--seed S]
 
-A real rank 0 with its service and a real worker run on loopback. Connections send what an honest peer or
-client would send, with bits flipped, bytes cut out, repeated, or random ones put in, and close. Now and then
-the text of one seed is asked for: it must stay the same. At the end both processes live, no log has a
-traceback, no answer was a 500, and memory and open files are what they were after the first tenth. Not
-collected by pytest.
+A real rank 0 with its service and a real worker run on loopback, and every port that they have is tried, by
+those who know the token, too. Connections send what an honest peer or client would send, with bits flipped,
+bytes cut out, repeated, or random ones put in, and close. Now and then the text of one seed is asked for: it
+must stay the same. At the end both processes live, no log has a traceback, no answer was a 500, and memory
+and open files are what they were after the first tenth. Not collected by pytest.
 """
 
 import argparse
 import json
+import os
 import random
+import re
 import socket
 import sys
 import tempfile
@@ -25,11 +27,13 @@ from pathlib import Path
 
 from nodes import TOKEN, Node, Nodes, free_ports, make_story
 
+from tpilite.cluster import slice_protocol
 from tpilite.errors import TpiliteError
 from tpilite.net import auth, handshake, messages, wire
 
 _KEY = auth.derive_key(TOKEN)
-_THREADS = 4
+_BEARER = b"Bearer abc"
+_THREADS = 8
 _ANSWER_S = 0.2  # what an answer may take; a port that waits for more of a request is left alone
 _BODY = {"model": "story", "prompt": "It was", "max_tokens": 3, "seed": 1}
 _CHAT = {
@@ -73,9 +77,29 @@ def known(port: int, data: bytes) -> socket.socket:
     return sock
 
 
+def attaches() -> list[bytes]:
+    """What a worker says to another one."""
+    return [wire.encode(message) for message in (messages.Attach(1 << 61, 2), messages.Formed(True))]
+
+
+def proved(port: int, data: bytes) -> socket.socket:
+    """A connection for slices that sends `data` with the token's proof in it, where it has its place."""
+    sock = unknown(port, b"GET /node_1/manifest.json HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+    asked = re.search(rb"WWW-Authenticate: ([^\r]*)\r", sock.recv(65536))
+    found = slice_protocol.read_challenge(asked[1].decode()) if asked else None
+    if found is None:
+        sock.close()
+        raise ConnectionError("no challenge came")
+    nonce = auth.new_nonce()
+    proof = auth.prove(_KEY, slice_protocol.CLIENT_ROLE, found[1], nonce)
+    sock.sendall(data.replace(_BEARER, slice_protocol.authorization(nonce, proof).encode()))
+    return sock
+
+
 def requests(paths: Sequence[str], bodies: Sequence[object]) -> list[bytes]:
     """What a client may send to an HTTP server."""
-    lines = ["Host: 127.0.0.1", "Accept: */*", "Authorization: Bearer abc", "Range: bytes=0-99"]
+    bearer = f"Authorization: {_BEARER.decode()}"
+    lines = ["Host: 127.0.0.1", "Accept: */*", bearer, "Range: bytes=0-99"]
     found = [
         f"{verb} {path} HTTP/1.1\r\n" + "\r\n".join(lines) + "\r\n\r\n"
         for verb in ("GET", "HEAD")
@@ -156,6 +180,16 @@ def memory_and_files(node: Node) -> tuple[int, int]:
     return pages * 4096, len(list(Path(f"/proc/{node.pid}/fd").iterdir()))
 
 
+def port_of(node: Node) -> int:
+    """The one port on which this process listens: a worker's, for other workers."""
+    links = [os.readlink(link) for link in Path(f"/proc/{node.pid}/fd").iterdir() if link.is_symlink()]
+    rows = [row.split() for row in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    (port,) = (
+        int(row[1].partition(":")[2], 16) for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in links
+    )
+    return port
+
+
 def in_threads(work: Callable[[int], None]) -> None:
     with ThreadPoolExecutor(_THREADS) as threads:
         for done in [threads.submit(work, i) for i in range(_THREADS)]:
@@ -192,10 +226,14 @@ def main() -> int:
         host.wait_for_line("the page and the API are at")
         expected = told(api_port)
         bodies = [_BODY, _CHAT]
+        slices = requests(["/node_1/manifest.json", "/node_1", "/node_1/head", "/node_2/manifest.json"], [])
         targets = [
-            Target("greetings", join_port, greetings(), args.frames // 2),
-            Target("joins", join_port, joins(), args.frames // 2, known),
-            Target("slices", file_port, requests(["/node_1/manifest.json", "/node_1"], []), args.requests),
+            Target("greetings", join_port, greetings(), args.frames // 4),
+            Target("joins", join_port, joins(), args.frames // 4, known),
+            Target("greetings to a worker", port_of(worker), greetings(), args.frames // 4),
+            Target("attaches", port_of(worker), attaches(), args.frames // 4, known),
+            Target("slices", file_port, slices, args.requests // 2),
+            Target("slices by the token", file_port, slices, args.requests // 2, proved),
             Target(
                 "api",
                 api_port,

@@ -4,6 +4,7 @@ import contextlib
 import socket
 import ssl
 import time
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -27,6 +28,32 @@ def test_a_peer_that_closes_at_any_point(pair: tuple[Channel, Channel]) -> None:
                 PeerLost, match=r"peer closed the connection (between|after \d+ of \d+ bytes)"
             ):
                 receiver.receive()
+
+
+def test_what_is_only_claimed_takes_no_memory() -> None:
+    a, b = socket.socketpair()
+    with contextlib.closing(Channel(a, "peer")) as receiver:
+        b.sendall(wire.PREFIX.pack(wire.MAGIC, messages.VERSION, 4, 1 << 28) + b"head, and some of it")
+        b.close()
+        tracemalloc.start()
+        try:
+            with pytest.raises(PeerLost, match="of a frame"):
+                receiver.receive()
+            assert tracemalloc.get_traced_memory()[1] < 3 << 20
+        finally:
+            tracemalloc.stop()
+
+
+def test_frames_of_any_size_come_whole_one_after_another(
+    pair: tuple[Channel, Channel], pool: ThreadPoolExecutor
+) -> None:
+    for n in (0, 1, 1 << 20, (1 << 20) + 1, 3_000_000, 5, 7 << 20):
+        sent = np.arange(n, dtype=np.uint32).astype(np.uint8)
+        sending = pool.submit(pair[0].send, messages.Broadcast({"n": n}, "|u1", [n]), sent)
+        header, payload = pair[1].receive()
+        sending.result()
+        assert header == messages.Broadcast({"n": n}, "|u1", [n])
+        assert bytes(payload) == sent.tobytes()
 
 
 def test_a_send_has_a_deadline(pair: tuple[Channel, Channel]) -> None:

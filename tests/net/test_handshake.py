@@ -52,6 +52,7 @@ def test_both_sides_prove_the_token_and_talk(host: str, pool: ThreadPoolExecutor
         client = connect(server.getsockname()[:2], TOKEN, timeout_s=10)
         with contextlib.closing(client), contextlib.closing(accepted.result()) as served:
             array = np.arange(6, dtype=np.float32).reshape(2, 3)
+            served.limit_frames(wire.MAX_HEADER_BYTES, array.nbytes)
             client.send(messages.Gather({"n": 1}, "<f4", [2, 3]), array)
             header, payload = served.expect(messages.Gather)
             assert header == messages.Gather({"n": 1}, "<f4", [2, 3])
@@ -60,6 +61,17 @@ def test_both_sides_prove_the_token_and_talk(host: str, pool: ThreadPoolExecutor
             assert client.receive(time.monotonic() + 10) == (messages.Barrier(), b"")
             assert client.peer == format_address(server.getsockname())
             assert client.local_host == served.peer_host == host
+
+
+def test_outside_of_a_group_no_frame_has_a_payload(pool: ThreadPoolExecutor) -> None:
+    with listening() as server:
+        accepted = pool.submit(accept_one, server)
+        client = connect(server.getsockname()[:2], TOKEN, timeout_s=10)
+        with contextlib.closing(client), contextlib.closing(accepted.result()) as served:
+            for one, other in ((client, served), (served, client)):
+                one.send(messages.Gather({}, "|u1", [1]), np.zeros(1, np.uint8))
+                with pytest.raises(PeerLost, match="expected at most 0 bytes of payload, found 1"):
+                    other.receive()
 
 
 def test_another_token_is_told_on_both_sides(pool: ThreadPoolExecutor) -> None:

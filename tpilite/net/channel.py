@@ -26,6 +26,10 @@ log = logging.getLogger(__name__)
 
 _H = TypeVar("_H", bound=messages.Header)
 
+# What a peer only claims to send takes no more than this, and then twice what has come: sixteen bytes must
+# not make a node write 256 MiB. Most passes are below it, and a connection keeps its buffer.
+_FIRST_BYTES = 1 << 20
+
 # The kernel's own watch over a dead wire, behind that of the heartbeats: idle, interval, count.
 _KEEPALIVE = (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4), ("TCP_USER_TIMEOUT", 30_000))
 
@@ -44,7 +48,7 @@ class Channel:
         self.broken = False  # by the peer or the network, not by `shutdown`
         self._sock = sock
         self._limits = wire.MAX_HEADER_BYTES, wire.MAX_PAYLOAD_BYTES
-        self._payload = memoryview(bytearray())
+        self._payload = bytearray()
         self._reason = ""
         self._seals: tuple[wire.Seal, wire.Seal] | None = None  # of what is sent, of what is received
         sock.settimeout(None)
@@ -164,21 +168,25 @@ class Channel:
                 raise
             raise self.altered(f"{self.peer}: {error}") from error
         total = n_bytes + n_header_bytes + n_payload_bytes + self.n_tag_bytes
-        packed = memoryview(bytearray(n_header_bytes))
-        self._fill(packed, n_bytes, total, deadline_s)
+        packed = bytearray(min(n_header_bytes, _FIRST_BYTES))
+        self._fill(packed, n_header_bytes, n_bytes, total, deadline_s)
         if n_payload_bytes > len(self._payload):
-            self._payload = memoryview(bytearray(n_payload_bytes))
-        payload = self._payload[:n_payload_bytes]
-        self._fill(payload, n_bytes + n_header_bytes, total, deadline_s)
-        tag = memoryview(bytearray(self.n_tag_bytes))
-        self._fill(tag, total - len(tag), total, deadline_s)
-        self.check(tag, prefix, packed, payload)
-        return wire.decode_header(packed, n_payload_bytes), payload
+            self._payload = bytearray(min(n_payload_bytes, _FIRST_BYTES))
+        self._fill(self._payload, n_payload_bytes, n_bytes + n_header_bytes, total, deadline_s)
+        tag = bytearray(self.n_tag_bytes)
+        self._fill(tag, len(tag), total - len(tag), total, deadline_s)
+        header, payload = memoryview(packed), memoryview(self._payload)[:n_payload_bytes]
+        self.check(memoryview(tag), prefix, header, payload)
+        return wire.decode_header(header, n_payload_bytes), payload
 
-    def _fill(self, part: memoryview, n_before: int, total: int, deadline_s: float | None) -> None:
+    def _fill(self, part: bytearray, n: int, n_before: int, total: int, deadline_s: float | None) -> None:
+        """Receives `n` bytes into the beginning of `part`, which grows where they are more."""
         n_bytes = 0
-        while n_bytes < len(part):
-            n_bytes += self.receive_some(part[n_bytes:], deadline_s, (n_before + n_bytes, total))
+        while n_bytes < n:
+            if n_bytes == len(part):
+                part += bytes(min(n_bytes, n - n_bytes))
+            with memoryview(part) as view:
+                n_bytes += self.receive_some(view[n_bytes:n], deadline_s, (n_before + n_bytes, total))
 
     def _late(self, where: Progress) -> PeerLost:
         return PeerLost(f"{self.peer} was silent for too long, {_describe(where)}")

@@ -72,6 +72,9 @@ class Group(Closing):
         self.protect = protect
         self._new_sum = new_sum
         self._channels = tuple(channels)
+        for channel in self._channels:
+            if channel is not None:
+                channel.limit_frames(wire.MAX_HEADER_BYTES, wire.MAX_PAYLOAD_BYTES)
         self._controls = dict(controls or {})
         self._failure: TpiliteError | None = None
         self.failed_s = 0.0  # by time.monotonic

@@ -34,9 +34,10 @@ _TLS_ENDS = (ssl.SSLEOFError, ssl.SSLZeroReturnError)
 
 
 def connect(address: Address, key: bytes, *, timeout_s: float, tls: ssl.SSLContext | None = None) -> Channel:
-    """A channel to `address`, where both sides have proved the token. One attempt.
+    """A channel to `address`, where both sides have proved the token; for frames without payload.
 
-    Raises `PeerLost`, whatever answers there: only who has proved the token can end a node for good.
+    One attempt. Raises `PeerLost`, whatever answers there: only who has proved the token can end a node for
+    good.
     """
     deadline_s = time.monotonic() + timeout_s
     peer = format_address(address)
@@ -85,8 +86,9 @@ def connect_until(
 def accept(
     sock: socket.socket, peer: str, key: bytes, *, timeout_s: float, tls: ssl.SSLContext | None = None
 ) -> Channel:
-    """The channel of an accepted socket, once both sides have proved the token; closes the socket if not.
+    """The channel of an accepted socket, for frames without payload, once both sides have proved the token.
 
+    Closes the socket if they do not.
     Raises `ProtocolError` or `PeerLost`; the whole handshake has `timeout_s`.
     """
     deadline_s = time.monotonic() + timeout_s
@@ -112,7 +114,7 @@ def _greet_server(channel: Channel, key: bytes, deadline_s: float) -> None:
     if not isinstance(reply, messages.Proof) or not auth.verify(key, "server", theirs, mine, reply.proof):
         raise ProtocolError(f"{channel.peer} does not know the token: it is not the cluster's rank 0")
     channel.protect(*(auth.prove(key, role, theirs, mine) for role in ("client frames", "server frames")))
-    channel.limit_frames(wire.MAX_HEADER_BYTES, wire.MAX_PAYLOAD_BYTES)
+    channel.limit_frames(wire.MAX_HEADER_BYTES, 0)
 
 
 def _not_greeted(channel: Channel, error: PeerLost) -> TpiliteError:
@@ -149,7 +151,7 @@ def _greet_client(channel: Channel, key: bytes, deadline_s: float) -> None:
         raise ProtocolError(f"{channel.peer} does not know the token; start it with that of this node")
     channel.send(messages.Proof(auth.prove(key, "server", mine, theirs)), deadline_s=deadline_s)
     channel.protect(*(auth.prove(key, role, mine, theirs) for role in ("server frames", "client frames")))
-    channel.limit_frames(wire.MAX_HEADER_BYTES, wire.MAX_PAYLOAD_BYTES)
+    channel.limit_frames(wire.MAX_HEADER_BYTES, 0)
 
 
 def _nonce(channel: Channel, deadline_s: float) -> bytes:
