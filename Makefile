@@ -15,6 +15,9 @@ chaos: .venv/tested
 fuzz: .venv/tested
 	$(BIN)/python tests/fuzz.py
 
+soak: .venv/tested
+	$(BIN)/python tests/soak.py --minutes $(MINUTES)
+
 coverage: .venv/tested
 	$(BIN)/python -m pip install --quiet pytest-cov
 	$(BIN)/python -m pytest --cov=tpilite --cov-report=term-missing:skip-covered
@@ -45,4 +48,4 @@ lint: .venv/linted
 clean:
 	rm -rf .venv build *.egg-info
 
-.PHONY: demo test coverage pythons chaos fuzz lint clean
+.PHONY: demo test coverage pythons chaos fuzz soak lint clean
