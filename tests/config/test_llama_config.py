@@ -1,6 +1,7 @@
 """config.json as it is published, and as it should never be."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -415,3 +416,38 @@ def test_defaults_that_make_no_sense_are_refused_by_name(content, tmp_path):
     (tmp_path / "generation_config.json").write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match=rf"generation_config.json has {next(iter(content))} = "):
         GenerationDefaults.from_folder(tmp_path)
+
+
+def test_what_a_llama_does_not_need_is_not_written_so_that_older_slices_keep_their_fingerprints():
+    plain = config_from_hf(_LLAMA_3_2_1B)
+    assert list(plain.to_dict()) == [
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "vocab_size",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "rope_theta",
+        "rope_scaling",
+        "tie_word_embeddings",
+        "attention_bias",
+        "mlp_bias",
+        "bos_token_id",
+        "eos_token_ids",
+    ]
+    assert list(plain.to_dict()["rope_scaling"]) == [
+        "rope_type",
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ]
+
+
+@pytest.mark.parametrize("changes", [{}, {"rope_scaling": None}, {"rope_interleaved": True}])
+def test_a_configuration_comes_back_from_json(changes):
+    config = replace(config_from_hf(_LLAMA_3_2_1B), **changes)
+    assert LlamaConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config

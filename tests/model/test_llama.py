@@ -1,6 +1,7 @@
 """The forward pass against transformers and float64, whole and in chunks, alone and in company."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -32,6 +33,17 @@ def test_logits_are_those_of_transformers_and_of_float64(case, linear):
 def test_a_trained_model_gives_the_logits_of_float64(stories):
     ids = np.concatenate([[1], ids_of(99, stories.config.vocab_size)])
     assert_close(stories.logits(stories.llama(), ids), stories.reference(ids))
+
+
+def test_a_model_with_interleaved_rows_of_query_and_key_gives_the_same_logits():
+    tiny, mixed, ids = Tiny(SMALL), Tiny(SMALL), ids_of(30)
+    d = tiny.config.head_dim
+    for name, rows in mixed.stored.items():
+        if "q_proj" in name or "k_proj" in name:
+            halves = rows.reshape(-1, 2, d // 2, *rows.shape[1:])
+            mixed.stored[name] = np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows.shape)
+    mixed.config = replace(mixed.config, rope_interleaved=True)
+    assert_close(mixed.logits(mixed.llama(), ids, chunk=7), tiny.reference(ids))
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 7, 33, 69, 70])

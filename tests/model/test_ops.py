@@ -84,6 +84,13 @@ def test_rotation_turns_dimension_i_with_i_plus_half():
     np.testing.assert_allclose(y, np.concatenate([turned.real, turned.imag], axis=-1), atol=1e-6)
 
 
+def test_rotation_of_interleaved_pairs_is_that_of_the_same_pairs_half_a_head_apart():
+    x = _random(4, 3, 10)
+    table = rope_table(np.array([1, 0.3, 0.1, 0.03, 0.01], np.float32), np.array([0, 5, 9, 400]))
+    neighbours = np.stack(np.split(x, 2, axis=-1), axis=-1).reshape(x.shape)
+    np.testing.assert_array_equal(rotate(neighbours, table, interleaved=True), rotate(x, table))
+
+
 def test_rows_of_any_position_keep_the_product_of_query_and_key_to_their_distance():
     """The point of rotary embedding: only the distance of two positions counts."""
     table = rope_table(np.array([1.0, 0.1, 0.01], np.float32), np.array([3, 10, 503, 510]))

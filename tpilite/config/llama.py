@@ -1,11 +1,17 @@
 """The shape of a Llama model, checked when it is made, whatever file it was read from."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 from tpilite.checks import check_number, check_whole, short
 from tpilite.errors import ConfigError
 
 FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
+
+# Fields that slices of earlier versions do not name: what is as in a Llama is not written, so that these are
+# read and keep their fingerprints.
+_LATER = ("rope_interleaved",)
 
 _MAX_LAYERS = 10_000  # Llama 3.1 405B has 126; every layer named costs memory before a file is looked at
 
@@ -43,7 +49,11 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """The shape of a Llama model, by the names of config.json."""
+    """The shape of a Llama model, by the names of config.json.
+
+    `rope_interleaved` is about the rows of q_proj and k_proj: the two dimensions that rotary embedding turns
+    together are neighbours, as in GGUF files of some architectures, not half a head apart.
+    """
 
     hidden_size: int
     intermediate_size: int
@@ -61,6 +71,7 @@ class LlamaConfig:
     mlp_bias: bool = False
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    rope_interleaved: bool = False
 
     def __post_init__(self) -> None:
         for name in (
@@ -88,10 +99,35 @@ class LlamaConfig:
             raise ConfigError(f"head_dim must be even for rotary embedding, found {self.head_dim}")
         for name in ("rms_norm_eps", "rope_theta"):
             check_number(name, getattr(self, name))
-        for name in FLAGS:
+        for name in (*FLAGS, "rope_interleaved"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, found {short(getattr(self, name))}")
         if self.bos_token_id is not None:
             check_whole("bos_token_id", self.bos_token_id, least=0)
         for token_id in self.eos_token_ids:
             check_whole("eos_token_id", token_id, least=0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values by field, for a manifest or a hash."""
+        default = {field.name: field.default for field in fields(self)}
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if name not in _LATER or value != default[name]
+        }
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> "LlamaConfig":
+        """The configuration that `to_dict` described. Raises `ConfigError` for anything else."""
+        names = {field.name for field in fields(cls)}
+        if not names.difference(_LATER) <= set(value) <= names:
+            raise ConfigError("its keys are not those of this version")
+        try:
+            scaling = value["rope_scaling"]
+            return cls(
+                **dict(value)
+                | {"rope_scaling": None if scaling is None else RopeScaling(**scaling)}
+                | {"eos_token_ids": tuple(value["eos_token_ids"])}
+            )
+        except (TypeError, ValueError) as error:
+            raise ConfigError(str(error)) from error

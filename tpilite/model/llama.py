@@ -160,7 +160,7 @@ class Llama:
     ) -> Array:  # [T, D] -> [T, H * d]
         n_rows, d = x.shape[0], self.config.head_dim
         q, k, v = (y.reshape(n_rows, -1, d) for y in self.linear(x, w.q_proj, w.k_proj, w.v_proj))
-        q, k = rotate(q, table), rotate(k, table)
+        q, k = (rotate(y, table, self.config.rope_interleaved) for y in (q, k))
         heads = np.empty_like(q)
         start = 0
         for segment in segments:

@@ -87,9 +87,15 @@ def rope_table(
     return np.cos(angles), np.sin(angles)
 
 
-def rotate(x: Array, table: tuple[Array, Array]) -> Array:  # [T, H, d] -> [T, H, d]
-    """`x` with dimensions i and i + d/2 of every head turned by the row's angle (Hugging Face's pairs)."""
+def rotate(
+    x: Array, table: tuple[Array, Array], interleaved: bool = False
+) -> Array:  # [T, H, d] -> [T, H, d]
+    """`x` with dimensions i and i + d/2 of every head turned by the row's angle (Hugging Face's pairs).
+
+    With `interleaved`, 2i and 2i + 1 are the pairs. The result has them half a head apart all the same: query
+    and key alike, so that their products are the same.
+    """
     cos, sin = table
     half = x.shape[-1] // 2
-    first, second = x[..., :half], x[..., half:]
+    first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else (x[..., :half], x[..., half:])
     return np.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)

@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,7 @@ class Checkpoint(Closing):
         return digest.hexdigest()
 
     def _config_hash(self) -> "hashlib._Hash":
-        return hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
+        return hashlib.sha256(json.dumps(self.config.to_dict(), sort_keys=True).encode())
 
     def _find(self, config: LlamaConfig) -> dict[str, StoredTensor]:
         """What the files hold of the architecture; of the shards, those that hold something of it are opened.

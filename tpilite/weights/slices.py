@@ -19,7 +19,7 @@ The manifest is one JSON object of exactly these keys:
     partition    `Partition.to_dict()`; its counts also say how many ranks there are
     fingerprint  `Checkpoint.fingerprint` of the model that was sliced, 64 hexadecimal digits
                  (of slices that earlier versions made: `Checkpoint.sampled_fingerprint`)
-    config       the fields of `LlamaConfig`
+    config       `LlamaConfig.to_dict()`
     files        for each file of the folder its "size" in bytes and its "sha256"
 
 A folder is a slice once its manifest is there. The manifest is written last, by renaming, after everything
@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Any
 
 from tpilite.closing import Closing
-from tpilite.config.llama import LlamaConfig, RopeScaling
+from tpilite.config.llama import LlamaConfig
 from tpilite.dtypes import DTYPES
 from tpilite.errors import CheckpointError, ConfigError, SliceError
 from tpilite.formats.safetensors import TensorFile
@@ -103,7 +103,7 @@ class Manifest:
             "rank": self.rank,
             "partition": self.partition.to_dict(),
             "fingerprint": self.fingerprint,
-            "config": asdict(self.config),
+            "config": self.config.to_dict(),
             "files": {name: asdict(entry) for name, entry in self.files.items()},
         }
         return json.dumps(value, indent=1).encode()
@@ -302,13 +302,7 @@ def _files(value: Any, config: LlamaConfig, rank: int) -> dict[str, FileEntry]:
 
 def _config(value: Any) -> LlamaConfig:
     try:
-        value = dict(value)
-        if set(value) != {field.name for field in fields(LlamaConfig)}:
-            raise ConfigError("its keys are not those of this version")
-        if value["rope_scaling"] is not None:
-            value["rope_scaling"] = RopeScaling(**value["rope_scaling"])
-        value["eos_token_ids"] = tuple(value["eos_token_ids"])
-        return LlamaConfig(**value)
+        return LlamaConfig.from_dict(dict(value))
     except (ConfigError, TypeError, ValueError) as error:
         raise SliceError(f"the manifest's config is wrong: {error}") from error
 
