@@ -30,7 +30,8 @@ _INSIDE = {
     "config": "llama hugging_face generation",
     "linear": "calls packing block_types matrix products plans chunks thread_pool linear",
     "model": "ops kv_cache llama",
-    "text": "added_tokens tokenizer llama2_files llama3_files load chat",
+    "text": "parts added_tokens tokenizer normalizers pretokenizers decoders bpe sentencepiece_files "
+    "tiktoken_files json_files gguf_vocab load chat",
     "net": "auth messages wire address channel handshake control exchange codecs sums measure group listener "
     "http http_server members rendezvous membership",
     "weights": "partition uncached assemble trust content checkpoint disk slices slicer "

@@ -74,23 +74,61 @@ def changed_json(**changes: object) -> str:
     return json.dumps(whole)
 
 
+def split_at(pattern: str, behavior: str = "Isolated", invert: object = False) -> dict[str, object]:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior, "invert": invert}
+
+
+def template(single: list[object], special_tokens: dict[str, list[int]]) -> dict[str, object]:
+    """A post_processor around a text, which is None among the names in `single`."""
+    items = [{"SpecialToken": {"id": name}} if name else {"Sequence": {"id": "A"}} for name in single]
+    known = {name: {"id": name, "ids": ids, "tokens": [name]} for name, ids in special_tokens.items()}
+    return {"type": "TemplateProcessing", "single": items, "pair": [], "special_tokens": known}
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
         ("{", "not valid JSON"),
         ("[]", "must hold a JSON object"),
-        ("{}", "no model"),
-        (changed_json(model__byte_fallback=True), "download tokenizer.model"),
-        (changed_json(model__type="Unigram"), "download tokenizer.model"),
-        (changed_json(model__type="WordPiece"), "not of the kind of Llama 3"),
-        (changed_json(model__ignore_merges=False), "not of the kind of Llama 3"),
-        (changed_json(normalizer={"type": "NFC"}), "not of the kind of Llama 3"),
-        (changed_json(pre_tokenizer=None), "not of the kind of Llama 3"),
-        (changed_json(model__vocab=None), "damaged"),
-        (changed_json(model__vocab={"a": 0, "b": "1"}), "damaged"),
-        (changed_json(model__vocab={"a": 0, "b": 2}), "damaged"),
-        (changed_json(model__vocab={"a": 0, "漢": 1}), "damaged"),
-        (changed_json(model__vocab={"a": 0, "b": 1}), "no token for 254"),
+        ("{}", "its model is no object but 'None'"),
+        (changed_json(normalizer=[]), "its normalizer is no object"),
+        (changed_json(model__type="Unigram"), "the type 'Unigram', which is not supported"),
+        (changed_json(model__type="WordPiece"), "the type 'WordPiece', which is not supported"),
+        (changed_json(model__dropout=0.1), "dropout = 0.1, which is not supported"),
+        (
+            changed_json(model__end_of_word_suffix="</w>"),
+            "end_of_word_suffix = '</w>', which is not supported",
+        ),
+        (
+            changed_json(normalizer={"type": "Precompiled"}),
+            "normalizer 'Precompiled', which is not supported",
+        ),
+        (changed_json(pre_tokenizer={"type": "Bert"}), "pre_tokenizer 'Bert', which is not supported"),
+        (changed_json(decoder={"type": "CTC"}), "decoder 'CTC' .*not supported"),
+        (changed_json(post_processor={"type": "Bert"}), "post_processor 'Bert', which is not supported"),
+        (changed_json(pre_tokenizer={"type": "Sequence"}), "pretokenizers = 'None', no list"),
+        (changed_json(pre_tokenizer={}), "type = 'None', no text"),
+        (changed_json(pre_tokenizer=split_at(r"\h")), r"'\\\\h' in a pattern, which is not supported"),
+        (changed_json(pre_tokenizer=split_at("(")), "a pattern that cannot be read"),
+        (changed_json(pre_tokenizer=split_at("a", behavior="Hidden")), "behavior 'Hidden', which is not"),
+        (changed_json(pre_tokenizer=split_at("a", invert=1)), "invert = '1', no true or false"),
+        (changed_json(model__vocab=None), "no vocabulary"),
+        (changed_json(model__vocab={}), "no vocabulary"),
+        (changed_json(model__vocab={"a": 0, "b": "1"}), "no vocabulary"),
+        (changed_json(model__vocab={"a": 0, "b": -1}), "no vocabulary"),
+        (changed_json(model__vocab={"a": 0, "b": 10**12}), "has 1000000000001 tokens"),
+        (changed_json(model__vocab={"a": 0, "b": 0}), "one id for several of its 2 tokens"),
+        (changed_json(model__merges=None), "no merges"),
+        (changed_json(model__merges=[]), "no merges"),
+        (changed_json(model__merges=["a b", "zz qq"]), "the merge '.*', which does not make one token"),
+        (changed_json(model__merges=[["a", "b"], 7]), "the merge '.*', which does not make one token"),
+        (changed_json(model__merges=["ab"]), "the merge 'ab', which does not make one token"),
+        (changed_json(model__unk_token="<none>"), "an unk_token '<none>' that is not in its vocabulary"),
+        (changed_json(model__fuse_unk=1), "fuse_unk = '1', no true or false"),
+        (changed_json(post_processor=template([["<s>"]], {})), "a template that cannot be read"),
+        (changed_json(post_processor=template(["<s>", None], {"<s>": [1, 2]})), "2 tokens before a text"),
+        (changed_json(post_processor=template(["<s>", None], {"<s>": [5000]})), "has 5001 tokens"),
+        (changed_json(added_tokens=[{"id": 7, "content": "<none>"}]), "with the id 7, which is another"),
         (changed_json(added_tokens={}), "no list of added_tokens"),
         (changed_json(added_tokens=[{"content": "x"}]), "added token"),
         (changed_json(added_tokens=[{"id": -4, "content": "x"}]), "added token"),

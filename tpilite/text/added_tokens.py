@@ -4,10 +4,12 @@ import contextlib
 import json
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import regex
 
 from tpilite.errors import CheckpointError
 from tpilite.formats.json_file import read_json
@@ -18,10 +20,17 @@ logger = logging.getLogger(__name__)
 MARKUP = re.compile(r"▁?[<\[].+[>\]]")
 
 
-Strip = tuple[bool, bool]  # whether a token takes the white space before and behind it along
+# What Llama 3's models begin a text with, and end it or a turn with. A tokenizer that has such special tokens
+# begins and ends with them where its files name no others.
+TEXT_BEGIN = "<|begin_of_text|>"
+TURN_ENDS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
 # Where a text gets a space in front: every part between special tokens, as sentencepiece and the first
 # tokenizer.json do it; the same, but for parts that begin with a space; only where the text begins; nowhere.
 PREFIX_SPACES = ("sentencepiece", "always", "first", "never")
+
+_SPACE = regex.compile(r"\s")
+# What Unicode's rules for regular expressions call a word character.
+_WORD = regex.compile(r"[\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\p{Join_Control}]")
 
 
 @dataclass(frozen=True)
@@ -30,16 +39,49 @@ class AddedToken:
 
     text: str
     special: bool  # otherwise a word like any other, but matched before the rest of the text
-    strip: Strip = (False, False)
+    lstrip: bool = False  # takes the white space before it along
+    rstrip: bool = False  # and behind it
+    single_word: bool = False  # no part of a word
+    normalized: bool = False  # matched in the normalized text, by its normalized name
+
+
+class NameFinder:
+    """Finds the names of added tokens in a text: the leftmost, and of several there the longest."""
+
+    def __init__(self, tokens: Mapping[int, AddedToken], write: Callable[[str], str] = str) -> None:
+        written = {write(token.text): (i, token) for i, token in tokens.items()}
+        self._named = {name: written[name] for name in sorted(written, key=len, reverse=True) if name}
+
+    def split(self, text: str, specials: bool = True) -> list[str | int]:
+        """The text around the names, and the ids of these, in order. Without `specials`, those are text."""
+        present = [re.escape(name) for name in self._named if name in text]
+        parts: list[str | int] = []
+        done = 0
+        for match in re.finditer("|".join(present), text) if present else ():
+            token_id, token = self._named[match[0]]
+            start, end = match.span()
+            if token.special and not specials:
+                continue
+            if token.single_word and (_at(_WORD, text, start - 1) or _at(_WORD, text, end)):
+                continue
+            while token.lstrip and start > done and _at(_SPACE, text, start - 1):
+                start -= 1
+            while token.rstrip and _at(_SPACE, text, end):
+                end += 1
+            parts += [text[done:start], token_id]
+            done = end
+        return [part for part in [*parts, text[done:]] if part != ""]
+
+
+def _at(pattern: "regex.Pattern[str]", text: str, place: int) -> bool:
+    return 0 <= place < len(text) and pattern.match(text, place) is not None
 
 
 @dataclass(frozen=True)
 class TokenNames:
-    """The ids of the tokens that are matched by name: special ones, and words."""
+    """The tokens that are matched by name, for which the model has a row."""
 
-    specials: dict[str, int]
-    words: dict[str, int]
-    strips: dict[str, Strip]
+    by_id: Mapping[int, AddedToken]
 
     @classmethod
     def of(cls, added: Mapping[int, AddedToken], path: Path, vocab_size: int) -> "TokenNames":
@@ -48,29 +90,31 @@ class TokenNames:
         if beyond:
             # Llama 2 was published with such a padding token. The model has no row for it.
             logger.warning("%s: %s left out, beyond the model's vocabulary", path.parent, ", ".join(beyond))
-        fitting = {i: token for i, token in added.items() if i < vocab_size}
-        return cls(
-            {token.text: i for i, token in fitting.items() if token.special},
-            {token.text: i for i, token in fitting.items() if not token.special},
-            {token.text: token.strip for token in fitting.values()},
-        )
+        return cls({i: token for i, token in added.items() if i < vocab_size})
+
+    @property
+    def specials(self) -> dict[str, int]:
+        return {token.text: i for i, token in self.by_id.items() if token.special}
+
+    def by_normalized(self) -> tuple[dict[int, AddedToken], dict[int, AddedToken]]:
+        """The tokens that are found in the text as it is, and those that are found in the normalized one."""
+        plain = {i: token for i, token in self.by_id.items() if not token.normalized}
+        return plain, {i: token for i, token in self.by_id.items() if token.normalized}
 
     def extend(self, tokens: list[bytes]) -> list[bytes]:
         """The table of tokens with these names' texts, which for special ones is nothing."""
-        ids = [*self.specials.values(), *self.words.values()]
-        tokens += [b""] * (max(ids, default=-1) + 1 - len(tokens))
-        for token_id in self.specials.values():
-            tokens[token_id] = b""
-        for text, token_id in self.words.items():
-            tokens[token_id] = text.encode()
+        tokens += [b""] * (max(self.by_id, default=-1) + 1 - len(tokens))
+        for token_id, token in self.by_id.items():
+            tokens[token_id] = b"" if token.special else token.text.encode(errors="replace")
         return tokens
 
 
 @dataclass(frozen=True)
 class TokenizerSettings:
-    """What the files beside a vocabulary say; without any, what both Llama 2 and 3 do."""
+    """What the files beside a vocabulary say; without any, what the vocabulary's own file says."""
 
-    add_bos: bool
+    add_bos: bool | None  # None where they say nothing of it
+    add_eos: bool | None
     bos: str | None
     eos: str | None
     added: dict[int, AddedToken]
@@ -86,9 +130,9 @@ class TokenizerSettings:
         path = folder / "tokenizer_config.json"
         config = _read_if_there(path)
         older_names = _read_if_there(folder / "special_tokens_map.json")
-        add_bos = config.get("add_bos_token")
-        if add_bos not in (None, True, False):
-            raise CheckpointError(f"{path} has add_bos_token = {add_bos!r}; expected true or false")
+        for key in ("add_bos_token", "add_eos_token"):
+            if config.get(key) not in (None, True, False):
+                raise CheckpointError(f"{path} has {key} = {config[key]!r}; expected true or false")
         head = _head(folder / "tokenizer.json")
         table = config.get("added_tokens_decoder") or {}
         if not isinstance(table, dict):
@@ -98,7 +142,8 @@ class TokenizerSettings:
         added |= read_added(path, table.items())
         names = older_names | config
         return cls(
-            add_bos is not False,
+            config.get("add_bos_token"),
+            config.get("add_eos_token"),
             _token_name(names.get("bos_token")),
             _token_name(names.get("eos_token")),
             added,
@@ -187,8 +232,10 @@ def read_added(path: Path, entries: Iterable[tuple[Any, Any]]) -> dict[int, Adde
                 f"{path} has the added token {str(entry)[:60]} with id {str(token_id)[:20]}; "
                 "expected a whole number and an object with the token's content"
             ) from None
-        strip = (entry.get("lstrip") is True, entry.get("rstrip") is True)
-        added[number] = AddedToken(text, bool(special), strip)
+        special = bool(special)
+        lstrip, rstrip, single = (entry.get(key) is True for key in ("lstrip", "rstrip", "single_word"))
+        normalized = entry.get("normalized", not special) is True
+        added[number] = AddedToken(text, special, lstrip, rstrip, single, normalized)
     return added
 
 

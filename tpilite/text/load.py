@@ -1,17 +1,18 @@
 """The tokenizer of a model folder: which of its files counts, and which kind that file is.
 
 Three kinds, told apart by their content: a sentencepiece `tokenizer.model` (Llama 2), a tiktoken
-`tokenizer.model` (Llama 3; also in `original/`), and Llama 3's `tokenizer.json` where it stands alone.
-All become one `Tokenizer`: a table of each id's bytes, the special tokens by name, and a function that
-encodes text in which nothing is special. A new kind is a module of its own and a choice here.
+`tokenizer.model` (Llama 3; also in `original/`), and a `tokenizer.json` of byte-pair encoding where it
+stands alone. All become one `Tokenizer`: a table of each id's bytes, the added tokens by name, and a
+function that encodes the rest. A new kind is a module of its own and a choice here.
 """
 
 from pathlib import Path
 
 from tpilite.errors import CheckpointError
 from tpilite.formats.json_file import read_json
-from tpilite.text import llama2_files, llama3_files
+from tpilite.text import sentencepiece_files, tiktoken_files
 from tpilite.text.added_tokens import TokenizerSettings
+from tpilite.text.json_files import from_json
 from tpilite.text.tokenizer import Tokenizer
 
 
@@ -25,7 +26,7 @@ def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer | None:
         if path.is_file():
             return _from_model_file(path, settings, vocab_size)
     path = folder / "tokenizer.json"
-    return _from_json_file(path, settings, vocab_size) if path.is_file() else None
+    return from_json(path, read_json(path), settings, vocab_size) if path.is_file() else None
 
 
 def _from_model_file(path: Path, settings: TokenizerSettings, vocab_size: int) -> Tokenizer:
@@ -36,25 +37,6 @@ def _from_model_file(path: Path, settings: TokenizerSettings, vocab_size: int) -
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     if raw.startswith(b"version https://git-lfs"):
         raise CheckpointError(f"{path} is only Git LFS's pointer to the tokenizer; run: git lfs pull")
-    if llama3_files.is_tiktoken(raw):
-        return llama3_files.from_tiktoken(path, raw, settings, vocab_size)
-    return llama2_files.from_sentencepiece(path, raw, settings, vocab_size)
-
-
-def _from_json_file(path: Path, settings: TokenizerSettings, vocab_size: int) -> Tokenizer:
-    """The tokenizer of a tokenizer.json. Raises `CheckpointError` for all kinds but Llama 3's."""
-    content = read_json(path)
-    model = content.get("model")
-    if not isinstance(model, dict):
-        raise CheckpointError(f"{path} has no model; download it again")
-    if model.get("byte_fallback") or model.get("type") == "Unigram":
-        raise CheckpointError(
-            f"{path} describes a sentencepiece tokenizer, which is read from tokenizer.model only; "
-            "download tokenizer.model from where the model came from, into the same folder"
-        )
-    if llama3_files.is_llama3_json(content):
-        return llama3_files.from_json(path, content, settings, vocab_size)
-    raise CheckpointError(
-        f"{path} is not of the kind of Llama 3 (byte-level BPE with its pattern and ignore_merges), the "
-        "only one that is supported; put the model's tokenizer.model beside it"
-    )
+    if tiktoken_files.is_tiktoken(raw):
+        return tiktoken_files.from_tiktoken(path, raw, settings, vocab_size)
+    return sentencepiece_files.from_sentencepiece(path, raw, settings, vocab_size)

@@ -1,25 +1,26 @@
-"""Text to ids and back, for one model: special tokens and added words by name, the rest by its encoder."""
+"""Text to ids and back, for one model: added tokens by name, the rest by its encoder."""
 
 import codecs
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from tpilite.errors import ConfigError
-from tpilite.text.added_tokens import Strip, TokenNames
+from tpilite.text.added_tokens import NameFinder, TokenNames
 
 
 class Tokenizer:
     """Text to ids and back, for one model.
 
     `specials` holds the tokens that text never becomes unless `allow_special` asks for it, and that decoded
-    text does not show. `add_bos` says whether the model's prompts begin with BOS. `eos_id` is the token that
-    the model's templates call EOS, one of `eos_ids`.
+    text does not show. `add_bos` and `add_eos` say whether the model's prompts begin with BOS and end with
+    EOS. `eos_id` is the token that the model's templates call EOS, one of `eos_ids`.
     """
 
     def __init__(
         self,
         tokens: Sequence[bytes],  # by id; empty for those without text
-        encode_plain: Callable[[str, bool], list[int]],  # a text, and whether nothing stands before it
+        encode_plain: Callable[
+            [str, bool], list[int]
+        ],  # a normalized text, and whether nothing stands before it
         *,
         vocab_size: int,
         names: TokenNames,
@@ -27,6 +28,8 @@ class Tokenizer:
         eos: int | None,
         more_eos: Iterable[int] = (),
         add_bos: bool,
+        add_eos: bool = False,
+        normalize: Callable[[str], str] = str,
         spaced: frozenset[int] = frozenset(),  # tokens that lose one leading space where a text begins
         strip_all: bool = False,  # also the next such token, while there is no text yet
         is_lossless: bool = True,  # the tokens of a text hold all of its bytes
@@ -35,43 +38,45 @@ class Tokenizer:
         self.bos_id = bos
         self.eos_id = eos
         self.eos_ids = frozenset([*more_eos] if eos is None else [eos, *more_eos])
-        self.add_bos = add_bos
+        self.add_bos = add_bos and bos is not None
+        self.add_eos = add_eos and eos is not None
         self.n_tokens = len(tokens)
         self.vocab_size = vocab_size
         self.spaced = spaced
         self.strip_all = strip_all
         self._tokens = tokens
         self._encode_plain = encode_plain
-        self._words = names.words
+        self._normalize = normalize
         # No text of more bytes than this for each token can be so few tokens; None where it can.
-        longest = max(map(len, [*tokens, *(name.encode() for name in names.specials)]), default=1)
+        longest = max(map(len, [*tokens, *(name.encode() for name in self.specials)]), default=1)
         self.max_token_bytes = longest if is_lossless else None
-        self._find_special = _any_of(names.specials, names.strips)
-        self._find_word = _any_of(names.words, names.strips)
+        self._find_special = NameFinder({i: token for i, token in names.by_id.items() if token.special})
+        plain, normalized = names.by_normalized()
+        self._find_plain = NameFinder(plain)
+        self._find_normalized = NameFinder(normalized, normalize)
 
     def encode(
         self, text: str, bos: bool = True, allow_special: bool = False, at_start: bool = True
     ) -> list[int]:
-        """The ids of `text`, after BOS where the model wants it and `bos` does not forbid it.
+        """The ids of `text`, between BOS and EOS where the model wants them and `bos` does not forbid it.
 
         With `allow_special`, the names of special tokens in the text become these tokens. `at_start` is
         whether it is a text of its own; otherwise it goes on behind a special token.
         """
         ids = [self.bos_id] if bos and self.add_bos and self.bos_id is not None else []
-        text = _whole_characters(text)
-        for part in self.split_specials(text) if allow_special else [text]:
+        for part in self._find_plain.split(_whole_characters(text), allow_special):
             if isinstance(part, int):
                 ids.append(part)
                 at_start = False
                 continue
-            for piece in _split(part, self._find_word, self._words):
+            for piece in self._find_normalized.split(self._normalize(part), allow_special):
                 ids += [piece] if isinstance(piece, int) else self._encode_plain(piece, at_start)
                 at_start = False
-        return ids
+        return [*ids, self.eos_id] if bos and self.add_eos and self.eos_id is not None else ids
 
     def split_specials(self, text: str) -> list[str | int]:
         """The text with its special tokens' names replaced by their ids, in order."""
-        return _split(text, self._find_special, self.specials)
+        return self._find_special.split(text)
 
     def decode(self, ids: Iterable[int], after: Iterable[int] = ()) -> str:
         """The text of `ids`: of their own, or as what follows the text of `after`.
@@ -123,25 +128,6 @@ class StreamDecoder:
     def finish(self) -> str:
         """What was held back: U+FFFD where the ids ended inside a character."""
         return self._utf8.decode(b"", final=True)
-
-
-def _any_of(names: Iterable[str], strips: Mapping[str, Strip]) -> re.Pattern[str] | None:
-    """A pattern that finds any of the names, the longest first, with the spaces that each takes along."""
-    whole = []
-    for name in sorted(names, key=len, reverse=True):
-        left, right = strips.get(name, (False, False))
-        whole.append((r"\s*" if left else "") + f"({re.escape(name)})" + (r"\s*" if right else ""))
-    return re.compile("|".join(whole)) if whole else None
-
-
-def _split(text: str, found: re.Pattern[str] | None, ids: Mapping[str, int]) -> list[str | int]:
-    """The text around the names that a pattern finds, and their ids, in order."""
-    parts: list[str | int] = []
-    end = 0
-    for match in found.finditer(text) if found else ():
-        parts += [text[end : match.start()], ids[match[match.lastindex or 0]]]
-        end = match.end()
-    return [part for part in [*parts, text[end:]] if part != ""]
 
 
 def _whole_characters(text: str) -> str:

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizer_files import FIXTURES, N_BPE, derandomized, loaded
 
-from tpilite.text import llama3_files
-from tpilite.text.llama3_files import PATTERN
+from tpilite.text import tiktoken_files
+from tpilite.text.tiktoken_files import PATTERN
 from tpilite.text.tokenizer import Tokenizer
 
 
@@ -77,10 +77,10 @@ def cut_by_counting(text: str, max_run: int) -> Iterator[str]:
 @given(text=st.text("ab  \n\u3000\x1c", max_size=60))
 def test_long_runs_are_cut_as_llamas_code_cuts_them(text: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(llama3_files, "_MAX_CHARS", 17)
-        patch.setattr(llama3_files, "_MAX_RUN_CHARS", 3)
+        patch.setattr(tiktoken_files, "_MAX_CHARS", 17)
+        patch.setattr(tiktoken_files, "_MAX_RUN_CHARS", 3)
         chunks = [text[i : i + 17] for i in range(0, len(text), 17)]
-        assert list(llama3_files._bounded(text)) == [
+        assert list(tiktoken_files._bounded(text)) == [
             piece for chunk in chunks for piece in cut_by_counting(chunk, 3)
         ]
 

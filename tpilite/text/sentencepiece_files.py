@@ -1,4 +1,4 @@
-"""Llama 2's tokenizer file: a sentencepiece `tokenizer.model`."""
+"""sentencepiece models, of Llama 2's `tokenizer.model` and the like, run by sentencepiece itself."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -55,8 +55,9 @@ def _read(path: Path, raw: bytes, settings: TokenizerSettings, vocab_size: int) 
         )
         return (processor if prefixed else bare).encode(text)
 
-    bos = names.specials.get(settings.bos or "", processor.bos_id())
-    eos = names.specials.get(settings.eos or "", processor.eos_id())
+    specials = names.specials
+    bos = specials.get(settings.bos or "", processor.bos_id())
+    eos = specials.get(settings.eos or "", processor.eos_id())
     return Tokenizer(
         names.extend(tokens),
         encode_plain,
@@ -65,7 +66,8 @@ def _read(path: Path, raw: bytes, settings: TokenizerSettings, vocab_size: int) 
         bos=bos if bos >= 0 else None,
         eos=eos if eos >= 0 else None,
         more_eos={processor.eos_id()} - {-1},
-        add_bos=settings.add_bos,
+        add_bos=settings.add_bos is not False,
+        add_eos=settings.add_eos is True,
         spaced=frozenset(i for i, piece in enumerate(pieces) if strips and piece.startswith("\u2581")),
         strip_all=strip_all,
         # A normalizer drops spaces; unknown characters in a row are one token, where there are none of bytes.
