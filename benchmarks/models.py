@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tpilite.config.llama import LlamaConfig, RopeScaling
-from tpilite.formats.safetensors import TensorFileWriter, TensorSpec
+from tpilite.formats.safetensors import TensorFileWriter
+from tpilite.formats.writing import TensorSpec
 from tpilite.weights.partition import LM_HEAD, tensor_shapes
 
 PRESETS = {

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from tpilite.config.llama import LlamaConfig
 from tpilite.dtypes import DTYPES
-from tpilite.formats.safetensors import TensorFileWriter, TensorSpec
+from tpilite.formats.safetensors import TensorFileWriter
+from tpilite.formats.writing import TensorSpec
 from tpilite.weights.partition import LM_HEAD, tensor_shapes
 
 

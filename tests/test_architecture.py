@@ -26,7 +26,7 @@ _FLOORS = [
 ]
 # Inside a folder, each module imports only from those before it: a new module needs its place here.
 _INSIDE = {
-    "formats": "json_file stored safetensors",
+    "formats": "json_file stored writing safetensors gguf gguf_writer model_files",
     "config": "llama hugging_face generation",
     "linear": "calls packing block_types matrix products plans chunks thread_pool linear",
     "model": "ops kv_cache llama",

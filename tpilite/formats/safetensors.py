@@ -6,25 +6,24 @@ the first and the last byte (excluded) counted from the end of the header; `__me
 strings. The safetensors library cannot give BF16 to NumPy, so the header is read here: BF16 comes as
 uint16 holding its bits.
 
+Blocks of weights are none of its dtypes. They are kept as bytes: the tensor has dtype `U8` and shape [rows,
+bytes of a row], and `__metadata__` has under the tensor's name the block type and how many weights a row
+holds, as in "Q4_K 2048". Here such a tensor has the block type as its dtype and its shape in weights.
+
 Nothing but the header is read when a file is opened. A header can name dtypes that are not known here, as
 long as nobody asks for those tensors: checkpoints hold unused buffers.
 """
 
-import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
-import numpy as np
-from numpy.typing import NDArray
-
-from tpilite.dtypes import DTYPES
-from tpilite.errors import CheckpointError
+from tpilite.dtypes import BLOCK_SIZES, DTYPES, n_bytes_of
 from tpilite.formats.stored import StoredFile, StoredTensor, read_exactly
+from tpilite.formats.writing import FileWriter, TensorSpec
 
 # The limit of the safetensors library itself; a header takes some 150 bytes per tensor.
 MAX_HEADER_BYTES = 100_000_000
@@ -38,17 +37,15 @@ DATA_ALIGNMENT = 4096
 _MAX_ELEMENTS = 1 << 48
 _MAX_DIMENSIONS = 8
 
+_BYTES = "U8"
+
 
 class TensorFile(StoredFile):
     """An open safetensors file. Raises `CheckpointError` when its header is not sound."""
 
     def _read_tensors(self) -> dict[str, StoredTensor]:
         """The tensors by name."""
-        prefix = os.pread(self._fd, 8, 0)
-        if prefix == b"version ":
-            raise CheckpointError(
-                f"{self.path} is a Git LFS pointer and not the file itself; run `git lfs pull` in its folder"
-            )
+        prefix = self.first_bytes(8)
         if len(prefix) < 8:
             raise self.error(f"expected at least 8 bytes, found {self.nbytes}")
         n_header = int.from_bytes(prefix, "little")
@@ -69,11 +66,9 @@ class TensorFile(StoredFile):
         if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
             raise self.error("__metadata__ in the header must map strings to strings")
         tensors = {name: self._entry(name, entry, 8 + n_header) for name, entry in header.items()}
-        end, before = 8 + n_header, ""
-        for tensor in sorted(tensors.values(), key=lambda t: (t.offset, t.end)):
-            if tensor.offset < end:
-                raise self.error(f"tensors {before!r} and {tensor.name!r} overlap")
-            end, before = tensor.end, tensor.name
+        for name in tensors.keys() & metadata.keys():
+            tensors[name] = self._of_blocks(tensors[name], metadata[name])
+        self.check_overlaps(tensors.values(), 8 + n_header)
         return tensors
 
     def _entry(self, name: str, entry: Any, data_offset: int) -> StoredTensor:
@@ -104,75 +99,57 @@ class TensorFile(StoredFile):
             )
         return StoredTensor(name, dtype, tuple(shape), self, data_offset + start, stop - start)
 
+    def _of_blocks(self, tensor: StoredTensor, described: str) -> StoredTensor:
+        """A tensor of bytes as the blocks that the metadata says it is."""
+        dtype, _, width = described.partition(" ")
+        n_cols = int(width) if width.isascii() and width.isdecimal() and len(width) < 16 else -1
+        if dtype not in BLOCK_SIZES or n_cols < 0 or n_cols % BLOCK_SIZES[dtype].n_weights:
+            raise self.error(f"the metadata of {tensor.name!r} is {described!r:.60}; expected a block type's")
+        shape = (tensor.shape[0], n_cols) if len(tensor.shape) == 2 else (0, 0)
+        expected = (shape[0], n_bytes_of(dtype, shape[1:]))
+        if tensor.dtype != _BYTES or tensor.shape != expected or tensor.nbytes != math.prod(expected):
+            raise self.error(
+                f"{tensor.name!r} is {tensor.dtype} of shape {list(tensor.shape)} in {tensor.nbytes} bytes, "
+                f"which does not make rows of {described}"
+            )
+        return replace(tensor, dtype=dtype, shape=shape)
 
-@dataclass(frozen=True)
-class TensorSpec:
-    """What the header says about a tensor that is to be written."""
 
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
-
-
-class TensorFileWriter:
+class TensorFileWriter(FileWriter):
     """Writes a safetensors file piece by piece: the header at once, then the tensors' bytes in its order.
 
     The data begins at a multiple of `DATA_ALIGNMENT`; the tensors follow each other without gaps, as the
-    safetensors library demands. `close` is only for a file that is complete; a failure is left to the
-    caller, who removes the file. OS errors pass through as they are.
+    safetensors library demands. Tensors of block types are written as this module's docstring says.
     """
 
     def __init__(self, path: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> None:
-        header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+        blocks = {spec.name: _described(spec) for spec in specs if spec.dtype in BLOCK_SIZES}
+        metadata = {**metadata, **blocks}
+        header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
         offset = 0
         for spec in specs:
             assert spec.name not in header, spec.name
+            is_blocks = spec.dtype in BLOCK_SIZES
+            shape = [spec.shape[0], n_bytes_of(spec.dtype, spec.shape[1:])] if is_blocks else [*spec.shape]
             header[spec.name] = {
-                "dtype": spec.dtype,
-                "shape": list(spec.shape),
+                "dtype": _BYTES if is_blocks else spec.dtype,
+                "shape": shape,
                 "data_offsets": [offset, offset + spec.nbytes],
             }
             offset += spec.nbytes
         raw = json.dumps(header, separators=(",", ":")).encode()
         raw += b" " * (-(8 + len(raw)) % DATA_ALIGNMENT)
-        self._hash = hashlib.sha256()
-        self.nbytes = 0
-        self._expected = 8 + len(raw) + offset
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        super().__init__(path, 8 + len(raw) + offset)
         try:
             self.write(len(raw).to_bytes(8, "little") + raw)
         except BaseException:
             self.abandon()
             raise
 
-    def write(self, data: "bytes | NDArray[Any]") -> None:
-        """Appends bytes, or a C-contiguous array's."""
-        view = data.data if isinstance(data, np.ndarray) else memoryview(data)
-        if not view.nbytes:
-            return
-        view = view.cast("B")
-        self._hash.update(view)
-        self.nbytes += len(view)
-        done = 0
-        while done < len(view):
-            done += os.write(self._fd, view[done:])
 
-    def close(self) -> str:
-        """Flushes the complete file to the disk and gives its sha256."""
-        assert self.nbytes == self._expected, (self.nbytes, self._expected)
-        os.fsync(self._fd)
-        self.abandon()
-        return self._hash.hexdigest()
-
-    def abandon(self) -> None:
-        """Closes the file as it is, for a caller that gives it up."""
-        if self._fd >= 0:
-            os.close(self._fd)
-        self._fd = -1
+def _described(spec: TensorSpec) -> str:
+    """What the metadata says of a tensor of blocks."""
+    return f"{spec.dtype} {spec.shape[1]}"
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

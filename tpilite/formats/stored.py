@@ -1,11 +1,10 @@
 """An open file of tensors, whatever its format: mapped or read, never past its end."""
 
-import math
 import mmap
 import os
 from abc import abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tpilite.closing import Closing
-from tpilite.dtypes import DTYPES
+from tpilite.dtypes import BLOCK_SIZES, DTYPES, n_bytes_of
 from tpilite.errors import CheckpointError
+
+_BYTES = np.dtype(np.uint8)
 
 _DAMAGED = "the file is damaged: download or copy it again"
 
@@ -82,6 +83,23 @@ class StoredFile(Closing):
                 raise CheckpointError(f"{self.path} cannot be mapped: {error}") from error
         return self._map
 
+    def first_bytes(self, n_bytes: int) -> bytes:
+        """As many of the file's first bytes as there are. Raises `CheckpointError` for a Git LFS pointer."""
+        found = os.pread(self._fd, n_bytes, 0)
+        if found.startswith(b"version "):
+            raise CheckpointError(
+                f"{self.path} is a Git LFS pointer and not the file itself; run `git lfs pull` in its folder"
+            )
+        return found
+
+    def check_overlaps(self, tensors: "Iterable[StoredTensor]", end: int) -> None:
+        """Raises `CheckpointError` where tensors overlap, or begin before the header's `end`."""
+        before = ""
+        for tensor in sorted(tensors, key=lambda t: (t.offset, t.end)):
+            if tensor.offset < end:
+                raise self.error(f"tensors {before!r:.80} and {tensor.name!r:.80} overlap")
+            end, before = tensor.end, tensor.name
+
     def error(self, text: str) -> CheckpointError:
         """What to raise for a header that is not sound."""
         return CheckpointError(f"{self.path}: {text}; {_DAMAGED}")
@@ -89,45 +107,66 @@ class StoredFile(Closing):
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor where it lies: a contiguous range of a file."""
+    """A tensor where it lies: a contiguous range of a file, row after row.
+
+    `shape` counts weights, whatever the dtype; where that is a block type, each row is a whole number of
+    blocks. A tensor can hold more columns than are wanted, since blocks are not cut: `columns` are those.
+    """
 
     name: str
-    dtype: str  # as safetensors names it: "BF16", "F16", "F32"
+    dtype: str  # as `dtypes` has it: "BF16", "F16", "F32" or a block type; or one that is not supported
     shape: tuple[int, ...]
     file: StoredFile
     offset: int  # of the first byte, in the file
     nbytes: int
+    columns: range | None = None  # None: all of them
 
     @property
     def end(self) -> int:
         return self.offset + self.nbytes
 
     @property
+    def row_bytes(self) -> int:
+        """What a row takes, or a number where there is one axis. Raises as `stored_dtype` does."""
+        self.check_supported()
+        return n_bytes_of(self.dtype, self.shape[1:])
+
+    @property
     def stored_dtype(self) -> np.dtype[Any]:
-        """The NumPy dtype of what is stored. Raises `CheckpointError` for a dtype that is not supported."""
-        try:
-            return DTYPES[self.dtype]
-        except KeyError:
+        """NumPy's dtype of `array`. Raises `CheckpointError` for a dtype that is not supported."""
+        self.check_supported()
+        return DTYPES.get(self.dtype, _BYTES)
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape of `array`: of block types rows of bytes."""
+        return (self.shape[0], self.row_bytes) if self.dtype in BLOCK_SIZES else self.shape
+
+    def check_supported(self) -> None:
+        """Raises `CheckpointError` for a dtype that is not supported; a vector must not be one of blocks."""
+        if self.dtype not in DTYPES and (self.dtype not in BLOCK_SIZES or len(self.shape) != 2):
+            known = [*DTYPES, *(BLOCK_SIZES if len(self.shape) == 2 else ())]
             raise CheckpointError(
                 f"{self.file.path}: {self.name!r} is stored as {self.dtype}, which is not supported; "
-                "expected F32, F16 or BF16 (quantised weights are not supported: use the original ones)"
-            ) from None
+                f"expected {', '.join(known[:-1])} or {known[-1]}: get the model in another version"
+            )
 
     def array(self) -> NDArray[Any]:
-        """The memory-mapped values, read only; bfloat16 as uint16. Nothing is read before it is touched."""
+        """The memory-mapped values, read only; bfloat16 as uint16, blocks as rows of their bytes.
+
+        Nothing is read before it is touched.
+        """
         dtype = self.stored_dtype
         if not self.nbytes:
-            return np.zeros(self.shape, dtype)
+            return np.zeros(self.stored_shape, dtype)
         flat = np.frombuffer(self.file.map(), dtype, self.nbytes // dtype.itemsize, self.offset)
-        return flat.reshape(self.shape)
+        return flat.reshape(self.stored_shape)
 
     def rows(self, start: int, stop: int) -> "StoredTensor":
         """The rows from `start` up to `stop`, which lie together in the file as well."""
         assert 0 <= start <= stop <= self.shape[0], (start, stop, self.shape)
-        row_bytes = self.stored_dtype.itemsize * math.prod(self.shape[1:])
-        shape = (stop - start, *self.shape[1:])
-        offset, nbytes = self.offset + start * row_bytes, (stop - start) * row_bytes
-        return StoredTensor(self.name, self.dtype, shape, self.file, offset, nbytes)
+        offset, nbytes = self.offset + start * self.row_bytes, (stop - start) * self.row_bytes
+        return replace(self, shape=(stop - start, *self.shape[1:]), offset=offset, nbytes=nbytes)
 
     def bytes_at(self, start: int, n_bytes: int) -> bytearray:
         """A few of the stored bytes, from the file and not through the map."""

@@ -31,6 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tpilite.arrays import Array
+from tpilite.dtypes import BLOCK_SIZES
 
 Bytes = NDArray[np.uint8]
 Codes = NDArray[Any]  # integers
@@ -223,19 +224,19 @@ def _iq4_xs_scales(blocks: Bytes) -> Scales:
 
 
 BLOCK_TYPES = {
-    block_type.name: block_type
-    for block_type in (
-        BlockType("Q4_0", 32, 18, _q4_0, _scale),
-        BlockType("Q4_1", 32, 20, _q4_1, _scale_and_minimum),
-        BlockType("Q5_0", 32, 22, _q5_0, _scale),
-        BlockType("Q5_1", 32, 24, _q5_1, _scale_and_minimum),
-        BlockType("Q8_0", 32, 34, _q8_0, _scale),
-        BlockType("IQ4_NL", 32, 18, _iq4_nl, _scale),
-        BlockType("Q2_K", 256, 84, _q2_k, _q2_k_scales),
-        BlockType("Q3_K", 256, 110, _q3_k, _q3_k_scales),
-        BlockType("Q4_K", 256, 144, _q4_k, _q4_k_scales),
-        BlockType("Q5_K", 256, 176, _q5_k, _q4_k_scales),
-        BlockType("Q6_K", 256, 210, _q6_k, _q6_k_scales),
-        BlockType("IQ4_XS", 256, 136, _iq4_xs, _iq4_xs_scales),
-    )
+    name: BlockType(name, *BLOCK_SIZES[name], codes, scales)
+    for name, (codes, scales) in {
+        "Q4_0": (_q4_0, _scale),
+        "Q4_1": (_q4_1, _scale_and_minimum),
+        "Q5_0": (_q5_0, _scale),
+        "Q5_1": (_q5_1, _scale_and_minimum),
+        "Q8_0": (_q8_0, _scale),
+        "IQ4_NL": (_iq4_nl, _scale),
+        "Q2_K": (_q2_k, _q2_k_scales),
+        "Q3_K": (_q3_k, _q3_k_scales),
+        "Q4_K": (_q4_k, _q4_k_scales),
+        "Q5_K": (_q5_k, _q4_k_scales),
+        "Q6_K": (_q6_k, _q6_k_scales),
+        "IQ4_XS": (_iq4_xs, _iq4_xs_scales),
+    }.items()
 }

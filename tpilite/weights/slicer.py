@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from tpilite.errors import ConfigError, SliceError
-from tpilite.formats.safetensors import TensorFileWriter, TensorSpec
+from tpilite.formats.safetensors import TensorFileWriter
+from tpilite.formats.writing import TensorSpec
 from tpilite.machine import format_size
 from tpilite.weights.checkpoint import Checkpoint
 from tpilite.weights.disk import free_bytes, full_error, is_full, sync_folder, write_error

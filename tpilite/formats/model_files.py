@@ -1,0 +1,106 @@
+"""Where a model is: a folder as Hugging Face makes them, or a GGUF file, whole or in parts.
+
+A user names a folder, a GGUF file, the first part of one, or a folder that holds exactly one GGUF. What is in
+the files has no meaning here.
+"""
+
+import functools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tpilite.errors import CheckpointError
+from tpilite.formats.gguf import GgufFile, GgufMetadata, is_gguf
+from tpilite.formats.json_file import read_json
+
+_SUFFIX = ".gguf"
+_PART = re.compile(r"(?P<name>.*)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.gguf")
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """The files of one model. `path` names it in messages: a folder, or a GGUF's file, of parts the first."""
+
+    path: Path
+    gguf_paths: tuple[Path, ...] = ()  # of a GGUF, in the order of its parts
+
+    @classmethod
+    def find(cls, path: Path) -> "ModelFiles":
+        """The model that a user names by a path. Raises `CheckpointError` where that is none, or several.
+
+        A folder is taken as it is, whatever it lacks, where it holds no GGUF or safetensors as well.
+        """
+        if path.is_file():
+            if not is_gguf(path):
+                raise CheckpointError(f"{path} is no GGUF file; expected one, or the folder of a model")
+            return cls(path, _parts(path))
+        found = [] if any(path.glob("*.safetensors")) else ggufs_in(path)
+        if len(found) > 1:
+            names = ", ".join(gguf.name for gguf in found)
+            raise CheckpointError(f"{path} holds several GGUF models: {names}; give the path of one of them")
+        return cls(found[0], _parts(found[0])) if found else cls(path)
+
+    @property
+    def folder(self) -> Path:
+        """The folder that the files are in."""
+        return self.path.parent if self.gguf_paths else self.path
+
+    @property
+    def name(self) -> str:
+        """What to call the model by its files: the folder's name, or the GGUF's without its ending."""
+        if not self.gguf_paths:
+            return self.path.absolute().name
+        part = _PART.fullmatch(self.path.name)
+        return part["name"] if part else self.path.stem
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether there are weights, and not only what describes them."""
+        return bool(self.gguf_paths) or any(self.path.glob("*.safetensors"))
+
+    @functools.cached_property
+    def gguf(self) -> GgufMetadata | None:
+        """What a GGUF says of its model, None for a folder. Raises `CheckpointError`."""
+        if not self.gguf_paths:
+            return None
+        with GgufFile(self.gguf_paths[0]) as file:
+            return file.metadata
+
+    def json(self, name: str) -> Mapping[str, Any] | None:
+        """The object in a JSON file of the folder; None where there is none. A GGUF has none of them."""
+        path = self.path / name
+        return read_json(path) if not self.gguf_paths and path.exists() else None
+
+
+def ggufs_in(folder: Path) -> list[Path]:
+    """The GGUF models in a folder, of parts the first."""
+    try:
+        found = sorted(path for path in folder.iterdir() if path.suffix == _SUFFIX)
+    except OSError:
+        return []
+    parts = {path: _PART.fullmatch(path.name) for path in found}
+    return [path for path, part in parts.items() if (not part or int(part["number"]) == 1) and is_gguf(path)]
+
+
+def _parts(path: Path) -> tuple[Path, ...]:
+    """All parts of the model whose first is `path`, which may be the only one."""
+    part = _PART.fullmatch(path.name)
+    if part is None:
+        return (path,)
+    count = int(part["count"])
+    if int(part["number"]) != 1:
+        first = f"{part['name']}-00001-of-{part['count']}{_SUFFIX}"
+        raise CheckpointError(f"{path} is not the first part of its model; give the path of {first}")
+    paths = tuple(
+        path.with_name(f"{part['name']}-{number:05}-of-{part['count']}{_SUFFIX}")
+        for number in range(1, count + 1)
+    )
+    missing = [other.name for other in paths if not other.is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{path.parent} has {count - len(missing)} of {count} parts of a GGUF model and lacks "
+            f"{missing[0]}; download the missing parts into the same folder"
+        )
+    return paths
