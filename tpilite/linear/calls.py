@@ -49,19 +49,20 @@ def _fitting(limit: int) -> int:
 
 def multiply_in_calls(
     weights: Array, columns: Array, out: Array, rows_per_call: int
-) -> None:  # [n, D], [D, T] -> [n, T]
+) -> None:  # [..., n, D], [..., D, T] -> [..., n, T]
     """out = W x, for rows that begin where a call begins and end where one ends.
 
     All whole calls are one of NumPy's: the interpreter is handed over once, not once for each.
     """
-    n_cols, n_x = columns.shape
-    n_left = len(weights) % rows_per_call
-    if n_left:
-        np.matmul(weights[-n_left:], columns, out=out[-n_left:])
-        weights, out = weights[:-n_left], out[:-n_left]
-    if len(weights):
-        calls, sums = weights.reshape(-1, rows_per_call, n_cols), out.reshape(-1, rows_per_call, n_x)
-        np.matmul(calls, columns, out=sums)
+    *others, n, n_cols = weights.shape
+    n_whole = n - n % rows_per_call
+    if n_whole < n:
+        np.matmul(weights[..., n_whole:, :], columns, out=out[..., n_whole:, :])
+    if n_whole:
+        shape = *others, n_whole // rows_per_call, rows_per_call
+        calls = weights[..., :n_whole, :].reshape(*shape, n_cols)
+        sums = out[..., :n_whole, :].reshape(*shape, out.shape[-1])
+        np.matmul(calls, columns[..., None, :, :], out=sums)
 
 
 def blas_repeats() -> bool:

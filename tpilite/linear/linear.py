@@ -40,6 +40,10 @@ _BLAS_FOR_MANY = sys.platform == "darwin"
 
 _BFLOAT16 = np.dtype(np.uint16)
 
+# There is one kernel for blocks only, of a dozen of NumPy's calls: with chunks of 2 MiB it takes a tenth less
+# than with 1 MiB, and a quarter less than with 256 KiB.
+_PLAN_FOR_BLOCKS = Plan(KERNELS[0], 1 << 21)
+
 # A call on fewer weights than this is over before it matters how it is done.
 _MEASURED_FROM = 1 << 20
 _MEASURED_COLS, _MEASURED_BYTES = 2048, 32 << 20
@@ -154,7 +158,7 @@ class Linear(Closing):
             step = -(-max(n_bytes, FEW_ROWS_CHUNK_BYTES[0]) // (4 * n_cols * per_call)) * per_call
             room = min(step, n_rows)
             for scratch in self._scratch:
-                scratch.reserve(room * n_cols, room * len(x.rows), isinstance(rows, Packed))
+                scratch.reserve(rows, room, len(x.rows))
             for start in range(0, n_rows, step):
                 stop = min(start + step, n_rows)
                 chunks.append(
@@ -201,7 +205,7 @@ class Linear(Closing):
 
     def _plan_for(self, rows: Weights, n_weights: int) -> Plan:
         if isinstance(rows, Blocks):
-            return Plan(KERNELS[0])
+            return _PLAN_FOR_BLOCKS
         return self._plan(_BFLOAT16 if isinstance(rows, Packed) else rows.dtype, n_weights)
 
     def _plan(self, dtype: np.dtype[Any], n_weights: int) -> Plan:
