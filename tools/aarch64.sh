@@ -40,11 +40,11 @@ rm -rf "$folder/work"
 mkdir "$folder/work"
 tar -C "$root" -c --exclude='*.so' --exclude=.git --exclude=.venv --exclude=build . | tar -C "$folder/work" -x
 cd "$folder/work"
+export PYTHONPATH="$folder/work:$folder/site" CC=aarch64-linux-gnu-gcc
 suffix=$("$folder/python" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
 for name in products exchange; do
-    aarch64-linux-gnu-gcc -O3 -pthread -shared -fPIC -o "tpilite/native/_$name$suffix" "tpilite/native/$name.c"
+    "$CC" -O3 -pthread -shared -fPIC -o "tpilite/native/_$name$suffix" "tpilite/native/$name.c"
 done
-export PYTHONPATH="$folder/work:$folder/site"
 status=0
 for native in 0 1; do
     echo "TPILITE_NATIVE=$native"

@@ -1,5 +1,6 @@
 """Compiled products against float64 on the same stored values, and what happens where there are none."""
 
+import os
 import platform
 import re
 import shutil
@@ -191,11 +192,12 @@ def test_a_library_that_cannot_be_used_is_told_of(tmp_path, caplog):
 
 def library_of(source, folder):
     """The C source as a library in the folder."""
-    if shutil.which("cc") is None:
+    compiler = os.environ.get("CC", "cc")
+    if shutil.which(compiler) is None:
         pytest.skip("there is no compiler now")
     (folder / "products.c").write_text(source)
     path = folder / f"_products{EXTENSION_SUFFIXES[0]}"
-    subprocess.run(["cc", "-shared", "-fPIC", "-o", path, folder / "products.c"], check=True)
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", path, folder / "products.c"], check=True)
 
 
 def test_a_library_of_another_version_says_what_to_do(tmp_path, caplog):

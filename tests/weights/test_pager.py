@@ -729,7 +729,8 @@ def test_the_memory_of_the_process_stays_within_its_bound(large, options, most_m
     """Figures of the kernel, so with a margin: the weights alone would take 137 MB."""
     done = subprocess.run(
         [sys.executable, "-c", _MEASURED, str(large), json.dumps(options)],
-        env=dict(os.environ) | {"OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
+        env=dict(os.environ) | {"OPENBLAS_NUM_THREADS": "1"},
+        cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
         check=True,
