@@ -1,6 +1,7 @@
 """Slices of random bytes, their server and clients, and what stands between the two."""
 
 import contextlib
+import functools
 import hashlib
 import hmac
 import http.client
@@ -169,9 +170,13 @@ class OnLog(logging.Handler):
 
 def proof(role: str, server_nonce: bytes, client_nonce: bytes, token: str = TOKEN) -> str:
     """Written from the description of the exchange, not by calling `auth`."""
-    key = hashlib.scrypt(token.encode(), salt=b"tpilite cluster token", n=16384, r=8, p=1, dklen=32)
     message = f"tpilite {role}".encode() + b"\0" + server_nonce + client_nonce
-    return hmac.new(key, message, "sha256").hexdigest()
+    return hmac.new(_key(token), message, "sha256").hexdigest()
+
+
+@functools.cache
+def _key(token: str) -> bytes:
+    return hashlib.scrypt(token.encode(), salt=b"tpilite cluster token", n=16384, r=8, p=1, dklen=32)
 
 
 def log_in(port: int) -> http.client.HTTPConnection:

@@ -7,7 +7,6 @@ import select
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -179,11 +178,19 @@ class Terminal:
     def read_until(self, expected: str) -> str:
         """What is shown up to the expected text; what follows is for the next call."""
         while expected.encode() not in self._shown:
-            ready, _, _ = select.select([self._master], [], [], 30)
-            assert ready, f"expected {expected!r} on the terminal, found {self._shown.decode()!r}"
-            self._shown += os.read(self._master, 65536)
+            self._shown += self._read(expected)
         found, _, self._shown = self._shown.partition(expected.encode())
         return found.decode(errors="replace") + expected
+
+    def read_more(self) -> None:
+        """Waits until anything more is shown."""
+        while not self._shown:
+            self._shown += self._read("anything")
+
+    def _read(self, expected: str) -> bytes:
+        ready, _, _ = select.select([self._master], [], [], 30)
+        assert ready, f"expected {expected!r} on the terminal, found {self._shown.decode()!r}"
+        return os.read(self._master, 65536)
 
     def end(self) -> int:
         return self.process.wait(timeout=30)
@@ -233,7 +240,7 @@ def test_ctrl_c_on_a_terminal_stops_the_answer_and_not_the_program(tmp_path: Pat
         assert "not made for chat" in terminal.read_until("> ")
         terminal.type("Once\n")
         terminal.read_until("Once\r\n")
-        time.sleep(0.5)
+        terminal.read_more()
         terminal.type("\x03")
         # Up to the figures: what the random model writes may look like the prompt for the next line.
         assert "new" in terminal.read_until("peak memory")
