@@ -126,7 +126,7 @@ class Page:
         assert "exceptionDetails" not in result, result["exceptionDetails"]
         return result["result"].get("value")
 
-    def wait(self, script: str, timeout_s: float = 15) -> Any:
+    def wait(self, script: str, timeout_s: float = 30) -> Any:
         """The value of an expression as soon as it is true."""
         until_s = time.monotonic() + timeout_s
         while not (value := self.run(script)):

@@ -229,7 +229,8 @@ def test_unauthenticated_connections_do_not_keep_a_group_from_forming(
             group.broadcast(Message({"n": 1}))
         for future in working:
             future.result()
-        assert len(rendezvous._listener._acceptor._threads) <= listening.MAX_UNAUTHENTICATED
+        # Those of connections that were closed may be about to end.
+        until(lambda: len(rendezvous._listener._acceptor._threads) <= listening.MAX_UNAUTHENTICATED)
     lines = [record for record in caplog.records if "unauthenticated connection" in record.getMessage()]
     assert 1 <= len(lines) <= listening.LOG_LINES
 

@@ -577,11 +577,15 @@ class _Prefix(socketserver.BaseRequestHandler):
                 self.request.sendall(packet)
 
 
+class _Proxy(socketserver.ThreadingTCPServer):
+    request_queue_size = 64  # a browser opens several connections at once
+    daemon_threads = True
+
+
 def test_the_page_works_under_a_path_of_a_proxy(chromium: Browser, server: Server) -> None:
     handler = type("Handler", (_Prefix,), {"to_port": server.port})
-    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), handler) as proxy:
-        thread = threading.Thread(target=proxy.serve_forever)
-        thread.start()
+    with _Proxy(("127.0.0.1", 0), handler) as proxy:
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
         page = chromium.open(f"http://127.0.0.1:{proxy.server_address[1]}/assistant/")
         page.wait(READY)
         assert page.text("#model")
@@ -589,4 +593,3 @@ def test_the_page_works_under_a_path_of_a_proxy(chromium: Browser, server: Serve
         assert {"/assistant/app.js", "/assistant/v1/cluster"} <= paths
         assert all(path.startswith("/assistant/") for path in paths)
         proxy.shutdown()
-        thread.join()
