@@ -17,8 +17,8 @@ _PACKAGE = _ROOT / "tpilite"
 _FLOORS = [
     "errors version arrays closing dtypes shipped",
     "checks linear formats",
-    "config collective machine quantize",
-    "model text net",
+    "config collective machine",
+    "model text net quantize",
     "weights native",
     "engine",
     "llm cluster serving",
@@ -29,7 +29,7 @@ _INSIDE = {
     "formats": "json_file stored writing safetensors gguf gguf_writer model_files",
     "config": "llama hugging_face generation",
     "linear": "calls packing block_types matrix products plans chunks thread_pool linear",
-    "quantize": "groups quantizers",
+    "quantize": "groups quantizers recipe",
     "model": "ops kv_cache llama",
     "text": "parts added_tokens tokenizer normalizers pretokenizers decoders bpe sentencepiece_files "
     "tiktoken_files json_files gguf_vocab load chat",
