@@ -3,11 +3,14 @@
 import os
 import re
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from nodes import Node, Nodes
+
+from tpilite.cli import local
 
 STORY = ("--model_path", "fable", "--prompt", "Once upon a time", "--temperature", "0")
 SERVICE = ("--model_path", "fable", "--serve", "--api_port", 0)
@@ -74,6 +77,19 @@ def test_a_rank_that_dies_each_time_ends_the_whole(nodes: Nodes, tmp_path: Path)
         "tpilite-node: rank 1 ended 5 times before it had worked (exit code -9)"
     )
     assert node.err.count("is started again") == 4
+
+
+def test_a_rank_that_had_worked_is_started_again_however_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "_program", lambda: ["-c", "import os; os._exit(1)"])
+    monkeypatch.setattr(local, "_RESTART_S", 0)
+    monkeypatch.setattr(local, "_HEALTHY_S", -1)
+    pids: set[int] = set()
+    until_s = time.monotonic() + 60
+    with local.LocalWorkers(1, [], "token", last_group_s=time.monotonic, on_failure=pytest.fail) as workers:
+        while len(pids) < local._MAX_DEATHS + 3:
+            pids |= {*workers.pids.values()}
+            assert time.monotonic() < until_s
+            time.sleep(0.001)
 
 
 def test_a_service_ends_with_a_rank_that_cannot_come_back(nodes: Nodes, tmp_path: Path) -> None:

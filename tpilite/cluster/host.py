@@ -162,7 +162,9 @@ class Host(Closing):
                 self._serve(None)
             left_s = _SETTLE_S if timeout_s is None else started_s + timeout_s - time.monotonic()
             try:
-                return self._rendezvous.wait_for_group(min(_SETTLE_S, left_s))
+                group = self._rendezvous.wait_for_group(min(_SETTLE_S, left_s))
+                self.formed_s = time.monotonic()
+                return group
             except PeerLost:
                 now_s, waiting = time.monotonic(), _describe(self._rendezvous.states)
                 if timeout_s is not None and left_s <= _SETTLE_S:
