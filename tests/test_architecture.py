@@ -19,7 +19,7 @@ _FLOORS = [
     "checks linear formats",
     "config collective machine",
     "model text net quantize",
-    "weights native",
+    "weights native chat",
     "engine",
     "llm cluster serving",
     "cli __init__",
@@ -32,7 +32,8 @@ _INSIDE = {
     "quantize": "groups quantizers recipe",
     "model": "ops kv_cache llama",
     "text": "parts added_tokens tokenizer normalizers pretokenizers decoders bpe sentencepiece_files "
-    "tiktoken_files json_files gguf_vocab load chat",
+    "tiktoken_files json_files gguf_vocab load templates",
+    "chat": "answers spelling template_runner template_process format",
     "net": "auth messages wire address channel handshake control exchange codecs sums measure group listener "
     "http http_server members rendezvous membership",
     "weights": "partition uncached assemble trust content checkpoint disk slices slicer "

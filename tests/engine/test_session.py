@@ -8,6 +8,8 @@ import pytest
 from servers import write_model
 
 from tpilite import LLM, SamplingParams
+from tpilite.chat.answers import AnswerSyntax
+from tpilite.chat.format import ChatPrompt
 from tpilite.engine.engine import TooLong
 from tpilite.errors import ConfigError
 
@@ -25,8 +27,8 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
 class ChatWithItsOwnEnd:
     stop_ids = frozenset({11})
 
-    def encode(self, _messages: object) -> list[int]:
-        return [1, 2]
+    def encode(self, _messages: object, **_: object) -> ChatPrompt:
+        return ChatPrompt([1, 2], AnswerSyntax())
 
 
 def test_an_end_is_every_token_that_the_model_the_tokenizer_or_the_chat_ends_with(

@@ -25,6 +25,8 @@ from servers import (
 )
 
 from tpilite import LLM, SamplingParams
+from tpilite.chat.answers import AnswerSyntax
+from tpilite.chat.format import ChatPrompt
 from tpilite.errors import PeerLost
 from tpilite.net.http import HttpError
 from tpilite.serving import answer, body_memory, openai_requests
@@ -341,7 +343,7 @@ def test_what_cannot_fit_is_refused_by_its_length(
         assert "bytes" in refused("/v1/chat/completions", {"messages": [huge]})
     # Spaces around a message are no part of it.
     spaced = [{"role": "user", "content": " " * most + "Hello" + " " * 9}]
-    monkeypatch.setattr(llm.chat_format, "encode", lambda messages: [1])
+    monkeypatch.setattr(llm.chat_format, "encode", lambda messages, **_: ChatPrompt([1], AnswerSyntax()))
     assert llm.encode_chat(spaced).ids == [1]
 
 

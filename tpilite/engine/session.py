@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tpilite.chat.answers import AnswerSyntax
+from tpilite.chat.format import ChatFormat, chat_format
 from tpilite.closing import Closing
 from tpilite.config.generation import GenerationDefaults
 from tpilite.config.llama import LlamaConfig
@@ -27,12 +29,12 @@ from tpilite.engine.sequence import Sequence
 from tpilite.engine.stats import Stats, measure
 from tpilite.engine.usage import Usage
 from tpilite.errors import ConfigError
-from tpilite.text.chat import ChatFormat, JinjaChat, chat_format
 from tpilite.text.load import load_tokenizer
+from tpilite.text.templates import folder_templates, folder_token_names
 from tpilite.text.tokenizer import StreamDecoder, Tokenizer
 
 Prompt = str | Items[int]
-Chat = Items[Mapping[str, str]]
+Objects = Items[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,14 @@ class Completion:
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """A prompt for the engine: its ids, those that end the text, and whether that answers or continues it."""
+    """A prompt for the engine: its ids, those that end the text, and the syntax of what answers it.
+
+    What continues a text, and answers nothing, has no syntax.
+    """
 
     ids: list[int]
     eos_ids: frozenset[int]
-    is_chat: bool
+    syntax: AnswerSyntax | None = None
 
 
 class Session(Closing):
@@ -78,7 +83,8 @@ class Session(Closing):
         self.chat_format: ChatFormat | None = None
         self._eos_ids = frozenset(config.eos_token_ids)
         if self._tokenizer is not None:
-            self.chat_format = chat_format(self._tokenizer, folder)
+            templates = folder_templates(folder, self._tokenizer.specials)
+            self.chat_format = chat_format(self._tokenizer, templates, folder_token_names(folder))
             self._eos_ids |= self._tokenizer.eos_ids
         self.engine = Engine(config, rank, recover=recover)
 
@@ -89,6 +95,8 @@ class Session(Closing):
     def close(self) -> None:
         """Ends every request with an error. From now on there is none."""
         self.engine.close()
+        if self.chat_format is not None:
+            self.chat_format.close()
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -115,21 +123,29 @@ class Session(Closing):
         """A text to be continued, as ids."""
         self._check_size(prompt if isinstance(prompt, str) else "")
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        return EncodedPrompt(ids, self._eos_ids, is_chat=False)
+        return EncodedPrompt(ids, self._eos_ids)
 
-    def encode_chat(self, messages: Chat, variables: Mapping[str, Any] | None = None) -> EncodedPrompt:
+    def encode_chat(
+        self,
+        messages: Objects,
+        variables: Mapping[str, Any] | None = None,
+        *,
+        tools: Objects | None = None,
+        documents: Objects | None = None,
+        continues: bool = False,
+    ) -> EncodedPrompt:
         """A conversation of {"role": ..., "content": ...} messages to be answered, as ids.
 
-        `variables` are set for the model's own template; the formats built in have none.
+        `variables` are set for the model's chat template, which may also offer `tools` and `documents` to the
+        model. With `continues` the answer goes on with the last message.
         """
         if self.chat_format is None:
-            raise ConfigError(f"{self.folder} is not a chat model (no known chat format); give it a prompt")
-        self._check_size("".join(message["content"].strip() for message in messages))
-        chat_format = self.chat_format
-        if variables and isinstance(chat_format, JinjaChat):
-            chat_format = chat_format.with_variables(variables)
-        ids, stop_ids = chat_format.encode(messages), chat_format.stop_ids
-        return EncodedPrompt(ids, self._eos_ids | stop_ids, is_chat=True)
+            raise ConfigError(f"{self.folder} is not a chat model (no chat template); give it a prompt")
+        contents = (content for message in messages if isinstance(content := message.get("content"), str))
+        self._check_size("".join(map(str.strip, contents)))
+        chat_format = self.chat_format.with_variables(variables) if variables else self.chat_format
+        prompt = chat_format.encode(messages, tools=tools, documents=documents, continues=continues)
+        return EncodedPrompt(prompt.ids, self._eos_ids | chat_format.stop_ids, prompt.syntax)
 
     def prepare(self, prompt: EncodedPrompt, params: SamplingParams | None = None) -> Sequence:
         """A request that is not in the queue yet. Raises `ConfigError` if it cannot be served."""
@@ -138,7 +154,7 @@ class Session(Closing):
         self.engine.check(sequence)
         if self._tokenizer is not None:
             # An answer is a text of its own, a completion goes on from its prompt.
-            sequence.decoder = StreamDecoder(self._tokenizer, after=[] if prompt.is_chat else prompt.ids)
+            sequence.decoder = StreamDecoder(self._tokenizer, after=[] if prompt.syntax else prompt.ids)
         elif params.stop:
             raise ConfigError("stop texts need a tokenizer, which this model's folder does not have")
         return sequence
@@ -152,9 +168,12 @@ class Session(Closing):
         """A request for what follows `prompt`, in the queue. Raises `ConfigError` if it cannot be served."""
         return self._submitted(self.prepare(self.encode(prompt), params))
 
-    def start_chat(self, messages: Chat, params: SamplingParams | None = None) -> Sequence:
-        """A request for the answer to a conversation, in the queue. Raises as `start` does."""
-        return self._submitted(self.prepare(self.encode_chat(messages), params))
+    def start_chat(self, messages: Objects, params: SamplingParams | None = None, **options: Any) -> Sequence:
+        """A request for the answer to a conversation, in the queue. Raises as `start` does.
+
+        The options are those of `encode_chat`.
+        """
+        return self._submitted(self.prepare(self.encode_chat(messages, **options), params))
 
     def run(self, request: Sequence) -> Iterator[str]:
         """Serves `request` to its end and gives its text in pieces. Raises the error that ended it."""

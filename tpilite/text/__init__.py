@@ -1,6 +1,6 @@
-"""Text to token ids and back, and conversations to prompts.
+"""Text to token ids and back, and where a model's chat templates are written.
 
-Begin with `load.py`, which finds the tokenizer of a model folder, and `chat.py` for the chat formats.
+Begin with `load.py`, which finds the tokenizer of a model folder.
 May import: `errors`, `formats` and `config`.
 Must never know: weights, maths, ranks, HTTP.
 """
