@@ -27,6 +27,7 @@ from tpilite import SamplingParams
 from tpilite.cli.main import hosted
 from tpilite.cli.options import parse
 from tpilite.engine.session import Session
+from tpilite.formats.model_files import ModelFiles
 from tpilite.machine import limit_blas_threads
 
 # What TPI-LLM took: 480 to 640 ms per token, 640 MiB in rank 0 and 370 MiB in rank 1. An eighth and a third.
@@ -42,8 +43,9 @@ def measure(folder: Path, options: list[str], n_prompt: int, n_new: int) -> dict
     """One text by rank 0 in this process and rank 1 in another."""
     args = parse(["--local", "2", "--model_path", str(folder), *options])
     with ExitStack() as stack:
-        host = stack.enter_context(hosted(args, folder, 2, stack))
-        session = Session(folder, host.config, host.rank)
+        files = ModelFiles.find(folder)
+        host = stack.enter_context(hosted(args, files, 2, stack))
+        session = Session(files, host.config, host.rank)
         session.open()
         (worker,) = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
         prompt = np.random.default_rng(0).integers(3, 1000, n_prompt).tolist()

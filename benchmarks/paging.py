@@ -30,6 +30,7 @@ from tpilite.config.llama import LlamaConfig
 from tpilite.engine.compiled import new_products
 from tpilite.engine.usage import disk_read_bytes
 from tpilite.formats.stored import StoredTensor
+from tpilite.formats.uncached import UncachedFile, allocate, buffer_bytes
 from tpilite.linear.linear import Linear
 from tpilite.machine import limit_blas_threads, peak_rss_bytes, rss_bytes
 from tpilite.model.llama import Llama, Segment
@@ -37,7 +38,6 @@ from tpilite.weights.assemble import Embedding, assemble, mapped
 from tpilite.weights.checkpoint import Checkpoint
 from tpilite.weights.pager import PART_BYTES, Pager
 from tpilite.weights.partition import EMBEDDING
-from tpilite.weights.uncached import UncachedFile, allocate, buffer_bytes
 
 _SETTLED_AFTER = 24  # tokens
 MARGIN_BYTES = 60_000_000  # what the budget may be exceeded by

@@ -5,10 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from block_rows import FLOAT16_PLACES, random_blocks
+from checkpoints import store, tiny_config
 from numpy.typing import NDArray
 
+from tpilite.config.llama import LlamaConfig
+from tpilite.dtypes import BLOCK_SIZES
 from tpilite.formats.gguf_writer import GgufWriter
 from tpilite.formats.writing import TensorSpec
+from tpilite.linear.matrix import Blocks, as_float32
+from tpilite.weights.gguf_tensors import gguf_name
+from tpilite.weights.partition import EMBEDDING, LM_HEAD, tensor_shapes
 
 
 def write_gguf(
@@ -26,3 +33,88 @@ def write_gguf(
     finally:
         writer.abandon()
     return path
+
+
+def gguf_config(**changes: Any) -> LlamaConfig:
+    """A Llama whose rows are whole blocks of 32, with grouped KV heads; none of its matrices is large."""
+    values: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "tie_word_embeddings": True,
+        "rms_norm_eps": float(np.float32(1e-5)),
+        "rope_interleaved": True,
+    }
+    return tiny_config(**(values | changes))
+
+
+def write_gguf_model(
+    path: Path,
+    config: LlamaConfig,
+    dtypes: "str | Mapping[str, str]" = "Q8_0",
+    seed: int = 0,
+    metadata: Mapping[str, Any] | None = None,
+) -> dict[str, NDArray[np.float32]]:
+    """Writes a random Llama as a GGUF, and gives its values by Hugging Face's names, as they are there.
+
+    `dtypes` is that of all matrices, or by the end of a tensor's name; vectors are F32.
+    """
+    rng = np.random.default_rng(seed)
+    stored, values = {}, {}
+    for name, shape in tensor_shapes(config).items():
+        if name == LM_HEAD and config.tie_word_embeddings:
+            continue
+        dtype = "F32"
+        if len(shape) == 2:
+            dtype = dtypes if isinstance(dtypes, str) else _dtype_of(name, dtypes)
+        if dtype in BLOCK_SIZES:
+            blocks = random_blocks(rng, dtype, *shape)
+            values[name] = as_float32(blocks)
+            # As large as keeps activations near one: the codes are any.
+            blocks = scaled(blocks, 1 / (np.sqrt(shape[-1]) * max(values[name].std(), 1e-6)))
+            values[name], raw = as_float32(blocks), blocks.bytes
+        else:
+            numbers = rng.standard_normal(shape, np.float32) / np.float32(np.sqrt(shape[-1]))
+            raw = store(numbers if len(shape) == 2 else np.float32(1) + np.float32(0.1) * numbers, dtype)
+            values[name] = as_float32(raw)
+        stored[gguf_name(name)] = (dtype, shape, raw)
+    write_gguf(path, stored, llama_metadata(config) | dict(metadata or {}))
+    if config.tie_word_embeddings:
+        values[LM_HEAD] = values[EMBEDDING]
+    return values
+
+
+def scaled(blocks: Blocks, factor: float) -> Blocks:
+    """Blocks whose scales and offsets are multiplied."""
+    rows = blocks.as_blocks().copy()
+    for place in FLOAT16_PLACES[blocks.type.name]:
+        scales = rows[:, place : place + 2].copy().view("<f2")
+        rows[:, place : place + 2] = (scales * np.float16(factor)).astype("<f2").view(np.uint8)
+    return Blocks(blocks.type, rows.reshape(blocks.bytes.shape), blocks.n_cols)
+
+
+def llama_metadata(config: LlamaConfig) -> dict[str, Any]:
+    """What a GGUF of the architecture llama says of itself."""
+    return {
+        "general.architecture": "llama",
+        "llama.block_count": config.num_hidden_layers,
+        "llama.context_length": config.max_position_embeddings,
+        "llama.embedding_length": config.hidden_size,
+        "llama.feed_forward_length": config.intermediate_size,
+        "llama.attention.head_count": config.num_attention_heads,
+        "llama.attention.head_count_kv": config.num_key_value_heads,
+        "llama.attention.key_length": config.head_dim,
+        "llama.attention.value_length": config.head_dim,
+        "llama.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "llama.rope.freq_base": config.rope_theta,
+        "llama.rope.dimension_count": config.head_dim,
+        "llama.vocab_size": config.vocab_size,
+        "tokenizer.ggml.bos_token_id": config.bos_token_id,
+        "tokenizer.ggml.eos_token_id": config.eos_token_ids[0],
+    }
+
+
+def _dtype_of(name: str, dtypes: Mapping[str, str]) -> str:
+    return next((dtype for part, dtype in dtypes.items() if part in name), "F32")

@@ -26,8 +26,8 @@ _FLOORS = [
 ]
 # Inside a folder, each module imports only from those before it: a new module needs its place here.
 _INSIDE = {
-    "formats": "json_file stored writing safetensors gguf gguf_writer model_files",
-    "config": "llama hugging_face generation",
+    "formats": "json_file stored writing safetensors gguf gguf_writer model_files uncached",
+    "config": "llama hugging_face gguf generation",
     "linear": "calls packing block_types matrix products plans chunks thread_pool linear",
     "quantize": "groups quantizers recipe",
     "model": "ops kv_cache llama",
@@ -36,7 +36,7 @@ _INSIDE = {
     "chat": "answers spelling template_runner template_process format",
     "net": "auth messages wire address channel handshake control exchange codecs sums measure group listener "
     "http http_server members rendezvous membership",
-    "weights": "partition uncached assemble trust content checkpoint disk slices slicer "
+    "weights": "partition assemble trust content gguf_tensors checkpoint disk slices slicer "
     "residency part_table loader pager",
     "native": "bindings products exchange",
     "engine": "compiled config sampling usage sequence scheduler stats step choice runner rank engine "

@@ -1,4 +1,4 @@
-"""The Python interface: a model folder in, text out.
+"""The Python interface: a model folder or a GGUF file in, text out.
 
     from tpilite import LLM, SamplingParams
 
@@ -16,6 +16,7 @@ from tpilite.collective import Solo
 from tpilite.engine.config import EngineConfig, parse_budget
 from tpilite.engine.rank import Rank
 from tpilite.engine.session import Session
+from tpilite.formats.model_files import ModelFiles
 from tpilite.shipped import find_model
 from tpilite.weights.checkpoint import Checkpoint
 
@@ -33,12 +34,12 @@ class LLM(Session):
     The BLAS of this process is held to one thread, beside which ours work. Accelerate, NumPy's on a Mac, must
     be told before NumPy is imported: set VECLIB_MAXIMUM_THREADS=1, as `tpilite-node` does.
 
-    Raises `CheckpointError` and `ConfigError` for a folder that cannot be used.
+    Raises `CheckpointError` and `ConfigError` for a model that cannot be used.
     """
 
     def __init__(
         self,
-        model_path: str | PathLike[str],
+        model_path: str | PathLike[str] | ModelFiles,
         *,
         threads: int | None = None,
         kv_dtype: str = "f32",
@@ -51,11 +52,11 @@ class LLM(Session):
             memory_budget=parse_budget(memory_budget),
             memory_window=memory_window,
         )
-        folder = find_model(model_path)
+        files = model_path if isinstance(model_path, ModelFiles) else ModelFiles.find(find_model(model_path))
         with ExitStack() as stack:
-            checkpoint = stack.enter_context(Checkpoint(folder))
+            checkpoint = stack.enter_context(Checkpoint(files))
             rank = stack.enter_context(Rank(checkpoint.config, checkpoint.tensors, 0, Solo(), engine))
-            super().__init__(folder, checkpoint.config, rank)
+            super().__init__(files, checkpoint.config, rank)
             self.open()
             self._stack = stack.pop_all()
 

@@ -79,5 +79,5 @@ def test_a_count_of_parts_that_is_none_is_refused(tmp_path: Path) -> None:
 
 def test_another_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"xxxxxxxx")
-    with pytest.raises(CheckpointError, match="is no GGUF file; expected one, or the folder of a model"):
+    with pytest.raises(CheckpointError, match="is not a folder and no GGUF file; expected one"):
         ModelFiles.find(tmp_path / "model.safetensors")

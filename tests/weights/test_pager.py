@@ -25,6 +25,7 @@ from tpilite.cli.memory_report import MemoryReport, paging_columns
 from tpilite.collective import Solo
 from tpilite.engine.usage import Usage
 from tpilite.errors import CheckpointError, ConfigError
+from tpilite.formats.uncached import UncachedFile
 from tpilite.linear import calls
 from tpilite.linear.linear import Linear
 from tpilite.linear.matrix import as_float32
@@ -38,7 +39,6 @@ from tpilite.weights.checkpoint import Checkpoint
 from tpilite.weights.pager import Pager
 from tpilite.weights.partition import EMBEDDING, LM_HEAD
 from tpilite.weights.residency import PagedPart
-from tpilite.weights.uncached import UncachedFile
 
 # Wide enough that a matrix is several of the multiplication's blocks, with sizes that do not divide evenly.
 _CONFIG = tiny_config(hidden_size=512, intermediate_size=1100, head_dim=64, vocab_size=1500)

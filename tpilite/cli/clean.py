@@ -2,23 +2,23 @@
 
 import argparse
 import sys
-from pathlib import Path
 
 from tpilite.cli.configs import cache_folder, own_save_dir
 from tpilite.cluster.clean import unneeded_of_cache, unneeded_of_model
+from tpilite.formats.model_files import ModelFiles
 from tpilite.machine import format_size
 from tpilite.weights.checkpoint import Checkpoint
 
 
-def clean(args: argparse.Namespace, folder: Path | None) -> int:
+def clean(args: argparse.Namespace, files: ModelFiles | None) -> int:
     """Lists what is not needed of a model's slices and in the cache, and removes it after a yes."""
     cache = cache_folder()
     found = [] if cache is None else list(unneeded_of_cache(cache))
-    save_dir = None if folder is None else own_save_dir(args, folder)
-    if folder is not None and save_dir is not None:
+    save_dir = None if files is None else own_save_dir(args, files)
+    if files is not None and save_dir is not None:
         fingerprint = None
-        if any(folder.glob("*.safetensors")) or not save_dir.is_dir():
-            with Checkpoint(folder, save_dir) as checkpoint:
+        if files.has_weights or not save_dir.is_dir():
+            with Checkpoint(files, save_dir) as checkpoint:
                 fingerprint = checkpoint.fingerprint if save_dir.is_dir() else None
         found += unneeded_of_model(save_dir, fingerprint, own=args.save_dir is None)
     for one in found:

@@ -12,6 +12,7 @@ from tpilite.cluster.token import checked_token, kept_token, new_token
 from tpilite.engine.config import EngineConfig, parse_budget
 from tpilite.engine.sampling import SamplingParams
 from tpilite.errors import ConfigError
+from tpilite.formats.model_files import ModelFiles
 from tpilite.serving.config import ServerConfig, read_api_key
 from tpilite.shipped import SHIPPED
 
@@ -76,22 +77,26 @@ def _number_of(option: int | None, variable: str) -> int | None:
         raise ConfigError(f"{variable} must be a whole number, found {os.environ[variable]!r}") from None
 
 
-def own_save_dir(args: argparse.Namespace, folder: Path | None) -> Path | None:
-    """Where slices are: as `--save_dir` says or in the model's folder; None where that is not the user's."""
+def own_save_dir(args: argparse.Namespace, files: ModelFiles | None) -> Path | None:
+    """Where slices are: as `--save_dir` says, in the model's folder, or beside a GGUF and named as it is.
+
+    None where that is not the user's.
+    """
+    folder = None if files is None else files.folder
     if args.save_dir is not None:
         return Path(folder or "", args.save_dir)
-    if folder is None or folder in SHIPPED.values():
+    if files is None or folder is None or folder in SHIPPED.values():
         return None
     nearest = folder if folder.exists() else folder.parent
     # The superuser may write everywhere, but not where nobody is meant to.
     ours = nearest.is_dir() and nearest.stat().st_mode & 0o222 and os.access(nearest, os.W_OK)
-    return folder / "split" if ours else None
+    return folder / (f"{files.name}.split" if files.gguf_paths else "split") if ours else None
 
 
-def save_dir_of(args: argparse.Namespace, folder: Path, world_size: int) -> Path:
+def save_dir_of(args: argparse.Namespace, files: ModelFiles, world_size: int) -> Path:
     """Where rank 0 has the slices: in the cache, if there is no other place."""
-    own = own_save_dir(args, folder)
-    key = f"{folder.resolve()} {world_size} {args.ratio}"
+    own = own_save_dir(args, files)
+    key = f"{files.path.resolve()} {world_size} {args.ratio}"
     return own or in_cache("split") / hashlib.sha256(key.encode()).hexdigest()[:16]
 
 

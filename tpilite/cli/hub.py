@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from tpilite.errors import ConfigError
+from tpilite.formats.model_files import ModelFiles
 
 _CACHE = "~/.cache/huggingface/hub"
 _MAX_FOLDERS = 2000  # looked into, so that a start in a huge folder stays a start
@@ -46,6 +47,8 @@ def find_models(current: Path | None = None, cache: Path | None = None) -> dict[
 def model_name(folder: Path) -> str:
     """What people call the model of a folder: its name on the Hub where it lies in the Hub's cache."""
     folder = folder.absolute()
+    if folder.is_file():
+        return ModelFiles.find(folder).name
     repository = folder.parent.parent.name
     if folder.parent.name == "snapshots" and repository.startswith("models--"):
         return repository.removeprefix("models--").replace("--", "/")

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
-from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -43,6 +42,7 @@ from tpilite.engine.config import EngineConfig
 from tpilite.engine.sampling import SamplingParams, taken_from
 from tpilite.engine.session import Completion, Session
 from tpilite.errors import ConfigError, TpiliteError
+from tpilite.formats.model_files import ModelFiles
 from tpilite.llm import LLM
 from tpilite.net.address import format_address, parse_address
 from tpilite.serving.server import serve
@@ -126,18 +126,18 @@ def run(args: argparse.Namespace) -> int:
     if args.model_type not in (None, "llama"):
         raise ConfigError(f"--model_type {args.model_type} is not supported; expected llama")
     if args.clean:
-        return clean(args, None if args.model_path is None else find_model(args.model_path))
+        return clean(args, _local_files(args))
     rank, world_size = rank_of(args), world_size_of(args)
     if args.join or (rank or 0) > 0:
         return work(args, rank)
     if args.model_path is None:
         raise ConfigError(_no_model())
-    params, folder = sampling_params(args), _folder_of(args.model_path)
+    params, files = sampling_params(args), _files_of(args.model_path)
     if args.split_only:
-        return split(args, folder, world_size)
+        return split(args, files, world_size)
     if world_size == 1:
-        return run_alone(args, folder, params)
-    return run_as_rank_0(args, folder, params, world_size)
+        return run_alone(args, files, params)
+    return run_as_rank_0(args, files, params, world_size)
 
 
 def work(args: argparse.Namespace, rank: int | None) -> int:
@@ -148,13 +148,13 @@ def work(args: argparse.Namespace, rank: int | None) -> int:
     if args.until_eof:
         end_with_stdin()
     cluster = cluster_config(args, 1, make_token=False)
-    folder = None if args.model_path is None else find_model(args.model_path)
-    save_dir = own_save_dir(args, folder)
+    files = _local_files(args)
+    save_dir = own_save_dir(args, files)
     with progress_bar("fetching slices") as bar:
         options = WorkerOptions(
             save_dir=save_dir,
             cache=save_dir or in_cache("slices"),
-            model=folder,
+            model=files,
             rank=rank,
             force_download=args.force_download,
             verify=args.verify,
@@ -165,26 +165,28 @@ def work(args: argparse.Namespace, rank: int | None) -> int:
     return 0
 
 
-def run_alone(args: argparse.Namespace, folder: Path, params: SamplingParams) -> int:
+def run_alone(args: argparse.Namespace, files: ModelFiles, params: SamplingParams) -> int:
     """The whole model in this process."""
-    with LLM(folder, **same_named(EngineConfig, args)) as llm:
+    with LLM(files, **same_named(EngineConfig, args)) as llm:
         return answer_all(llm, args, params)
 
 
-def run_as_rank_0(args: argparse.Namespace, folder: Path, params: SamplingParams, world_size: int) -> int:
+def run_as_rank_0(
+    args: argparse.Namespace, files: ModelFiles, params: SamplingParams, world_size: int
+) -> int:
     """This process as the rank that the others join, and that talks to people and programs."""
     with ExitStack() as stack:
-        host = hosted(args, folder, world_size, stack)
+        host = hosted(args, files, world_size, stack)
         recovery = Recovery(interruptible(host.recover))
-        session = Session(folder, host.config, host.rank, recover=recovery)
+        session = Session(files, host.config, host.rank, recover=recovery)
         session.open()
         return answer_all(session, args, params, host, recovery)
 
 
-def hosted(args: argparse.Namespace, folder: Path, world_size: int, stack: ExitStack) -> Host:
+def hosted(args: argparse.Namespace, files: ModelFiles, world_size: int, stack: ExitStack) -> Host:
     """Rank 0 with all others connected, until the end of `stack`. With `--local` they are started here."""
     cluster, engine = cluster_config(args, world_size, make_token=True), engine_config(args)
-    save_dir = save_dir_of(args, folder, world_size)
+    save_dir = save_dir_of(args, files, world_size)
     if args.local is not None:
         cluster = replace(
             cluster, host="127.0.0.1", broadcast_port=0, file_port=0, encrypt=False
@@ -192,7 +194,7 @@ def hosted(args: argparse.Namespace, folder: Path, world_size: int, stack: ExitS
         engine = share_of(engine, world_size)
 
     host = Host(
-        folder,
+        files,
         save_dir,
         cluster,
         engine,
@@ -220,11 +222,11 @@ def hosted(args: argparse.Namespace, folder: Path, world_size: int, stack: ExitS
     return host
 
 
-def split(args: argparse.Namespace, folder: Path, world_size: int) -> int:
+def split(args: argparse.Namespace, files: ModelFiles, world_size: int) -> int:
     """Makes the slices of all ranks, to be carried to their machines, and nothing else."""
-    save_dir = save_dir_of(args, folder, world_size)
+    save_dir = save_dir_of(args, files, world_size)
     with (
-        Checkpoint(folder, save_dir, trust=not args.verify) as checkpoint,
+        Checkpoint(files, save_dir, trust=not args.verify) as checkpoint,
         progress_bar("slicing the model") as bar,
     ):
         partition = Partition.of(checkpoint.config, world_size, args.ratio)
@@ -258,7 +260,7 @@ def answer_all(
         if args.serve:
             serve(
                 session,
-                server_config(args, model_name(session.folder), session.completed(params)),
+                server_config(args, model_name(session.files.path), session.completed(params)),
                 ready=lambda url: print(f"tpilite: the page and the API are at {url}", file=sys.stderr),
                 usage=lambda: session.usage,
                 recovery=recovery,
@@ -330,16 +332,21 @@ def _invitation(host: Host, cluster: ClusterConfig, shows: bool) -> str:
 
 def _no_model() -> str:
     """What to do without a model: which ones there are."""
-    text = "--model_path is missing: give a model's folder, or 'fable' for the one that ships"
+    text = "--model_path is missing: give a model's folder or GGUF file, or 'fable' for the one that ships"
     found = find_models()
     listed = ", ".join(f"{name} ({folder})" for name, folder in found.items())
     return f"{text}; found here: {listed}" if found else text
 
 
-def _folder_of(name: str) -> Path:
-    """The folder of a model named by its path, as one that ships, or as on the Hub."""
-    folder = find_model(name)
-    return resolve(name) if not folder.exists() and is_hub_name(name) else folder
+def _files_of(name: str) -> ModelFiles:
+    """The files of a model named by its path, as one that ships, or as on the Hub."""
+    path = find_model(name)
+    return ModelFiles.find(resolve(name) if not path.exists() and is_hub_name(name) else path)
+
+
+def _local_files(args: argparse.Namespace) -> ModelFiles | None:
+    """The model that the options name, without asking the Hub; None where they name none."""
+    return None if args.model_path is None else ModelFiles.find(find_model(args.model_path))
 
 
 def _prompts(args: argparse.Namespace) -> Iterator[str]:

@@ -74,7 +74,11 @@ def _parser() -> argparse.ArgumentParser:
 def _add_model(group: _Group) -> None:
     """Adds the options that say which model runs, and what it may use of this machine."""
     add = group.add_argument
-    add("--model_path", metavar="DIR", help="a Hugging Face folder of a Llama model, or 'fable', which ships")
+    add(
+        "--model_path",
+        metavar="PATH",
+        help="a model's Hugging Face folder or GGUF file, or 'fable', which ships",
+    )
     add("--model_type", metavar="TYPE", help="llama, the only type there is")
     add("--use_gpu", action="store_true", help="refused: tpilite computes on the CPU")
     add("--threads", type=int, metavar="N", help="threads to compute with (physical cores within the quota)")
@@ -113,7 +117,12 @@ def _add_slices(group: _Group) -> None:
     """Adds the options that say how the model is shared out, and where each rank's part is kept."""
     add = group.add_argument
     add("--ratio", type=_ratio, metavar="2,1,1", help="the ranks' shares of the work (even)")
-    add("--save_dir", type=Path, metavar="DIR", help="where slices are, from the model's folder (split)")
+    add(
+        "--save_dir",
+        type=Path,
+        metavar="DIR",
+        help="where slices are, from the model's folder (split; NAME.split for a GGUF)",
+    )
     add("--split_bin", action="store_true", help="slice the model anew")
     add("--split_only", action="store_true", help="slice the model for --world_size ranks, and end")
     add("--force_download", action="store_true", help="fetch this rank's slices anew")

@@ -20,6 +20,7 @@ from tpilite.engine.compiled import new_sums
 from tpilite.engine.config import EngineConfig
 from tpilite.engine.rank import Rank
 from tpilite.errors import PeerLost, SliceError, TpiliteError
+from tpilite.formats.model_files import ModelFiles
 from tpilite.formats.stored import StoredTensor
 from tpilite.net.group import RankLost, RootGroup
 from tpilite.net.rendezvous import Rendezvous
@@ -43,16 +44,16 @@ class Host(Closing):
     """Rank 0 of a cluster: its own `rank`, and everything that the other ranks need to come and stay.
 
     `listen` opens the ports, `start` does all that takes long. `save_dir` is for slices, made from the model
-    in `folder` where they are missing (`force` and `replace`: see `Split.of`); where `folder` has no weights,
-    slices that were brought there by hand are used. With `verify` also what is known to be whole is read
-    again. Both steps raise what goes wrong in them.
+    where they are missing (`force` and `replace`: see `Split.of`); where `files` has no weights, slices that
+    were brought there by hand are used. With `verify` also what is known to be whole is read again. Both
+    steps raise what goes wrong in them.
     """
 
     rank: Rank
 
     def __init__(
         self,
-        folder: Path,
+        files: ModelFiles,
         save_dir: Path,
         cluster: ClusterConfig,
         engine: EngineConfig,
@@ -61,7 +62,7 @@ class Host(Closing):
         replace: bool = False,
         verify: bool = False,
     ) -> None:
-        self._folder, self._save_dir, self._cluster, self._engine = folder, save_dir, cluster, engine
+        self._files, self._save_dir, self._cluster, self._engine = files, save_dir, cluster, engine
         self._force, self._replace, self._verify = force, replace, verify
         self._stack = ExitStack()
         self._given_up: TpiliteError | None = None
@@ -72,7 +73,7 @@ class Host(Closing):
         with ExitStack() as stack:
             cluster = self._cluster
             security = security_of(cluster)
-            source = _Source(self._folder, self._save_dir, cluster, self._force, self._replace, self._verify)
+            source = _Source(self._files, self._save_dir, cluster, self._force, self._replace, self._verify)
             self._source = stack.enter_context(source)
             self.config, self.partition = source.config, source.partition
             terms = terms_of(source.fingerprint, source.partition)
@@ -208,7 +209,7 @@ class _Source(Closing):
 
     def __init__(
         self,
-        folder: Path,
+        files: ModelFiles,
         save_dir: Path,
         cluster: ClusterConfig,
         force: bool,
@@ -217,14 +218,14 @@ class _Source(Closing):
     ) -> None:
         self._verify = verify
         self._checkpoint: Checkpoint | None = None
-        carried = None if any(folder.glob("*.safetensors")) else _carried(save_dir, cluster.world_size)
+        carried = None if files.has_weights else _carried(save_dir, cluster.world_size)
         if carried is not None:
             self.split = Split.using(carried)
             manifest = Manifest.read(self.split.node(0))
             self.config, self.partition = manifest.config, manifest.partition
             self.fingerprint = manifest.fingerprint
             return
-        self._checkpoint = Checkpoint(folder, save_dir, trust=not verify)
+        self._checkpoint = Checkpoint(files, save_dir, trust=not verify)
         try:
             self.config = self._checkpoint.config
             self.partition = Partition.of(self.config, cluster.world_size, cluster.ratio)

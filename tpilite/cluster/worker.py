@@ -18,6 +18,7 @@ from tpilite.engine.compiled import new_sums
 from tpilite.engine.config import EngineConfig
 from tpilite.engine.rank import Rank
 from tpilite.errors import ConfigError, PeerLost, SliceError
+from tpilite.formats.model_files import ModelFiles
 from tpilite.net.address import Address
 from tpilite.net.group import GroupEnded
 from tpilite.net.membership import Membership, join
@@ -41,7 +42,7 @@ class WorkerOptions:
 
     cache: Path  # where what is known of the weights of `model` is kept, and slices where no place is given
     save_dir: Path | None = None  # None: a folder of its own for every model and partition, below `cache`
-    model: Path | None = None  # a folder that may have the model, which is then to be that of rank 0
+    model: ModelFiles | None = None  # which may have weights, and is then to be that of rank 0
     rank: int | None = None
     force_download: bool = False
     verify: bool = False
@@ -214,10 +215,9 @@ def _found(node: Path, again: bool) -> Manifest | None:
 
 def _known_terms(options: WorkerOptions) -> dict[str, Any]:
     """What this node knows of rank 0's terms before it joins: which model it is, where it has one itself."""
-    folder = options.model
-    if folder is None or not any(folder.glob("*.safetensors")):
+    if options.model is None or not options.model.has_weights:
         return {}
-    with Checkpoint(folder, options.cache, trust=not options.verify) as checkpoint:
+    with Checkpoint(options.model, options.cache, trust=not options.verify) as checkpoint:
         return {"model": checkpoint.fingerprint}
 
 

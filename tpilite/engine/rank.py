@@ -9,11 +9,13 @@ from typing import Any
 from tpilite.closing import Closing
 from tpilite.collective import Collective, Timed
 from tpilite.config.llama import LlamaConfig
+from tpilite.dtypes import DTYPES
 from tpilite.engine.compiled import new_products
 from tpilite.engine.config import KV_DTYPES, MAX_ROWS, EngineConfig
 from tpilite.engine.runner import Runner
 from tpilite.engine.usage import Usage, disk_read_bytes
 from tpilite.formats.stored import StoredTensor
+from tpilite.formats.uncached import empty
 from tpilite.linear.linear import Linear
 from tpilite.machine import (
     auto_budget_bytes,
@@ -29,7 +31,6 @@ from tpilite.model.llama import Llama
 from tpilite.weights.assemble import Embedding
 from tpilite.weights.pager import Pager
 from tpilite.weights.partition import EMBEDDING
-from tpilite.weights.uncached import empty
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,8 @@ class Rank(Closing):
         linear = self._stack.enter_context(Linear(n_threads, new_products(n_threads)))
         n_bytes = sum(tensor.nbytes for tensor in tensors.values())
         if n_bytes >= _MEASURED_FROM_BYTES:  # before the pager finds out what memory there is
-            linear.prepare({tensor.stored_dtype for tensor in tensors.values() if len(tensor.shape) == 2})
+            matrices = [tensor for tensor in tensors.values() if len(tensor.shape) == 2]
+            linear.prepare({DTYPES[tensor.dtype] for tensor in matrices if tensor.dtype in DTYPES})
         self._pager = self._stack.enter_context(
             Pager(
                 tensors,

@@ -1,6 +1,6 @@
 """Text in, text out: what a program asks of rank 0, however many ranks there are.
 
-    session = Session(folder, config, rank)
+    session = Session(files, config, rank)
     session.open()
     for text in session.stream("Once upon a time", SamplingParams(length=100, seed=1)):
         print(text, end="", flush=True)
@@ -11,7 +11,6 @@ Closing the loop early ends the request.
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +28,7 @@ from tpilite.engine.sequence import Sequence
 from tpilite.engine.stats import Stats, measure
 from tpilite.engine.usage import Usage
 from tpilite.errors import ConfigError
+from tpilite.formats.model_files import ModelFiles
 from tpilite.text.load import load_tokenizer
 from tpilite.text.templates import folder_templates, folder_token_names
 from tpilite.text.tokenizer import StreamDecoder, Tokenizer
@@ -69,22 +69,22 @@ class Session(Closing):
 
     def __init__(
         self,
-        folder: Path,
+        files: ModelFiles,
         config: LlamaConfig,
         rank: Rank,
         *,
         recover: Recover | None = None,
     ) -> None:
-        self.folder, self.config = folder, config
+        self.files, self.config = files, config
         self._rank = rank
-        self.defaults = GenerationDefaults.from_folder(folder)
-        self._tokenizer = load_tokenizer(folder, config.vocab_size)
+        self.defaults = GenerationDefaults.from_folder(files.folder)
+        self._tokenizer = load_tokenizer(files.folder, config.vocab_size)
         # How messages become a prompt; None for a model that was not made for chat.
         self.chat_format: ChatFormat | None = None
         self._eos_ids = frozenset(config.eos_token_ids)
         if self._tokenizer is not None:
-            templates = folder_templates(folder, self._tokenizer.specials)
-            self.chat_format = chat_format(self._tokenizer, templates, folder_token_names(folder))
+            templates = folder_templates(files.folder, self._tokenizer.specials)
+            self.chat_format = chat_format(self._tokenizer, templates, folder_token_names(files.folder))
             self._eos_ids |= self._tokenizer.eos_ids
         self.engine = Engine(config, rank, recover=recover)
 
@@ -103,7 +103,7 @@ class Session(Closing):
         """The model's tokenizer. Raises `ConfigError` where its folder has none."""
         if self._tokenizer is None:
             raise ConfigError(
-                f"{self.folder} has no tokenizer (tokenizer.model or tokenizer.json): "
+                f"{self.files.path} has no tokenizer (tokenizer.model or tokenizer.json): "
                 "download it, or give the prompt as a list of token ids"
             )
         return self._tokenizer
@@ -140,7 +140,7 @@ class Session(Closing):
         model. With `continues` the answer goes on with the last message.
         """
         if self.chat_format is None:
-            raise ConfigError(f"{self.folder} is not a chat model (no chat template); give it a prompt")
+            raise ConfigError(f"{self.files.path} is not a chat model (no chat template); give it a prompt")
         contents = (content for message in messages if isinstance(content := message.get("content"), str))
         self._check_size("".join(map(str.strip, contents)))
         chat_format = self.chat_format.with_variables(variables) if variables else self.chat_format

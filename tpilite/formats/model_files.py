@@ -34,7 +34,7 @@ class ModelFiles:
         """
         if path.is_file():
             if not is_gguf(path):
-                raise CheckpointError(f"{path} is no GGUF file; expected one, or the folder of a model")
+                raise CheckpointError(f"{path} is not a folder and no GGUF file; expected one of them")
             return cls(path, _parts(path))
         found = [] if any(path.glob("*.safetensors")) else ggufs_in(path)
         if len(found) > 1:

@@ -52,7 +52,7 @@ def serve(
         recovery=recovery,
         cluster_state=cluster_state,
     )
-    with _Signals() as signals, service, Server(service, config, session.folder.name) as server:
+    with _Signals() as signals, service, Server(service, config, session.files.name) as server:
         if ready is not None:
             ready(server.url)
         signals.wait()

@@ -4,22 +4,38 @@ How a matrix comes into memory is not decided here: `matrix_of` turns a stored t
 `Matrix`, mapped (`mapped`) or paged (the pager's).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
 from tpilite.arrays import Array
 from tpilite.formats.stored import StoredTensor
-from tpilite.linear.matrix import Matrix, as_float32
+from tpilite.linear.block_types import BLOCK_TYPES
+from tpilite.linear.matrix import Blocks, InMemory, Matrix, Part, Stored, as_float32
 from tpilite.model.llama import LayerWeights, LlamaWeights
 from tpilite.weights.partition import FINAL_NORM, LM_HEAD, layer_tensor
 
 MatrixOf = Callable[[StoredTensor, Array | None], Matrix]
 
 
+def as_weights(tensor: StoredTensor, stored: Stored) -> Stored | Blocks:
+    """What a tensor stores, of `stored_shape`, as `linear` takes it."""
+    block_type = BLOCK_TYPES.get(tensor.dtype)
+    return stored if block_type is None else Blocks(block_type, stored, tensor.shape[1])
+
+
+def matrix_in_parts(tensor: StoredTensor, parts: Iterable[Part], bias: Array | None) -> Matrix:
+    """The tensor as a matrix that comes in these parts."""
+    n_rows, n_cols = tensor.shape
+    if tensor.columns is None:
+        return Matrix(n_rows, n_cols, tuple(parts), bias)
+    columns = tensor.columns
+    return Matrix(n_rows, n_cols, tuple(parts), bias, first_col=columns.start, n_inputs=len(columns))
+
+
 def mapped(tensor: StoredTensor, bias: Array | None) -> Matrix:
     """The tensor as a memory map that the kernel keeps or drops as it sees fit."""
-    return Matrix.of(tensor.array(), bias)
+    return matrix_in_parts(tensor, [InMemory(as_weights(tensor, tensor.array()))], bias)
 
 
 def assemble(tensors: Mapping[str, StoredTensor], n_layers: int, matrix_of: MatrixOf) -> LlamaWeights:
@@ -56,7 +72,7 @@ class Embedding:
         self._table = table
 
     def __call__(self, ids: Sequence[int]) -> Array:  # ids -> [T, D]
-        rows = np.empty((len(ids), self._table.shape[1]), self._table.stored_dtype)
+        rows = np.empty((len(ids), *self._table.stored_shape[1:]), self._table.stored_dtype)
         for row, token_id in zip(rows, ids, strict=True):
             self._table.rows(token_id, token_id + 1).read_into(row)
-        return as_float32(rows)
+        return as_float32(as_weights(self._table, rows))

@@ -1,7 +1,8 @@
-"""A Hugging Face model folder as memory-mapped tensors, opened in the time that its headers take.
+"""A model as memory-mapped tensors, opened in the time that its headers take: a folder or a GGUF.
 
-`config.json` (and `generation_config.json`) say what the model is; its weights are in `model.safetensors`,
-or in the shards that `model.safetensors.index.json` names. Nothing is converted, copied or read ahead.
+Of a folder, `config.json` (and `generation_config.json`) say what the model is; its weights are in
+`model.safetensors`, or in the shards that `model.safetensors.index.json` names. A GGUF has all in its header
+(`gguf_tensors`). Nothing is converted, copied or read ahead.
 """
 
 import functools
@@ -18,8 +19,10 @@ from tpilite.config.hugging_face import config_of_folder
 from tpilite.config.llama import LlamaConfig
 from tpilite.errors import CheckpointError
 from tpilite.formats.json_file import read_json
+from tpilite.formats.model_files import ModelFiles
 from tpilite.formats.safetensors import TensorFile
-from tpilite.formats.stored import StoredTensor
+from tpilite.formats.stored import StoredFile, StoredTensor
+from tpilite.weights import gguf_tensors
 from tpilite.weights.content import CONTENT_NAME, content_hash
 from tpilite.weights.partition import EMBEDDING, LM_HEAD, tensor_shapes
 from tpilite.weights.trust import KnownHashes
@@ -36,7 +39,9 @@ _SAMPLE_BYTES = 2048
 
 
 class Checkpoint(Closing):
-    """The model in a folder. Raises `CheckpointError` or `ConfigError` when it cannot be used.
+    """A model by its files, or by the path that leads to them (see `ModelFiles.find`).
+
+    Raises `CheckpointError` or `ConfigError` when it cannot be used.
 
     `tensors` has every tensor of the architecture by Hugging Face's name, its shape checked against
     `config`, whatever the files have before these names. Where they have no `lm_head.weight`, it is the
@@ -45,27 +50,25 @@ class Checkpoint(Closing):
     The hash of its weights is kept in the folder `notes`, if there is one to be, and trusted from there.
     """
 
-    def __init__(self, folder: Path, notes: Path | None = None, *, trust: bool = True) -> None:
-        self.folder = folder
+    def __init__(self, model: ModelFiles | Path, notes: Path | None = None, *, trust: bool = True) -> None:
+        self.files = model if isinstance(model, ModelFiles) else ModelFiles.find(model)
+        self.path = self.files.path
         self._known = None if notes is None else KnownHashes(notes / CONTENT_NAME, trust=trust)
-        self._files: dict[str, TensorFile] = {}
-        if not folder.is_dir():
-            raise CheckpointError(f"{folder} is not a folder; expected a model folder with config.json")
-        config = config_of_folder(folder)
+        self._open_files: dict[str, StoredFile] = {}
         try:
-            found = self._find(config)
+            config, found = self._of_gguf() if self.files.gguf_paths else self._of_folder()
             # The file's own head counts, whatever the flag says (merged adapters are published so); and some
             # published folders leave lm_head out without saying that it is tied.
             self.config = replace(config, tie_word_embeddings=LM_HEAD not in found)
             self.tensors: Mapping[str, StoredTensor] = {LM_HEAD: found[EMBEDDING]} | found
-            _check_shapes(self.config, self.tensors)
+            _check_shapes(self.config, self.tensors, "metadata" if self.files.gguf_paths else "config.json")
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
         """Closes the files. Arrays that were handed out stay valid."""
-        for file in self._files.values():
+        for file in self._open_files.values():
             file.close()
 
     @property
@@ -80,7 +83,7 @@ class Checkpoint(Closing):
         It takes a reading of all weights where it is not known, so who needs no slices does not ask for it.
         """
         digest = self._config_hash()
-        digest.update(content_hash(self.folder, self._files.values(), self.tensors, self._known).encode())
+        digest.update(content_hash(self.path, self._open_files.values(), self.tensors, self._known).encode())
         return digest.hexdigest()
 
     @functools.cached_property
@@ -97,6 +100,23 @@ class Checkpoint(Closing):
     def _config_hash(self) -> "hashlib._Hash":
         return hashlib.sha256(json.dumps(self.config.to_dict(), sort_keys=True).encode())
 
+    def _of_gguf(self) -> tuple[LlamaConfig, dict[str, StoredTensor]]:
+        """The configuration and the tensors of a GGUF."""
+        parts = gguf_tensors.open_parts(self.files)
+        self._open_files = {part.path.name: part for part in parts}
+        stored = gguf_tensors.stored_in(parts)
+        config = gguf_tensors.config_of(parts, stored)
+        return config, gguf_tensors.tensors_of(self.files, config, stored)
+
+    def _of_folder(self) -> tuple[LlamaConfig, dict[str, StoredTensor]]:
+        """The configuration and the tensors of a folder."""
+        if not self.path.is_dir():
+            raise CheckpointError(
+                f"{self.path} is not a folder; expected a model folder with config.json, or a GGUF file"
+            )
+        config = config_of_folder(self.path)
+        return config, self._find(config)
+
     def _find(self, config: LlamaConfig) -> dict[str, StoredTensor]:
         """What the files hold of the architecture; of the shards, those that hold something of it are opened.
 
@@ -104,7 +124,7 @@ class Checkpoint(Closing):
         """
         weight_map = self._weight_map()
         names = _names_in_files(config, weight_map)
-        _check_head(self.folder, names[LM_HEAD], weight_map)
+        _check_head(self.path, names[LM_HEAD], weight_map)
         found = {}
         for name, shape in tensor_shapes(config).items():
             stored_name = names[name]
@@ -113,10 +133,10 @@ class Checkpoint(Closing):
                 continue
             if shard is None:
                 raise CheckpointError(
-                    f"{self.folder} has no tensor {stored_name}, which its config.json implies "
+                    f"{self.path} has no tensor {stored_name}, which its config.json implies "
                     f"(expected shape {list(shape)}); download the missing files"
                 )
-            _check_file_name(shard, self.folder / _INDEX)
+            _check_file_name(shard, self.path / _INDEX)
             file = self._open(shard)
             if stored_name not in file.tensors:
                 raise CheckpointError(
@@ -128,19 +148,19 @@ class Checkpoint(Closing):
 
     def _weight_map(self) -> dict[str, Any]:
         """Which file holds which tensor, by the names that these have there."""
-        if (self.folder / _SINGLE).exists():
+        if (self.path / _SINGLE).exists():
             return dict.fromkeys(self._open(_SINGLE).tensors, _SINGLE)
-        if not (self.folder / _INDEX).exists():
-            raise _no_weights(self.folder)
-        weight_map = read_json(self.folder / _INDEX).get("weight_map")
+        if not (self.path / _INDEX).exists():
+            raise _no_weights(self.path)
+        weight_map = read_json(self.path / _INDEX).get("weight_map")
         if not isinstance(weight_map, dict):
-            raise CheckpointError(f"{self.folder / _INDEX} has no weight_map; download it again")
+            raise CheckpointError(f"{self.path / _INDEX} has no weight_map; download it again")
         return weight_map
 
-    def _open(self, name: str) -> TensorFile:
-        if name not in self._files:
-            self._files[name] = TensorFile(self.folder / name)
-        return self._files[name]
+    def _open(self, name: str) -> StoredFile:
+        if name not in self._open_files:
+            self._open_files[name] = TensorFile(self.path / name)
+        return self._open_files[name]
 
 
 def _names_in_files(config: LlamaConfig, stored: Collection[str]) -> dict[str, str]:
@@ -182,16 +202,16 @@ def _check_head(folder: Path, lm_head: str, stored: Collection[str]) -> None:
         )
 
 
-def _check_shapes(config: LlamaConfig, tensors: Mapping[str, StoredTensor]) -> None:
+def _check_shapes(config: LlamaConfig, tensors: Mapping[str, StoredTensor], said_by: str) -> None:
     """Raises `CheckpointError` where a tensor is of another shape, or of a dtype that is not supported."""
     for name, shape in tensor_shapes(config).items():
         tensor = tensors[name]
         if tensor.shape != shape:
             raise CheckpointError(
-                f"{tensor.file.path}: {tensor.name} has shape {list(tensor.shape)}, but config.json implies "
-                f"{list(shape)}; the weights and the config.json must be of the same model"
+                f"{tensor.file.path}: {tensor.name} has shape {list(tensor.shape)}, but {said_by} implies "
+                f"{list(shape)}; the weights and the {said_by} must be of the same model"
             )
-        _ = tensor.stored_dtype
+        tensor.check_supported()
 
 
 def _check_file_name(name: Any, index: Path) -> None:

@@ -31,38 +31,38 @@ _QUIET_BYTES, _REPORT_S = 512 << 20, 5.0
 
 
 def content_hash(
-    folder: Path, files: Iterable[StoredFile], tensors: Mapping[str, StoredTensor], known: KnownHashes | None
+    path: Path, files: Iterable[StoredFile], tensors: Mapping[str, StoredTensor], known: KnownHashes | None
 ) -> str:
-    """The hash of all tensors of the model in `folder`; from `known` while its files are unchanged.
+    """The hash of all tensors of the model at `path`; from `known` while its files are unchanged.
 
     Raises `CheckpointError` where they change meanwhile.
     """
     files = sorted(files, key=lambda file: file.path)
     stats = [os.fstat(file.fileno()) for file in files]
     state = [number for stat in stats for number in state_of(stat)]
-    name = str(folder.resolve())
+    name = str(path.resolve())
     found = known and known.get(name, state)
     if found:
         return found
     settle(*stats)
     digest = hashlib.sha256()
-    for tensor_name, (tensor, content) in _hash_all(folder, tensors).items():
+    for tensor_name, (tensor, content) in _hash_all(path, tensors).items():
         digest.update(json.dumps([tensor_name, tensor.dtype, tensor.shape, content]).encode())
     if state != [number for file in files for number in state_of(os.fstat(file.fileno()))]:
-        raise CheckpointError(f"the weights in {folder} changed while they were read; start again")
+        raise CheckpointError(f"the weights in {path} changed while they were read; start again")
     if known is not None:
         known.put({name: (state, digest.hexdigest())})
     return digest.hexdigest()
 
 
-def _hash_all(folder: Path, tensors: Mapping[str, StoredTensor]) -> dict[str, tuple[StoredTensor, str]]:
+def _hash_all(path: Path, tensors: Mapping[str, StoredTensor]) -> dict[str, tuple[StoredTensor, str]]:
     """Every tensor with the hash of its bytes; one that has two names is read once."""
     distinct = list(dict.fromkeys(tensors.values()))
     n_total, n_done = sum(tensor.nbytes for tensor in distinct), 0
     told_s = started_s = time.monotonic()
     if n_total > _QUIET_BYTES:
         size = format_size(n_total, fine=True)
-        logger.info("reading all weights in %s once (%s), to know them again", folder, size)
+        logger.info("reading all weights in %s once (%s), to know them again", path, size)
     hashes = {}
     with ThreadPoolExecutor(_N_THREADS, "content-hash") as pool:
         try:

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 from tpilite.closing import Closing
 from tpilite.formats.stored import StoredFile
+from tpilite.formats.uncached import UncachedFile, allocate
 from tpilite.linear.packing import Packed, pack
 from tpilite.weights.part_table import Load, PartTable, Purpose
-from tpilite.weights.uncached import UncachedFile, allocate
 
 # A second request is there when the first is done: threads that compute may let a reader wait for a core.
 _MOST_THREADS = 2
@@ -18,7 +18,7 @@ _MOST_THREADS = 2
 class Loader(Closing):
     """Takes one load after the other from the table and gives each back read, until `close`.
 
-    `n_threads` bounds the threads. Files are read by `read_method`, one of `uncached.READ_METHODS`.
+    `n_threads` bounds the threads. Files are read by `read_method`, one of `formats.uncached.READ_METHODS`.
     """
 
     def __init__(self, table: PartTable, n_threads: int, read_method: str | None) -> None:
@@ -55,7 +55,7 @@ class Loader(Closing):
                 with self._counted():
                     self._read(load)
                 if load.purpose is Purpose.PACK:
-                    packed = pack(load.rows(), allocate(load.part.tensor.nbytes * 3 // 4))
+                    packed = pack(load.stored(), allocate(load.part.tensor.nbytes * 3 // 4))
             except BaseException as caught:  # carried to the pass, which raises it
                 error = caught
             self._table.finish(load, packed, error)

@@ -25,7 +25,7 @@ from tpilite.formats.stored import StoredTensor
 from tpilite.linear.matrix import Matrix
 from tpilite.machine import format_size, rss_bytes, spare_bytes
 from tpilite.model.llama import LlamaWeights
-from tpilite.weights.assemble import assemble, mapped
+from tpilite.weights.assemble import assemble, mapped, matrix_in_parts
 from tpilite.weights.loader import Loader
 from tpilite.weights.part_table import PartTable
 from tpilite.weights.partition import EMBEDDING, LM_HEAD, layer_tensor
@@ -107,7 +107,7 @@ class Pager(Closing):
 
     `max_rows` is the most rows of a pass. `base_bytes` is what the process needs besides weights, caches
     and the arrays of a pass; None measures it, here and before every pass. `read_method` is one of
-    `uncached.READ_METHODS`. `may_pack` is whether resident bfloat16 may be packed.
+    `formats.uncached.READ_METHODS`. `may_pack` is whether resident bfloat16 may be packed.
     Raises `ConfigError` where the budget is too small, and says what is needed.
     """
 
@@ -232,7 +232,7 @@ class Pager(Closing):
                 self._table.add(rows, of_lm_head, may_pack and can_pack(rows))
                 for rows in cut(tensor, part_bytes)
             ]
-            return Matrix(tensor.shape[0], tensor.shape[1], tuple(parts), bias)
+            return matrix_in_parts(tensor, parts, bias)
 
         return assemble(tensors, config.num_hidden_layers, matrix_of)
 

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from tpilite.formats.stored import StoredTensor
-from tpilite.linear.matrix import Stored, Weights
+from tpilite.formats.uncached import allocate
+from tpilite.linear.matrix import Blocks, Stored, Weights
 from tpilite.linear.packing import Packed
+from tpilite.weights.assemble import as_weights
 from tpilite.weights.residency import (
     PagedPart,
     choose_evictions,
@@ -21,7 +23,6 @@ from tpilite.weights.residency import (
     choose_unpacking,
     spread,
 )
-from tpilite.weights.uncached import allocate
 
 
 class Purpose(enum.Enum):
@@ -45,13 +46,17 @@ class Load:
     dropped: bool = False  # no longer in the queue
     error: BaseException | None = None
 
-    def rows(self) -> Stored:
-        """The rows as they are stored, once they are read."""
+    def rows(self) -> Stored | Blocks:
+        """The rows, once they are read."""
+        return as_weights(self.part.tensor, self.stored())
+
+    def stored(self) -> Stored:
+        """What is stored of them."""
         tensor = self.part.tensor
         dtype = tensor.stored_dtype
         flat = np.frombuffer(self.buffer, dtype, tensor.nbytes // dtype.itemsize, self.place)
         flat.flags.writeable = False
-        return flat.reshape(tensor.shape)
+        return flat.reshape(tensor.stored_shape)
 
 
 class PartTable:
@@ -88,7 +93,7 @@ class PartTable:
     def map_all(self) -> None:
         """Makes every part resident as a memory map, which nobody has to read."""
         for part in self.parts:
-            part.resident, part.array = True, part.tensor.array()
+            part.resident, part.array = True, as_weights(part.tensor, part.tensor.array())
 
     def keep_evenly(self, room: int) -> None:
         """Makes parts of up to `room` bytes resident, evenly among the others."""

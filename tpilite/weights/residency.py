@@ -12,10 +12,10 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 from tpilite.formats.stored import StoredTensor
+from tpilite.formats.uncached import buffer_bytes
 from tpilite.linear.calls import part_rows
 from tpilite.linear.matrix import Weights
 from tpilite.linear.packing import ROWS, Packed, packed_bytes
-from tpilite.weights.uncached import buffer_bytes
 
 # Where unpacking turns out to be slower than reading, one of so many packed parts is unpacked at a time.
 _UNPACKED_OF = 8

@@ -185,7 +185,7 @@ class Manifest:
             return None
         if self.fingerprint == checkpoint.sampled_fingerprint:
             return "made by an earlier version, which did not look at all of the weights"
-        return f"made from other weights than those in {checkpoint.folder}"
+        return f"made from other weights than those in {checkpoint.path}"
 
     def damaged_files(
         self, folder: Path, progress: Progress | None = None, *, trust: bool = True

@@ -1,0 +1,61 @@
+"""A GGUF as it lies gives the logits of its weights' values."""
+
+import numpy as np
+import pytest
+import reference
+from checkpoints import hf_config
+from gguf_files import gguf_config, write_gguf_model
+
+from tpilite import LLM
+from tpilite.dtypes import BLOCK_SIZES
+
+IDS = list(np.random.default_rng(7).integers(0, 50, 20))
+
+# As quantizers mix them: rows of 256 where a type needs that, other types for what matters more.
+MIXED = {"embed": "Q6_K", "down_proj": "Q6_K", "v_proj": "Q5_K", "gate_proj": "IQ4_XS", "proj": "Q4_K"}
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "head_dim": 32}
+
+
+def in_hugging_faces_order(config, values):
+    """The rows of queries and keys with the pairs of rotary embedding half a head apart."""
+    found = dict(values)
+    for name, rows in values.items():
+        if config.rope_interleaved and ("q_proj" in name or "k_proj" in name):
+            pairs = rows.reshape(-1, config.head_dim // 2, 2, *rows.shape[1:])
+            found[name] = pairs.swapaxes(1, 2).reshape(rows.shape)
+    return found
+
+
+def expected_logits(config, values, ids=IDS):
+    return reference.logits(hf_config(config), in_hugging_faces_order(config, values), np.array(ids))
+
+
+def assert_close(logits, expected):
+    assert np.abs(logits - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "changes"),
+    [
+        ("F32", {}),
+        ("F16", {}),
+        ("BF16", {"attention_bias": True, "mlp_bias": True}),
+        *((name, {} if size.n_weights == 32 else WIDE) for name, size in BLOCK_SIZES.items()),
+        (MIXED, WIDE | {"tie_word_embeddings": False}),
+    ],
+    ids=str,
+)
+def test_logits_are_those_of_the_weights_values(dtypes, changes, tmp_path):
+    config = gguf_config(**changes)
+    values = write_gguf_model(tmp_path / "x.gguf", config, dtypes)
+    with LLM(tmp_path / "x.gguf", threads=2, memory_budget="unlimited") as llm:
+        assert llm.config == config
+        assert_close(llm.logits(IDS), expected_logits(config, values))
+
+
+def test_paging_changes_nothing(tmp_path):
+    config = gguf_config(**WIDE)
+    values = write_gguf_model(tmp_path / "x.gguf", config, "Q4_K")
+    with LLM(tmp_path, threads=2, memory_window=2) as llm:
+        assert_close(llm.logits(IDS), expected_logits(config, values))
+        assert llm.usage.paging.streaming_bytes > 0

@@ -1,0 +1,93 @@
+"""The tensors of a GGUF, whole or in parts, by Hugging Face's names."""
+
+import re
+from collections.abc import Mapping, Sequence
+
+from tpilite.config.gguf import config_from_gguf
+from tpilite.config.llama import LlamaConfig
+from tpilite.errors import CheckpointError
+from tpilite.formats.gguf import GgufFile
+from tpilite.formats.model_files import ModelFiles
+from tpilite.formats.stored import StoredTensor
+from tpilite.weights.partition import EMBEDDING, FINAL_NORM, LM_HEAD, tensor_shapes
+
+# Ours to GGUF's; the ending, weight or bias, is the same.
+_NAMES = {EMBEDDING: "token_embd.weight", FINAL_NORM: "output_norm.weight", LM_HEAD: "output.weight"}
+_LAYER_NAMES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_OF_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
+
+
+def open_parts(files: ModelFiles) -> list[GgufFile]:
+    """All parts of a GGUF, open. Raises `CheckpointError` where they do not belong together."""
+    parts: list[GgufFile] = []
+    try:
+        for number, path in enumerate(files.gguf_paths):
+            part = GgufFile(path)
+            parts.append(part)
+            found = (part.metadata.get("split.no", 0), part.metadata.get("split.count", 0))
+            expected = (number, len(files.gguf_paths))
+            if found not in (expected, (0, 0)) and expected != (0, 1):
+                raise CheckpointError(
+                    f"{path} says that it is part {found[0]} of {found[1]}, counted from 0; expected part "
+                    f"{number} of {expected[1]} by its name: download it again"
+                )
+    except BaseException:
+        for part in parts:
+            part.close()
+        raise
+    return parts
+
+
+def config_of(parts: Sequence[GgufFile], stored: Mapping[str, StoredTensor]) -> LlamaConfig:
+    """The model's configuration, by the metadata of the first part and all tensors."""
+    return config_from_gguf(parts[0].metadata, {name: tensor.shape for name, tensor in stored.items()})
+
+
+def stored_in(parts: Sequence[GgufFile]) -> dict[str, StoredTensor]:
+    """All tensors by GGUF's names. Raises `CheckpointError` where two parts hold the same."""
+    stored: dict[str, StoredTensor] = {}
+    for part in parts:
+        for name in stored.keys() & part.tensors.keys():
+            raise CheckpointError(
+                f"{part.path} and {stored[name].file.path} both hold {name!r:.80}; download the parts again"
+            )
+        stored |= part.tensors
+    return stored
+
+
+def tensors_of(
+    files: ModelFiles, config: LlamaConfig, stored: Mapping[str, StoredTensor]
+) -> dict[str, StoredTensor]:
+    """The architecture's tensors by Hugging Face's names, but for lm_head where there is none."""
+    found = {}
+    for name, shape in tensor_shapes(config).items():
+        stored_name = gguf_name(name)
+        if stored_name in stored:
+            found[name] = stored[stored_name]
+        elif name != LM_HEAD:
+            raise CheckpointError(
+                f"{files.path} has no tensor {stored_name}, which its metadata implies (expected shape "
+                f"{list(shape)}); download it again"
+            )
+    return found
+
+
+def gguf_name(name: str) -> str:
+    """What GGUF calls a tensor of ours."""
+    match = _OF_LAYER.fullmatch(name)
+    if match is None:
+        return _NAMES[name]
+    layer, inner, ending = match.groups()
+    return f"blk.{layer}.{_LAYER_NAMES[inner]}.{ending}"
