@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tpilite.config.llama import LlamaConfig
+from tpilite.config.llama import LlamaConfig, YarnScaling
 from tpilite.dtypes import DTYPES
 from tpilite.formats.safetensors import TensorFileWriter
 from tpilite.formats.writing import TensorSpec
@@ -34,16 +34,33 @@ def tiny_config(**changes: Any) -> LlamaConfig:
 
 def hf_config(config: LlamaConfig) -> dict[str, Any]:
     """The config.json that describes `config`."""
+    family = _family(config)
     value = {
         name: getattr(config, name)
         for name in LlamaConfig.__dataclass_fields__
-        if name not in ("rope_scaling", "eos_token_ids")
+        if name not in ("rope_scaling", "eos_token_ids", "layers_without_rope")
     }
-    value |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu"}
+    value |= {"model_type": family, "architectures": [f"{family.title()}ForCausalLM"], "hidden_act": "silu"}
     value["eos_token_id"] = list(config.eos_token_ids) or None
-    if config.rope_scaling is not None:
+    if family == "smollm3":
+        layers = range(config.num_hidden_layers)
+        value["no_rope_layers"] = [int(layer not in config.layers_without_rope) for layer in layers]
+    if isinstance(config.rope_scaling, YarnScaling):
+        value["rope_scaling"] = {"rope_type": "yarn", **vars(config.rope_scaling)}
+    elif config.rope_scaling is not None:
         value["rope_scaling"] = dict(vars(config.rope_scaling))
     return value
+
+
+def _family(config: LlamaConfig) -> str:
+    """The model_type that has what is in `config`."""
+    differs = {
+        "granite": config.attention_multiplier is not None,
+        "qwen2": config.qkv_bias,
+        "qwen3": config.qk_norm,
+        "smollm3": bool(config.layers_without_rope),
+    }
+    return next((family for family, does in differs.items() if does), "llama")
 
 
 def random_tensors(config: LlamaConfig, dtype: str = "BF16", seed: int = 0) -> dict[str, NDArray[Any]]:

@@ -1,4 +1,4 @@
-"""Weights of tiny random Llama models, made again from a seed wherever they are needed.
+"""Weights of tiny random models, made again from a seed wherever they are needed.
 
 The golden logits were computed on these weights, so the recipe may not change without making them anew:
 
@@ -34,13 +34,19 @@ def shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         "mlp.up_proj": (inner, hidden),
         "mlp.down_proj": (hidden, inner),
     }
+    has_bias = {"attn": config.get("attention_bias"), "mlp": config.get("mlp_bias")}
+    biased = [name for name in matrices if has_bias["attn" if "attn" in name else "mlp"]]
+    if config["model_type"] == "qwen2":
+        biased = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
     found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}"
         for name, shape in matrices.items():
             found[f"{prefix}.{name}.weight"] = shape
-            if config.get("attention_bias" if "attn" in name else "mlp_bias"):
+            if name in biased:
                 found[f"{prefix}.{name}.bias"] = shape[:1]
+        if config["model_type"] == "qwen3":
+            found |= {f"{prefix}.self_attn.{x}_norm.weight": (head_dim,) for x in "qk"}
         found[f"{prefix}.input_layernorm.weight"] = (hidden,)
         found[f"{prefix}.post_attention_layernorm.weight"] = (hidden,)
     found["model.norm.weight"] = (hidden,)

@@ -12,6 +12,8 @@ from tpilite.linear.matrix import Matrix, as_float32
 from tpilite.model.llama import LayerWeights, Llama, LlamaWeights, Segment
 
 GOLDEN = Path(__file__).parent / "fixtures" / "golden"
+_SISTERS = ("mistral", "qwen", "smollm", "granite", "yarn")
+FAMILIES = sorted(path.name for path in GOLDEN.iterdir() if path.name.startswith(_SISTERS))
 SMALL = {
     "model_type": "llama",
     "hidden_size": 24,
@@ -53,6 +55,9 @@ def weights_of(tensors, n_layers):
         mlp = {f"{x}_proj": matrix(f"{prefix}.mlp.{x}_proj") for x in ("gate", "up", "down")}
         names = ("input_layernorm", "post_attention_layernorm")
         norms = {name: as_float32(tensors[f"{prefix}.{name}.weight"]) for name in names}
+        for name in ("q_norm", "k_norm"):
+            if f"{prefix}.self_attn.{name}.weight" in tensors:
+                norms[name] = as_float32(tensors[f"{prefix}.self_attn.{name}.weight"])
         return LayerWeights(**norms, **attention, **mlp)
 
     layers = [layer(f"model.layers.{i}") for i in range(n_layers)]

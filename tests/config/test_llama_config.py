@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tpilite.config.generation import GenerationDefaults
 from tpilite.config.hugging_face import config_from_hf, config_of_folder
-from tpilite.config.llama import LlamaConfig, RopeScaling
+from tpilite.config.llama import LlamaConfig, RopeScaling, YarnScaling
 from tpilite.engine.config import EngineConfig
 from tpilite.errors import CheckpointError, ConfigError, TpiliteError
 from tpilite.formats.json_file import read_json
@@ -205,20 +205,26 @@ def test_generation_config_says_where_a_text_ends():
 @pytest.mark.parametrize(
     ("key", "value", "shown"),
     [
-        ("model_type", "mistral", '"mistral"'),
+        ("model_type", "gemma2", '"gemma2"'),
+        ("model_type", "qwen3_moe", '"qwen3_moe"'),
+        ("model_type", "granitemoe", '"granitemoe"'),
         ("model_type", None, None),
         ("hidden_act", "gelu", '"gelu"'),
-        ("sliding_window", 4096, "4096"),
         ("quantization_config", {"quant_method": "gptq", "bits": 4}, "gptq"),
         ("partial_rotary_factor", 0.5, "0.5"),
         ("attn_logit_softcapping", 50.0, "50.0"),
         ("final_logit_softcapping", 30.0, "30.0"),
         ("num_local_experts", 8, "8"),
-        ("rope_scaling", {"rope_type": "yarn", "factor": 4.0}, '"yarn"'),
         ("rope_scaling", {"type": "dynamic", "factor": 4.0}, '"dynamic"'),
         ("rope_parameters", {"rope_type": "longrope"}, '"longrope"'),
         ("rope_parameters", {"rope_type": ["linear"]}, '["linear"]'),
         ("rope_parameters", {"partial_rotary_factor": 0.25}, "0.25"),
+        ("rope_parameters", {"full_attention": {"rope_type": "default"}}, "full_attention"),
+        ("num_experts", 64, "64"),
+        ("n_routed_experts", 64, "64"),
+        ("attention_chunk_size", 8192, "8192"),
+        ("use_mrope", True, "true"),
+        ("layer_types", ["chunked_attention"] * 32, '"chunked_attention"'),
         ("rope_scaling", "linear", '"linear"'),
     ],
 )
@@ -304,21 +310,29 @@ _JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=6,
 )
-_KEYS = sorted({*_LLAMA_3_2_1B, "rope_parameters", "sliding_window", "num_local_experts"})
-_ROPE_KEYS = sorted({*_ROPE_3_1, "type", "rope_theta", "partial_rotary_factor"})
-_LIKELY = st.sampled_from(["llama", "linear", "llama3", "default", 1, 2, 64, 1e-5, 8.0, 10**400, -1, 2**31])
+_OF_FAMILIES = "sliding_window use_sliding_window max_window_layers layer_types no_rope_layers"
+_KEYS = sorted({*_LLAMA_3_2_1B, "rope_parameters", "num_local_experts", *_OF_FAMILIES.split()})
+_ROPE_KEYS = sorted(
+    {*_ROPE_3_1, "type", "rope_theta", "partial_rotary_factor", "beta_fast", "mscale", "mscale_all_dim"}
+)
+_LIKELY = st.sampled_from(
+    ["llama", "linear", "llama3", "yarn", "default", 1, 2, 64, 1e-5, 8.0, 10**400, -1, 2**31, [0, 1] * 8]
+)
+_FAMILIES = st.sampled_from(["llama", "mistral", "qwen2", "qwen3", "smollm3", "granite"])
 _ROPE = st.dictionaries(st.sampled_from(_ROPE_KEYS), _JSON | _LIKELY, max_size=6)
 
 
 @given(
     changes=st.dictionaries(st.sampled_from(_KEYS), _JSON | _LIKELY | _ROPE, max_size=5),
     removed=st.sets(st.sampled_from(_KEYS), max_size=2),
+    family=_FAMILIES,
     generation=st.none() | st.dictionaries(st.sampled_from(["eos_token_id", "bos_token_id"]), _JSON),
 )
-@settings(max_examples=400, deadline=None, derandomize=True)
-def test_any_object_is_a_configuration_or_an_error_of_ours(changes, removed, generation):
+@settings(max_examples=600, deadline=None, derandomize=True)
+def test_any_object_is_a_configuration_or_an_error_of_ours(changes, removed, family, generation):
     """Any published file with any keys spoilt; what is taken for good has the types that it promises."""
-    spoilt = {key: value for key, value in (_LLAMA_3_2_1B | changes).items() if key not in removed}
+    published = _LLAMA_3_2_1B | {"model_type": family} | changes
+    spoilt = {key: value for key, value in published.items() if key not in removed}
     config = _read(spoilt, generation)
     if isinstance(config, TpiliteError):
         assert "\n" not in str(config)
@@ -447,7 +461,17 @@ def test_what_a_llama_does_not_need_is_not_written_so_that_older_slices_keep_the
     ]
 
 
-@pytest.mark.parametrize("changes", [{}, {"rope_scaling": None}, {"rope_interleaved": True}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"rope_scaling": None},
+        {"rope_scaling": YarnScaling(4.0, 4096, 1.2, truncate=False)},
+        {"rope_interleaved": True},
+        {"qkv_bias": True, "qk_norm": True, "layers_without_rope": (1, 3), "sliding_window": 7},
+        {"attention_multiplier": 0.5, "residual_multiplier": 0.2, "rope_divisors": (1.5,) * 32},
+    ],
+)
 def test_a_configuration_comes_back_from_json(changes):
     config = replace(config_from_hf(_LLAMA_3_2_1B), **changes)
     assert LlamaConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config

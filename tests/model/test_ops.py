@@ -59,16 +59,18 @@ def test_softmax_is_that_of_float64_in_place_with_masked_scores():
     assert not y[1, :, 10:].any()
 
 
-@pytest.mark.parametrize("name", ["llama2", "yi", "llama3.1", "llama3.2", "linear"])
+@pytest.mark.parametrize("name", ["llama2", "yi", "llama3.1", "llama3.2", "linear", "qwen2.5", "yarn"])
 def test_rope_tables_are_those_of_transformers_at_positions_to_131071(name):
     golden = np.load(_ROPE)
     published = json.loads(str(golden[f"{name}.config"]))
-    frequencies = rope_frequencies(config_from_hf(published))
-    cos, sin = rope_table(frequencies, golden["positions"])
+    config = config_from_hf(published)
+    frequencies = rope_frequencies(config)
+    cos, sin = rope_table(frequencies, golden["positions"], config.attention_factor)
     assert frequencies.dtype == cos.dtype == sin.dtype == np.float32
     assert cos.shape == sin.shape == (golden["positions"].size, 1, frequencies.size)
     exact = reference.frequencies(published, 2 * frequencies.size)
-    np.testing.assert_allclose(frequencies, exact, rtol=5e-7)
+    # Of a stretch by 40, the float32 blend of the two loses two bits near its end, in transformers too.
+    np.testing.assert_allclose(frequencies, exact, rtol=3e-6 if name == "yarn" else 5e-7)
     # Two float32 frequencies may differ in the last place, which the position multiplies.
     allowed = 1e-6 + 4e-7 * golden["positions"][:, None] * exact
     assert (np.abs(cos[:, 0] - golden[f"{name}.cos"]) <= allowed).all()

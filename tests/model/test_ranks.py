@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import run_ranks
-from tiny_model import GOLDEN, SMALL, Tiny, assert_close, ids_of, plain_linear, weights_of
+from tiny_model import FAMILIES, GOLDEN, SMALL, Tiny, assert_close, ids_of, plain_linear, weights_of
 
 from tpilite.collective import Message, Solo
 from tpilite.errors import PeerLost
@@ -62,6 +62,24 @@ def test_any_number_of_ranks_gives_the_same_text(case, world_size, ratio):
     tiny = Tiny(config)
     partition = Partition.of(tiny.config, world_size, ratio)
     _assert_same_text(tiny, partition, ids_of(20))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+@pytest.mark.parametrize("case", FAMILIES)
+def test_every_family_gives_the_logits_of_transformers_on_any_number_of_ranks(case, world_size):
+    """A prompt in chunks, then a token a pass."""
+    config = json.loads((GOLDEN / case / "config.json").read_text())
+    golden = np.load(GOLDEN / case / "golden.npz")
+    tiny, ids = Tiny(config, int(golden["seed"]), str(golden["stored"])), golden["ids"]
+
+    def work(collective):
+        llama = tiny.shard(Partition.of(tiny.config, world_size), collective)
+        cache = llama.new_cache()
+        prompt = tiny.logits(llama, ids[:60], cache, chunk=23)
+        return np.concatenate([prompt, tiny.logits(llama, ids[60:], cache, chunk=1)])
+
+    logits = np.concatenate(run_ranks(world_size, work), axis=1)
+    assert_close(logits[golden["rows"]], golden["logits"], 1e-4)
 
 
 @_CLUSTERS

@@ -1,6 +1,7 @@
 """Rank 0's loop: requests in, passes made with all ranks, tokens chosen, text out as it is made."""
 
 import itertools
+import logging
 import threading
 import time
 from collections import deque
@@ -22,6 +23,8 @@ from tpilite.engine.sequence import Sequence
 from tpilite.engine.step import Rows, Step, Wanted
 from tpilite.engine.usage import Usage
 from tpilite.errors import ConfigError, NotFinite, PeerLost
+
+logger = logging.getLogger(__name__)
 
 Recover = Callable[[PeerLost], None]
 
@@ -71,7 +74,7 @@ class Engine:
         self._rank, self._embed = rank, rank.embed
         self._recover = recover
         self._next_ids = itertools.count(1)
-        self.context = config.max_position_embeddings  # or less, where a rank's memory allows no more
+        self.context = config.context  # or less, where a rank's memory allows no more
         self.ranks: list[dict[str, Any]] = []  # what each tells of itself, a few seconds old
         self._asked_s = 0.0
         # What comes and goes between two passes. To append takes no lock, since a generator may be collected,
@@ -82,6 +85,7 @@ class Engine:
         self._scheduler = Scheduler(max_rows, on_start=self._take_up)
         self._prefix = CachedPrefix()
         self._is_closed = False
+        _tell_of_window(config)
         self._is_whole = True  # the last pass came to its end, on all ranks
 
     def open(self, lost: PeerLost | None = None) -> None:
@@ -301,9 +305,7 @@ class Engine:
         """Asks every rank how it is, and how long a text its memory allows: the least is the context."""
         self.ranks, self._asked_s = self.runner.statuses(), time.monotonic()
         limits = [found.get("max_positions") for found in self.ranks]
-        self.context = min(
-            [self.config.max_position_embeddings, *(int(limit) for limit in limits if limit is not None)]
-        )
+        self.context = min([self.config.context, *(int(limit) for limit in limits if limit is not None)])
 
 
 def _check(sequence: Sequence, config: LlamaConfig, context: int) -> None:
@@ -312,7 +314,17 @@ def _check(sequence: Sequence, config: LlamaConfig, context: int) -> None:
     for token_id in params.logit_bias:
         _check_ids([token_id], config)
     if n_prompt + max(params.length or 0, 1) > context:
-        raise TooLong(n_prompt, params.length, context, context < config.max_position_embeddings)
+        raise TooLong(n_prompt, params.length, context, context < config.context)
+
+
+def _tell_of_window(config: LlamaConfig) -> None:
+    if config.context < config.max_position_embeddings:
+        logger.warning(
+            "texts are held to %d tokens of this model's %d: of longer ones some of its layers see a sliding "
+            "window alone, which is not supported",
+            config.context,
+            config.max_position_embeddings,
+        )
 
 
 def _check_ids(ids: list[int], config: LlamaConfig) -> None:

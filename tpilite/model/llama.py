@@ -1,4 +1,4 @@
-"""The Llama forward pass on one rank (arXiv 2302.13971, 2307.09288, 2407.21783).
+"""The forward pass of a Llama or a sister family on one rank (arXiv 2302.13971, 2307.09288, 2407.21783).
 
 Rows of several sequences ride in one pass; there is no batch axis. What a rank owns (its heads, FFN
 columns, vocabulary rows) is read from the shapes of its weights; the sums that put the ranks' parts
@@ -47,6 +47,8 @@ class LayerWeights:
     gate_proj: Matrix  # [F, D]
     up_proj: Matrix  # [F, D]
     down_proj: Matrix  # [D, F]
+    q_norm: Array | None = None  # [d]
+    k_norm: Array | None = None  # [d]
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ class Llama:
         self.linear = linear
         self.kv_dtype = kv_dtype
         self._kv_empty = kv_empty
-        self.max_length = config.max_position_embeddings  # of a cache, or less where memory has no room
+        self.max_length = config.context  # of a cache, or less where memory has no room
         # Which of the last pass's sums was the first to which this rank gave what is not finite, from 1 on;
         # 0 where the rows themselves were not. It tells the rank whose weights are damaged from the others.
         self.not_finite_from: int | None = None
@@ -119,8 +121,9 @@ class Llama:
         that are not `wanted` (default: all are) leave the last layer when their keys and values are made.
         """
         eps = self.config.rms_norm_eps
+        x *= self.config.embedding_multiplier
         positions = np.concatenate([s.cache.length + np.arange(s.n_rows) for s in segments])
-        table = rope_table(self._frequencies, positions)
+        table = rope_table(self._frequencies, positions, self.config.attention_factor)
         self._n_sums, self.not_finite_from = 0, None if is_finite(x) else 0
         for segment in segments:
             segment.cache.reserve(segment.cache.length + segment.n_rows)
@@ -138,13 +141,14 @@ class Llama:
 
     def logits(self, x: Array) -> Array:  # [T, D] -> [T, V]
         """The scores of this rank's vocabulary rows for the hidden states `x`."""
-        (logits,) = self.linear(
-            rms_norm(x, self.weights.norm, self.config.rms_norm_eps), self.weights.lm_head
-        )
-        return logits
+        config = self.config
+        (logits,) = self.linear(rms_norm(x, self.weights.norm, config.rms_norm_eps), self.weights.lm_head)
+        return logits if config.logits_scaling == 1 else logits / config.logits_scaling
 
     def _sum(self, part: Array) -> Array:  # [T, D] -> [T, D]
-        """The sum of all ranks' parts."""
+        """The sum of all ranks' parts of what a block adds."""
+        if self.config.residual_multiplier != 1:
+            part *= self.config.residual_multiplier
         self._n_sums += 1
         if self.not_finite_from is None and not is_finite(part):
             self.not_finite_from = self._n_sums
@@ -158,9 +162,12 @@ class Llama:
         segments: Sequence[Segment],
         table: tuple[Array, Array],
     ) -> Array:  # [T, D] -> [T, H * d]
-        n_rows, d = x.shape[0], self.config.head_dim
+        n_rows, d, config = x.shape[0], self.config.head_dim, self.config
         q, k, v = (y.reshape(n_rows, -1, d) for y in self.linear(x, w.q_proj, w.k_proj, w.v_proj))
-        q, k = (rotate(y, table, self.config.rope_interleaved) for y in (q, k))
+        if w.q_norm is not None and w.k_norm is not None:
+            q, k = (_norm_heads(y, norm, config.rms_norm_eps) for y, norm in ((q, w.q_norm), (k, w.k_norm)))
+        if layer not in config.layers_without_rope:
+            q, k = (rotate(y, table, config.rope_interleaved) for y in (q, k))
         heads = np.empty_like(q)
         start = 0
         for segment in segments:
@@ -172,15 +179,15 @@ class Llama:
 
     def _attend(self, q: Array, keys: Kept, values: Kept, out: Array) -> None:
         """`attend`, its KV heads shared out to the threads where that pays."""
-        n_kv_heads = keys.shape[0]
+        n_kv_heads, scale = keys.shape[0], self.config.attention_multiplier
         if n_kv_heads < 2 or q.size * keys.shape[1] < _SHARED_FROM:
-            attend(q, keys, values, out)
+            attend(q, keys, values, out, scale)
             return
         n_groups = q.shape[1] // n_kv_heads
 
         def some(start: int, stop: int) -> None:
             heads = slice(start * n_groups, stop * n_groups)
-            attend(q[:, heads], keys[start:stop], values[start:stop], out[:, heads], n_kv_heads)
+            attend(q[:, heads], keys[start:stop], values[start:stop], out[:, heads], scale, n_kv_heads)
 
         self.linear.share(n_kv_heads, some)
 
@@ -198,11 +205,21 @@ class Llama:
         return y
 
 
+def _norm_heads(x: Array, weight: Array, eps: float) -> Array:  # [T, H, d], [d] -> [T, H, d]
+    return rms_norm(x.reshape(-1, x.shape[-1]), weight, eps).reshape(x.shape)
+
+
 def attend(
-    q: Array, keys: Kept, values: Kept, out: Array, n_shared: int | None = None
+    q: Array,
+    keys: Kept,
+    values: Kept,
+    out: Array,
+    scale: float | None = None,
+    n_shared: int | None = None,
 ) -> None:  # [T, H, d], [K, S, d] x 2 -> [T, H, d]
     """Causal attention of the last T of S positions, written to `out`; G query heads share a KV head.
 
+    Queries times keys are multiplied by `scale`, 1 / sqrt(d) if None.
     Where these heads are some of `n_shared` KV heads, they are tiled as all of them would be: how many
     threads share them changes no bit.
     """
@@ -211,13 +228,13 @@ def attend(
     if n_heads == 0:
         return
     n_groups, n_tiled = n_heads // n_kv_heads, n_shared or n_kv_heads
-    scale = np.float32(1 / math.sqrt(d))
+    lifted = np.float32(1 / math.sqrt(d) if scale is None else scale)
     tile = max(1, _SCORE_BYTES // (4 * n_tiled * n_groups * n_cached))
     for start in range(0, n_rows, tile):
         stop = min(start + tile, n_rows)
         t = stop - start
         seen = n_cached - n_rows + stop  # the last row of the tile sees this many positions
-        grouped = (q[start:stop] * scale).reshape(t, n_kv_heads, n_groups, d)
+        grouped = (q[start:stop] * lifted).reshape(t, n_kv_heads, n_groups, d)
         grouped = grouped.transpose(1, 2, 0, 3).reshape(n_kv_heads, n_groups * t, d)
         scores = np.empty((n_kv_heads, n_groups * t, seen), np.float32)
         for part, lift, k in _widened(keys[:, :seen], n_tiled):

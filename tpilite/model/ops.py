@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tpilite.arrays import Array
-from tpilite.config.llama import LlamaConfig, RopeScaling
+from tpilite.config.llama import LlamaConfig, RopeScaling, YarnScaling
 
 _TILE_BYTES = 128 << 10
 
@@ -56,9 +56,13 @@ def rope_frequencies(config: LlamaConfig) -> Array:  # -> [d / 2]
     """The angle per position of each pair of a head's dimensions (arXiv 2104.09864)."""
     exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
     frequencies: Array = 1 / np.power(np.float32(config.rope_theta), exponent)
+    if config.rope_divisors:
+        frequencies /= np.array(config.rope_divisors, np.float32)
     scaling = config.rope_scaling
     if scaling is None:
         return frequencies
+    if isinstance(scaling, YarnScaling):
+        return _yarn_frequencies(frequencies, scaling, config.rope_theta)
     if scaling.rope_type == "linear":
         return frequencies / np.float32(scaling.factor)
     return _llama3_frequencies(frequencies, scaling)
@@ -75,16 +79,34 @@ def _llama3_frequencies(frequencies: Array, scaling: RopeScaling) -> Array:  # [
     return stretched
 
 
+def _yarn_frequencies(frequencies: Array, scaling: YarnScaling, theta: float) -> Array:  # [d / 2] -> [d / 2]
+    """Pairs of many turns in the training context stay, of few stretch, those between blend by index."""
+    d = 2 * len(frequencies)
+
+    def pair_of(turns: float) -> float:
+        wavelength = scaling.original_max_position_embeddings / turns
+        return d * math.log(wavelength / (2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = pair_of(scaling.beta_fast), pair_of(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, d - 1)
+    beyond = (np.arange(d // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low or 0.001)
+    keep = 1 - beyond.clip(0, 1)
+    stretched: Array = frequencies / np.float32(scaling.factor) * (1 - keep) + frequencies * keep
+    return stretched
+
+
 def rope_table(
-    frequencies: Array, positions: NDArray[Any]
+    frequencies: Array, positions: NDArray[Any], factor: float = 1.0
 ) -> tuple[Array, Array]:  # [d/2], [T] -> [T, 1, d/2]
-    """Cosine and sine of each row's angles.
+    """Cosine and sine of each row's angles, times YaRN's attention factor.
 
     The angle is a float32 product: the models were trained with its rounding, which at position 8000
     already is 5e-4 radians.
     """
     angles = positions.astype(np.float32)[:, None, None] * frequencies
-    return np.cos(angles), np.sin(angles)
+    return np.cos(angles) * factor, np.sin(angles) * factor
 
 
 def rotate(

@@ -44,9 +44,11 @@ def assemble(tensors: Mapping[str, StoredTensor], n_layers: int, matrix_of: Matr
     def vector(name: str) -> Array:
         return as_float32(tensors[name].array())
 
+    def vector_if_any(name: str) -> Array | None:
+        return vector(name) if name in tensors else None
+
     def matrix(name: str) -> Matrix:
-        bias = f"{name}.bias"
-        return matrix_of(tensors[f"{name}.weight"], vector(bias) if bias in tensors else None)
+        return matrix_of(tensors[f"{name}.weight"], vector_if_any(f"{name}.bias"))
 
     def layer(i: int) -> LayerWeights:
         return LayerWeights(
@@ -59,6 +61,8 @@ def assemble(tensors: Mapping[str, StoredTensor], n_layers: int, matrix_of: Matr
             gate_proj=matrix(layer_tensor(i, "mlp.gate_proj")),
             up_proj=matrix(layer_tensor(i, "mlp.up_proj")),
             down_proj=matrix(layer_tensor(i, "mlp.down_proj")),
+            q_norm=vector_if_any(layer_tensor(i, "self_attn.q_norm.weight")),
+            k_norm=vector_if_any(layer_tensor(i, "self_attn.k_norm.weight")),
         )
 
     layers = [layer(i) for i in range(n_layers)]

@@ -3,11 +3,11 @@
 One table names every tensor of the architecture by its axes:
 
     D  hidden size                            F  FFN columns        H  query heads times head size
-    V  vocabulary                                                   K  KV heads times head size
+    V  vocabulary                             d  head size          K  KV heads times head size
 
-D is never cut. H and K are cut together, by KV heads, each with the query heads that share it; F by FFN
-columns; V by vocabulary rows. What has no axis to cut is on every rank, but for two things that rank 0 has
-alone: the embedding (it looks the rows up) and the biases of o_proj and down_proj (the ranks' parts are
+D and d are never cut. H and K are cut together, by KV heads, each with the query heads that share it; F by
+FFN columns; V by vocabulary rows. What has no axis to cut is on every rank, but for two things that rank 0
+has alone: the embedding (it looks the rows up) and the biases of o_proj and down_proj (the ranks' parts are
 summed, so they are added once).
 
 Every cut is contiguous and in rank order, so counts per rank say everything.
@@ -27,6 +27,7 @@ FINAL_NORM = "model.norm.weight"
 LM_HEAD = "lm_head.weight"
 
 _ATTENTION = {"q_proj": "HD", "k_proj": "KD", "v_proj": "KD", "o_proj": "DH"}
+_QKV = ("q_proj", "k_proj", "v_proj")
 _MLP = {"gate_proj": "FD", "up_proj": "FD", "down_proj": "DF"}
 _ON_RANK_0 = (EMBEDDING, "o_proj.bias", "down_proj.bias")
 
@@ -44,14 +45,17 @@ def layer_tensor(layer: int, name: str) -> str:
 
 def attention_axes(config: LlamaConfig, layer: int) -> dict[str, str]:
     """The tensors of one layer's attention block: name to axes. The matrices come first."""
-    return _block_axes(layer_tensor(layer, "self_attn"), _ATTENTION, config.attention_bias) | {
-        layer_tensor(layer, "input_layernorm.weight"): "D"
-    }
+    block = layer_tensor(layer, "self_attn")
+    biased = tuple(_ATTENTION) if config.attention_bias else _QKV if config.qkv_bias else ()
+    norms = {f"{block}.q_norm.weight": "d", f"{block}.k_norm.weight": "d"} if config.qk_norm else {}
+    return (
+        _block_axes(block, _ATTENTION, biased) | norms | {layer_tensor(layer, "input_layernorm.weight"): "D"}
+    )
 
 
 def mlp_axes(config: LlamaConfig, layer: int) -> dict[str, str]:
     """The tensors of one layer's feed-forward block: name to axes. The matrices come first."""
-    return _block_axes(layer_tensor(layer, "mlp"), _MLP, config.mlp_bias) | {
+    return _block_axes(layer_tensor(layer, "mlp"), _MLP, tuple(_MLP) if config.mlp_bias else ()) | {
         layer_tensor(layer, "post_attention_layernorm.weight"): "D"
     }
 
@@ -153,6 +157,7 @@ class Partition:
         n_queries_per_kv = config.num_attention_heads // config.num_key_value_heads
         ranges = {
             "D": range(config.hidden_size),
+            "d": range(head_dim),
             "F": _range(self.ffn_columns, rank),
             "H": _scaled(heads, n_queries_per_kv * head_dim),
             "K": _scaled(heads, head_dim),
@@ -180,12 +185,10 @@ class Partition:
         return cls(**{key: tuple(ranks) for key, ranks in value.items()})
 
 
-def _block_axes(block: str, matrices: dict[str, str], has_bias: bool) -> dict[str, str]:
-    """The matrices of a block and their biases, by full name."""
+def _block_axes(block: str, matrices: dict[str, str], biased: Sequence[str]) -> dict[str, str]:
+    """The matrices of a block and the biases of those that have one, by full name."""
     axes = {f"{block}.{name}.weight": axes for name, axes in matrices.items()}
-    if has_bias:
-        axes |= {f"{block}.{name}.bias": axes[0] for name, axes in matrices.items()}
-    return axes
+    return axes | {f"{block}.{name}.bias": matrices[name][0] for name in biased}
 
 
 def _check_ratio(ratio: Sequence[float], world_size: int) -> None:
