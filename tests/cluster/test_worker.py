@@ -1,19 +1,24 @@
 """What a worker makes of what it finds: a manifest that is damaged, a port that is blocked."""
 
 import socket
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from nodes import free_ports
 from slice_transfer import TOKEN, make_slices, serving
 
 from tpilite.cluster import worker as worker_module
 from tpilite.cluster.config import ClusterConfig
 from tpilite.cluster.worker import Worker, WorkerOptions
 from tpilite.engine.config import EngineConfig
+from tpilite.net.auth import Security
 from tpilite.net.group import GroupEnded
+from tpilite.net.rendezvous import Rendezvous
 from tpilite.weights.slices import Manifest
 
 
@@ -21,8 +26,24 @@ def membership(port: int, check: Callable[[], None] = lambda: None) -> Any:
     return SimpleNamespace(rank=1, info={"served": [1], "file_port": port}, check=check)
 
 
-def worker(cache: Path) -> Worker:
-    return Worker(("127.0.0.1", 29700), ClusterConfig(TOKEN), EngineConfig(), WorkerOptions(cache=cache))
+def worker(cache: Path, port: int = 29700) -> Worker:
+    return Worker(("127.0.0.1", port), ClusterConfig(TOKEN), EngineConfig(), WorkerOptions(cache=cache))
+
+
+def test_a_rank_0_that_is_away_does_not_wear_out_the_wish_for_a_rank(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_module, "_PREFER_S", 0.0)
+    caplog.set_level("INFO")
+    (port,) = free_ports(1)
+    options: dict[str, Any] = {"terms": {}, "timeout_s": 10, "allreduce": "star", "payload": "f32"}
+    rendezvous = Rendezvous(("127.0.0.1", port), Security(TOKEN), world_size=3, **options)
+    with ThreadPoolExecutor(1) as pool:
+        joining = pool.submit(worker(tmp_path, port)._join, 2)
+        while "trying again until it answers" not in caplog.text and not joining.done():
+            time.sleep(0.01)
+        with rendezvous, joining.result(30) as membership:
+            assert membership.rank == 2
 
 
 @pytest.mark.parametrize("raw", [b"", b"{", b"\xff\x00garbage", b"[]"])

@@ -158,6 +158,8 @@ def test_a_taken_rank_and_a_full_cluster_can_be_waited_for(caplog: pytest.LogCap
             join(address(rendezvous), SECURITY, rank=1, timeout_s=0.2)
         with pytest.raises(PeerLost, match="has no place for this node: no rank of 2 is free"):
             join(address(rendezvous), SECURITY, timeout_s=0.2)
+        with pytest.raises(PeerLost, match="has no place for this node: rank 1 is taken by a node at 127"):
+            join(address(rendezvous), SECURITY, rank=1, patience_s=0.2)
         membership.close()
         until(lambda: rendezvous.states[1] == "missing")
         join(address(rendezvous), SECURITY, rank=1).close()

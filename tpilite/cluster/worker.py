@@ -27,7 +27,8 @@ from tpilite.weights.slices import MANIFEST_NAME, Manifest, Progress, SliceFolde
 
 logger = logging.getLogger(__name__)
 
-# How long a worker that holds another rank's slices waits for that rank's place before it takes any.
+# How long a worker is refused the place whose slices it has before it takes any. Its own lost connection,
+# which may be what has that place, is mostly noticed sooner; and to fetch other slices takes longer.
 _PREFER_S = 3.0
 
 # Without a sign of the server for this long it asks for its place again, which says who is not there.
@@ -112,7 +113,7 @@ class Worker:
         """A membership, for the rank whose slices are here already where that can be had."""
         if wish != self._options.rank:
             try:
-                return self._ask(wish, timeout_s=_PREFER_S)
+                return self._ask(wish, patience_s=_PREFER_S)
             # Another one may have that place by now, or rank 0 was started for fewer ranks.
             except (PeerLost, ConfigError) as refused:
                 logger.debug("%s", refused)
@@ -123,13 +124,13 @@ class Worker:
         for rank in held:
             membership.close()
             try:
-                return self._ask(rank, timeout_s=_PREFER_S)
+                return self._ask(rank, patience_s=_PREFER_S)
             except (PeerLost, ConfigError):
                 membership = self._ask(None)
         return membership
 
-    def _ask(self, rank: int | None, timeout_s: float | None = None) -> Membership:
-        return join(self._address, self._security, terms=self._terms, rank=rank, timeout_s=timeout_s)
+    def _ask(self, rank: int | None, patience_s: float | None = None) -> Membership:
+        return join(self._address, self._security, terms=self._terms, rank=rank, patience_s=patience_s)
 
     def _fetch(self, membership: Membership, folder: Path) -> Manifest:
         """The manifest of this rank's slices, which are on this disk now."""

@@ -12,6 +12,7 @@ while True:
 
 import contextlib
 import logging
+import math
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -41,12 +42,15 @@ def join(
     terms: Mapping[str, Any] | None = None,
     rank: int | None = None,
     timeout_s: float | None = None,
+    patience_s: float | None = None,
 ) -> "Membership":
     """An open membership in the cluster of rank 0 at `address`; waits until that answers and has a place.
 
-    Raises `PeerLost` after `timeout_s` (None: never) and `ConfigError` for what waiting does not change.
+    Raises `PeerLost` after `timeout_s` (None: never), and where a rank 0 that answers has had no place for
+    `patience_s`; `ConfigError` for what waiting does not change.
     """
     deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+    patient_until_s = math.inf
     reported = ""
     while True:
         channel = connect_until(address, security.key, deadline_s=deadline_s, tls=security.client_tls)
@@ -64,13 +68,16 @@ def join(
             if not reply.retry:
                 raise ConfigError(f"rank 0 at {channel.peer} refuses this node: {reply.reason}")
             reason = reply.reason
+            if patience_s is not None:
+                patient_until_s = min(patient_until_s, time.monotonic() + patience_s)
         except PeerLost as error:
             channel.close()
             reason = str(error)
         except BaseException:
             channel.close()
             raise
-        if deadline_s is not None and time.monotonic() + _RETRY_S > deadline_s:
+        retry_s = time.monotonic() + _RETRY_S
+        if retry_s > patient_until_s or (deadline_s is not None and retry_s > deadline_s):
             raise PeerLost(f"rank 0 at {channel.peer} has no place for this node: {reason}")
         if reason != reported:
             log.info("waiting for a place at %s: %s", channel.peer, reason)
