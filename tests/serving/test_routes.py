@@ -23,6 +23,7 @@ from tpilite.errors import CheckpointError
 from tpilite.serving.config import ServerConfig
 from tpilite.serving.page import load_page
 from tpilite.serving.server import Server
+from tpilite.serving.service import Recovery
 
 openai = pytest.importorskip("openai", reason="needs OpenAI's client: pip install openai")
 
@@ -166,16 +167,23 @@ def test_metrics_are_what_prometheus_reads(shared: Server) -> None:
     assert after["tpilite_up"] == 1
 
 
-def test_the_cluster_is_described(session: LLM) -> None:
-    ranks = [{"rank": 0, "name": "a", "state": "ready"}, {"rank": 1, "name": "b", "state": "missing"}]
-    with served(session, CONFIG, cluster_state=lambda: ranks) as server:
+def test_the_cluster_is_described(session: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    recovery = Recovery(lambda _: None, lambda: {1: "missing"})
+    with served(session, CONFIG, recovery=recovery) as server:
         state = json.loads(get(server, "/v1/cluster")[2])
-    assert state["ranks"] == ranks
-    assert state["model"] == {"id": "tiny", "context": 256, "chat": True}
-    with served(session, CONFIG) as server:
-        (alone,) = json.loads(get(server, "/v1/cluster")[2])["ranks"]
-    assert (alone["rank"], alone["state"]) == (0, "ready")
-    assert alone["memory_bytes"] > 1e6
+        assert state["model"] == {"id": "tiny", "context": 256, "chat": True}
+        (alone,) = state["ranks"]
+        assert (alone["rank"], alone["state"], alone["resident_share"]) == (0, "ready", 1.0)
+        assert alone["name"]
+        assert alone["memory_bytes"] > 1e6
+        told = [{"name": "a", "resident_bytes": 3, "streaming_bytes": 1}, {"name": "b", "rss_bytes": 7}, {}]
+        monkeypatch.setattr(session.engine, "ranks", told)
+        monkeypatch.setattr(recovery, "waiting_for", "rank 1 is gone")
+        ranks = json.loads(get(server, "/v1/cluster")[2])["ranks"]
+    assert [rank["state"] for rank in ranks] == ["waiting", "missing", "waiting"]
+    assert [rank["name"] for rank in ranks] == ["a", "b", ""]
+    assert [rank["memory_bytes"] for rank in ranks] == [0, 7, 0]
+    assert [rank["resident_share"] for rank in ranks] == [0.75, 0.0, 0.0]
 
 
 def test_origins_of_any_scheme_and_port_are_allowed_by_name(folder: Path) -> None:

@@ -44,7 +44,8 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
 
 @pytest.fixture(scope="module")
 def server(session: LLM) -> Iterator[Server]:
-    with served(session, CONFIG, cluster_state=lambda: RANKS) as server:
+    with pytest.MonkeyPatch.context() as patch, served(session, CONFIG) as server:
+        patch.setattr(server._completions._service, "ranks", lambda: RANKS)
         yield server
 
 

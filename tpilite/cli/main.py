@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from types import FrameType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from tpilite.cli.clean import clean
 from tpilite.cli.configs import (
@@ -177,10 +177,10 @@ def run_as_rank_0(
     """This process as the rank that the others join, and that talks to people and programs."""
     with ExitStack() as stack:
         host = hosted(args, files, world_size, stack)
-        recovery = Recovery(interruptible(host.recover))
+        recovery = Recovery(interruptible(host.recover), lambda: host.states)
         session = Session(files, host.config, host.rank, recover=recovery)
         session.open()
-        return answer_all(session, args, params, host, recovery)
+        return answer_all(session, args, params, recovery)
 
 
 def hosted(args: argparse.Namespace, files: ModelFiles, world_size: int, stack: ExitStack) -> Host:
@@ -244,11 +244,7 @@ def split(args: argparse.Namespace, files: ModelFiles, world_size: int) -> int:
 
 
 def answer_all(
-    session: Session,
-    args: argparse.Namespace,
-    params: SamplingParams,
-    host: Host | None = None,
-    recovery: Recovery | None = None,
+    session: Session, args: argparse.Namespace, params: SamplingParams, recovery: Recovery | None = None
 ) -> int:
     """The service, a conversation with the person at the terminal, or the texts that follow the prompts."""
     if taken := taken_from(session.defaults, params):
@@ -262,9 +258,7 @@ def answer_all(
                 session,
                 server_config(args, model_name(session.files.path), session.completed(params)),
                 ready=lambda url: print(f"tpilite: the page and the API are at {url}", file=sys.stderr),
-                usage=lambda: session.usage,
                 recovery=recovery,
-                cluster_state=lambda: _rank_states(session, host, recovery),
             )
             return 0
         if args.prompt is None and sys.stdin.isatty():
@@ -292,25 +286,6 @@ def complete(llm: Session, args: argparse.Namespace, params: SamplingParams) -> 
         if interrupt.requested:
             return INTERRUPTED
     return 0
-
-
-def _rank_states(session: Session, host: Host | None, recovery: Recovery | None) -> list[dict[str, Any]]:
-    """What the page shows of each rank; a lost one as the host knows it."""
-    waits = recovery is not None and recovery.waiting_for is not None
-    states = host.states if host is not None and waits else {}
-    ranks = []
-    for rank, found in enumerate(session.engine.ranks):
-        resident, streaming = found.get("resident_bytes", 0), found.get("streaming_bytes", 0)
-        ranks.append(
-            {
-                "rank": rank,
-                "name": found.get("name", ""),
-                "state": states.get(rank, "waiting" if waits else "ready"),
-                "memory_bytes": found.get("rss_bytes", 0),
-                "resident_share": resident / max(resident + streaming, 1),
-            }
-        )
-    return ranks
 
 
 def _invitation(host: Host, cluster: ClusterConfig, shows: bool) -> str:

@@ -12,11 +12,9 @@ import socket
 import time
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
 
 from tpilite.closing import Closing
 from tpilite.engine.session import Session
-from tpilite.engine.usage import Usage
 from tpilite.errors import ConfigError
 from tpilite.net.http_server import HttpServer
 from tpilite.net.listener import listen
@@ -37,21 +35,13 @@ def serve(
     config: ServerConfig,
     *,
     ready: Callable[[str], None] | None = None,
-    usage: Callable[[], Usage] = Usage,
     recovery: Recovery | None = None,
-    cluster_state: Callable[[], list[dict[str, Any]]] | None = None,
 ) -> None:
     """Serves until SIGTERM or SIGINT, then lets open requests finish within the grace; a second one ends it.
 
-    `ready` is called with the address of the page. The rest is as in `Service`. For the main thread.
+    `ready` is called with the address of the page; `recovery` is as in `Service`. For the main thread.
     """
-    service = Service(
-        session,
-        max_waiting=config.max_waiting,
-        usage=usage,
-        recovery=recovery,
-        cluster_state=cluster_state,
-    )
+    service = Service(session, max_waiting=config.max_waiting, recovery=recovery)
     with _Signals() as signals, service, Server(service, config, session.files.name) as server:
         if ready is not None:
             ready(server.url)

@@ -5,7 +5,6 @@ nobody waits for any more leaves its place before the next pass.
 """
 
 import logging
-import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -16,9 +15,7 @@ from tpilite.closing import Closing
 from tpilite.engine.engine import Recover
 from tpilite.engine.sampling import SamplingParams
 from tpilite.engine.session import EncodedPrompt, Session
-from tpilite.engine.usage import Usage
 from tpilite.errors import ConfigError, PeerLost, TpiliteError
-from tpilite.machine import rss_bytes
 from tpilite.serving.errors import Broken, Busy, Stopping
 from tpilite.serving.figures import Figures
 from tpilite.serving.jobs import Job, Running
@@ -34,10 +31,13 @@ _MAX_RETRY_S = 60
 
 
 class Recovery:
-    """The engine's `recover`; `waiting_for` says why while it is at work, and is None otherwise."""
+    """The engine's `recover`; `waiting_for` says why while it is at work, and is None otherwise.
 
-    def __init__(self, recover: Recover) -> None:
-        self._recover = recover
+    `states` is what is known then of the ranks above 0.
+    """
+
+    def __init__(self, recover: Recover, states: Callable[[], Mapping[int, str]] = dict) -> None:
+        self._recover, self.states = recover, states
         self.waiting_for: str | None = None
 
     def __call__(self, lost: PeerLost) -> None:
@@ -51,24 +51,14 @@ class Recovery:
 class Service(Closing):
     """Serves a session's engine to many threads; closed by `with`.
 
-    `max_waiting` requests may wait beside the one that is served. `usage` gives the process's counters and
-    `cluster_state` what is known of the ranks; `recovery` is the one that the session's engine was given.
+    `max_waiting` requests may wait beside the one that is served. `recovery` is the one that the session's
+    engine was given.
     """
 
-    def __init__(
-        self,
-        session: Session,
-        *,
-        max_waiting: int = 64,
-        usage: Callable[[], Usage] = Usage,
-        recovery: Recovery | None = None,
-        cluster_state: Callable[[], list[dict[str, Any]]] | None = None,
-    ) -> None:
+    def __init__(self, session: Session, *, max_waiting: int = 64, recovery: Recovery | None = None) -> None:
         self.session = session
         self._max_waiting = max_waiting
-        self._usage = usage
         self._recovery = recovery
-        self._cluster_state = cluster_state
         self._tokenizer: Tokenizer | None
         try:
             self._tokenizer = session.tokenizer
@@ -177,17 +167,27 @@ class Service(Closing):
 
     def figures(self) -> dict[str, float]:
         """Counters since the start and what is so now."""
-        read_bytes = self._usage().read_bytes
+        read_bytes = self.session.usage.read_bytes
         with self._changed:
             return self._figures.to_dict(len(self._open), read_bytes)
 
     def ranks(self) -> list[dict[str, Any]]:
         """What is known of each rank: `rank`, `name`, `state`, `memory_bytes`, `resident_share`."""
-        if self._cluster_state is not None:
-            return self._cluster_state()
-        state = "ready" if self.waiting_for is None else "waiting"
-        name = socket.gethostname()
-        return [{"rank": 0, "name": name, "state": state, "memory_bytes": rss_bytes(), "resident_share": 1.0}]
+        recovery = None if self.waiting_for is None else self._recovery
+        states = {} if recovery is None else recovery.states()
+        ranks = []
+        for rank, found in enumerate(self.session.engine.ranks):
+            resident, streaming = found.get("resident_bytes", 0), found.get("streaming_bytes", 0)
+            ranks.append(
+                {
+                    "rank": rank,
+                    "name": found.get("name", ""),
+                    "state": states.get(rank, "ready" if recovery is None else "waiting"),
+                    "memory_bytes": found.get("rss_bytes", 0),
+                    "resident_share": resident / max(resident + streaming, 1),
+                }
+            )
+        return ranks
 
     def _submit(self, prompts: list[EncodedPrompt], params: SamplingParams, n: int) -> Job:
         every = [_seeded(params, i) for i in range(n)]
@@ -223,11 +223,11 @@ class Service(Closing):
 
     def _loop(self) -> None:
         running = Running(self.session.engine)
-        usage = self._usage()
+        usage = self.session.usage
         while (taken := self._take(running)) is not None:
             started, cancelled = taken
             if not running:
-                usage = self._usage()  # what came while there was nothing to do is not the next pass's
+                usage = self.session.usage  # what came while there was nothing to do is not the next pass's
             began_s = time.perf_counter()
             for job in started:
                 self._start(job, running)
@@ -241,7 +241,7 @@ class Service(Closing):
             pass_s = time.perf_counter() - before_s
             for job in running.deliver(outputs):
                 self._close_job(job)
-            previous, usage = usage, self._usage()
+            previous, usage = usage, self.session.usage
             with self._changed:
                 self._failure = None
                 rest_s = time.perf_counter() - began_s - pass_s
