@@ -1,7 +1,6 @@
 """A rank above 0: it joins, fetches its slices, works, and joins again when the group is gone."""
 
 import logging
-import re
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any
 from tpilite.cluster.config import ClusterConfig
 from tpilite.cluster.fetch import fetch_slices
 from tpilite.cluster.slice_client import Unreachable
-from tpilite.cluster.splits import Split, find_split, split_id
+from tpilite.cluster.splits import Split, find_split, node_folders, split_id
 from tpilite.cluster.terms import is_served, security_of, terms_of
 from tpilite.collective import Solo
 from tpilite.engine.compiled import new_sums
@@ -33,8 +32,6 @@ _PREFER_S = 3.0
 
 # Without a sign of the server for this long it asks for its place again, which says who is not there.
 _PATIENCE_S = 10.0
-
-_NODE = re.compile(r"node_([1-9][0-9]{0,5})")
 
 
 @dataclass(frozen=True)
@@ -198,9 +195,9 @@ class Worker:
     @staticmethod
     def _held_ranks(folder: Path) -> list[int]:
         """The ranks whose slices are here, the whole ones before those that were only begun."""
-        found = [(_NODE.fullmatch(path.name), path) for path in folder.glob("node_*")]
-        ranks = [(not (path / MANIFEST_NAME).exists(), int(name[1])) for name, path in found if name]
-        return [rank for _, rank in sorted(ranks)]
+        ranks = [int(node.name.removeprefix("node_")) for node in node_folders(folder)]
+        ranks.sort(key=lambda rank: (not (node_folder(folder, rank) / MANIFEST_NAME).exists(), rank))
+        return [rank for rank in ranks if rank > 0]
 
 
 def _found(node: Path, again: bool) -> Manifest | None:

@@ -37,6 +37,7 @@ VERSION = 2  # of the protocol: of frames and messages together
 _MAX_DEPTH = 16
 
 
+@dataclass(frozen=True)
 class Header:
     """The base of all messages. The type's name on the wire is the class's name in lower case."""
 
@@ -164,13 +165,7 @@ class Error(Header):
     rank: int | None = None
 
 
-_TYPES: Final = {
-    cls.__name__.lower(): cls
-    for cls in (
-        Hello, Proof, Refused, Join, Welcome, Ready, Start, Attach, Formed,
-        Broadcast, Gather, Reduce, Barrier, Heartbeat, Goodbye, Error,
-    )
-}  # fmt: skip
+_TYPES: Final = {cls.__name__.lower(): cls for cls in Header.__subclasses__()}
 WITH_PAYLOAD = (Broadcast, Gather, Reduce)
 
 
