@@ -17,6 +17,10 @@ from tpilite.linear.matrix import Blocks, as_float32
 from tpilite.weights.gguf_tensors import gguf_name
 from tpilite.weights.partition import EMBEDDING, LM_HEAD, tensor_shapes
 
+# As quantizers mix them: rows of 256 where a type needs that, other types for what matters more.
+MIXED = {"embed": "Q6_K", "down_proj": "Q6_K", "v_proj": "Q5_K", "gate_proj": "IQ4_XS", "proj": "Q4_K"}
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "head_dim": 32}
+
 
 def write_gguf(
     path: Path,
@@ -118,3 +122,15 @@ def llama_metadata(config: LlamaConfig) -> dict[str, Any]:
 
 def _dtype_of(name: str, dtypes: Mapping[str, str]) -> str:
     return next((dtype for part, dtype in dtypes.items() if part in name), "F32")
+
+
+def in_hugging_faces_order(
+    config: LlamaConfig, values: Mapping[str, NDArray[np.float32]]
+) -> dict[str, NDArray[np.float32]]:
+    """The rows of queries and keys with the pairs of rotary embedding half a head apart."""
+    found = dict(values)
+    for name, rows in values.items():
+        if config.rope_interleaved and ("q_proj" in name or "k_proj" in name):
+            pairs = rows.reshape(-1, config.head_dim // 2, 2, *rows.shape[1:])
+            found[name] = pairs.swapaxes(1, 2).reshape(rows.shape)
+    return found

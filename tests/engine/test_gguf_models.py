@@ -4,26 +4,12 @@ import numpy as np
 import pytest
 import reference
 from checkpoints import hf_config
-from gguf_files import gguf_config, write_gguf_model
+from gguf_files import MIXED, WIDE, gguf_config, in_hugging_faces_order, write_gguf_model
 
 from tpilite import LLM
 from tpilite.dtypes import BLOCK_SIZES
 
 IDS = list(np.random.default_rng(7).integers(0, 50, 20))
-
-# As quantizers mix them: rows of 256 where a type needs that, other types for what matters more.
-MIXED = {"embed": "Q6_K", "down_proj": "Q6_K", "v_proj": "Q5_K", "gate_proj": "IQ4_XS", "proj": "Q4_K"}
-WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "head_dim": 32}
-
-
-def in_hugging_faces_order(config, values):
-    """The rows of queries and keys with the pairs of rotary embedding half a head apart."""
-    found = dict(values)
-    for name, rows in values.items():
-        if config.rope_interleaved and ("q_proj" in name or "k_proj" in name):
-            pairs = rows.reshape(-1, config.head_dim // 2, 2, *rows.shape[1:])
-            found[name] = pairs.swapaxes(1, 2).reshape(rows.shape)
-    return found
 
 
 def expected_logits(config, values, ids=IDS):

@@ -49,7 +49,6 @@ from tpilite.serving.server import serve
 from tpilite.serving.service import Recovery
 from tpilite.shipped import find_model
 from tpilite.weights.checkpoint import Checkpoint
-from tpilite.weights.partition import Partition
 
 logger = logging.getLogger(__name__)
 
@@ -229,7 +228,7 @@ def split(args: argparse.Namespace, files: ModelFiles, world_size: int) -> int:
         Checkpoint(files, save_dir, trust=not args.verify) as checkpoint,
         progress_bar("slicing the model") as bar,
     ):
-        partition = Partition.of(checkpoint.config, world_size, args.ratio)
+        partition = checkpoint.partition(world_size, args.ratio)
         with Split.of(
             checkpoint, partition, save_dir, force=args.split_bin, replace=args.save_dir is None
         ) as slices:

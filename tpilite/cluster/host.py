@@ -25,7 +25,7 @@ from tpilite.formats.stored import StoredTensor
 from tpilite.net.group import RankLost, RootGroup
 from tpilite.net.rendezvous import Rendezvous
 from tpilite.weights.checkpoint import Checkpoint
-from tpilite.weights.partition import EMBEDDING, Partition
+from tpilite.weights.partition import EMBEDDING
 from tpilite.weights.slices import MANIFEST_NAME, Manifest, Progress, SliceFolder, node_folder
 
 logger = logging.getLogger(__name__)
@@ -228,7 +228,7 @@ class _Source(Closing):
         self._checkpoint = Checkpoint(files, save_dir, trust=not verify)
         try:
             self.config = self._checkpoint.config
-            self.partition = Partition.of(self.config, cluster.world_size, cluster.ratio)
+            self.partition = self._checkpoint.partition(cluster.world_size, cluster.ratio)
             self.fingerprint = self._checkpoint.fingerprint
             self.split = Split.of(self._checkpoint, self.partition, save_dir, force=force, replace=replace)
         except BaseException:

@@ -9,7 +9,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 from tpilite.closing import Closing
 from tpilite.config.hugging_face import config_of_folder
 from tpilite.config.llama import LlamaConfig
+from tpilite.dtypes import block_size
 from tpilite.errors import CheckpointError
 from tpilite.formats.json_file import read_json
 from tpilite.formats.model_files import ModelFiles
@@ -24,7 +25,7 @@ from tpilite.formats.safetensors import TensorFile
 from tpilite.formats.stored import StoredFile, StoredTensor
 from tpilite.weights import gguf_tensors
 from tpilite.weights.content import CONTENT_NAME, content_hash
-from tpilite.weights.partition import EMBEDDING, LM_HEAD, tensor_shapes
+from tpilite.weights.partition import EMBEDDING, LM_HEAD, Partition, tensor_shapes
 from tpilite.weights.trust import KnownHashes
 
 _SINGLE = "model.safetensors"
@@ -75,6 +76,12 @@ class Checkpoint(Closing):
     def nbytes(self) -> int:
         """The bytes of all weights; a table that is used twice counts once."""
         return sum(tensor.nbytes for tensor in set(self.tensors.values()))
+
+    def partition(self, world_size: int, ratio: Sequence[float] | None = None) -> Partition:
+        """How the model is shared out to so many ranks, its blocks considered. Raises `ConfigError`."""
+        down = [tensor for name, tensor in self.tensors.items() if name.endswith("down_proj.weight")]
+        widest = max(block_size(tensor.dtype).n_weights for tensor in down)
+        return Partition.of(self.config, world_size, ratio, ffn_block=widest)
 
     @functools.cached_property
     def fingerprint(self) -> str:

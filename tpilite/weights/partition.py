@@ -11,6 +11,10 @@ has alone: the embedding (it looks the rows up) and the biases of o_proj and dow
 summed, so they are added once).
 
 Every cut is contiguous and in rank order, so counts per rank say everything.
+
+Rows of block types are cut like any. Columns (of o_proj and down_proj) are cut there too, but blocks are not:
+where a rank's columns begin or end inside one, it stores the whole block (`held`) and uses its own columns
+alone. FFN columns are cut where blocks end, if that leaves the slowest rank with less.
 """
 
 import itertools
@@ -99,12 +103,20 @@ class Partition:
         _check_ratio(self.ratio, len(self.ratio))
 
     @classmethod
-    def of(cls, config: LlamaConfig, world_size: int, ratio: Sequence[float] | None = None) -> "Partition":
+    def of(
+        cls,
+        config: LlamaConfig,
+        world_size: int,
+        ratio: Sequence[float] | None = None,
+        *,
+        ffn_block: int = 1,
+    ) -> "Partition":
         """The shares of `world_size` ranks, in proportion to `ratio` or even.
 
         KV heads and vocabulary rows are shared out by largest remainder. FFN columns then make up for what
         the whole heads left uneven, so that each rank's weights per layer come near its share; a rank
-        without any KV head gets FFN columns and vocabulary rows only.
+        without any KV head gets FFN columns and vocabulary rows only. `ffn_block` is how many weights lie
+        together in a block of down_proj.
         """
         if world_size < 1:
             raise ConfigError(f"world_size must be at least 1, found {world_size}")
@@ -121,9 +133,22 @@ class Partition:
             max(Fraction(0), share * layer_weights - heads * head_weights)
             for share, heads in zip(shares, kv_heads, strict=True)
         ]
+
+        def slowest(columns: Sequence[int]) -> Fraction:
+            """The most that a rank has per layer, against its share."""
+            return max(
+                (heads * head_weights + config.hidden_size * (2 * n + len(whole_blocks(part, ffn_block))))
+                / share
+                for share, heads, n, part in zip(shares, kv_heads, columns, _ranges(columns), strict=True)
+            )
+
+        units = {_unit(config.intermediate_size, world_size), ffn_block}
+        columns = [
+            _columns(config.intermediate_size, wanted, unit) for unit in sorted(units - {1}, reverse=True)
+        ]
         return cls(
             kv_heads,
-            _columns(config.intermediate_size, wanted),
+            min(columns, key=slowest),
             _largest_remainder(config.vocab_size, shares),
             ratio,
         )
@@ -202,13 +227,28 @@ def _check_ratio(ratio: Sequence[float], world_size: int) -> None:
             raise ConfigError(f"each number of the ratio must be from 1e-6 to 1e6, found {share!r}")
 
 
-def _columns(n_columns: int, wanted: Sequence[Fraction]) -> tuple[int, ...]:
-    """Each rank's FFN columns, near the proportions of `wanted` and in the largest unit that allows it."""
-    enough = len(wanted) * _UNITS_PER_RANK
-    unit = next(
+def whole_blocks(part: range, size: int) -> range:
+    """The columns of all blocks of `size` that hold any of some columns; none where these are none."""
+    start = part.start // size * size
+    return range(start, -(-part.stop // size) * size if part else start)
+
+
+def held(shard: tuple[range, ...], block: int) -> tuple[range, ...]:
+    """What is stored of a tensor for a rank whose part is `shard`, in blocks of `block` weights."""
+    return shard if len(shard) == 1 else (shard[0], whole_blocks(shard[1], block))
+
+
+def _unit(n_columns: int, world_size: int) -> int:
+    """The multiple in which FFN columns are shared out where they may be cut anywhere."""
+    enough = world_size * _UNITS_PER_RANK
+    return next(
         (unit for unit in _COLUMN_UNITS if n_columns % unit == 0 and n_columns // unit >= enough),
         _COLUMN_UNITS[-1],
     )
+
+
+def _columns(n_columns: int, wanted: Sequence[Fraction], unit: int) -> tuple[int, ...]:
+    """Each rank's FFN columns, near the proportions of `wanted` and in multiples of `unit`."""
     columns = [unit * count for count in _largest_remainder(n_columns // unit, wanted)]
     # An odd column goes to the last rank that has any: its range ends with the matrix.
     last = max((rank for rank, count in enumerate(columns) if count), default=0)
@@ -226,9 +266,13 @@ def _largest_remainder(total: int, weights: Sequence[Fraction]) -> tuple[int, ..
     return tuple(counts)
 
 
+def _ranges(counts: Sequence[int]) -> list[range]:
+    ends = list(itertools.accumulate(counts))
+    return [range(end - count, end) for end, count in zip(ends, counts, strict=True)]
+
+
 def _range(counts: Sequence[int], rank: int) -> range:
-    start = sum(itertools.islice(counts, rank))
-    return range(start, start + counts[rank])
+    return _ranges(counts)[rank]
 
 
 def _scaled(part: range, factor: int) -> range:

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import numpy as np
 
+from tpilite.dtypes import block_size
 from tpilite.errors import ConfigError, SliceError
 from tpilite.formats.safetensors import TensorFileWriter
+from tpilite.formats.stored import StoredTensor
 from tpilite.formats.writing import TensorSpec
 from tpilite.machine import format_size
 from tpilite.weights.checkpoint import Checkpoint
 from tpilite.weights.disk import free_bytes, full_error, is_full, sync_folder, write_error
-from tpilite.weights.partition import EMBEDDING, Partition
+from tpilite.weights.partition import EMBEDDING, Partition, held
 from tpilite.weights.slices import (
     EMBED_FILE,
     MANIFEST_NAME,
@@ -27,6 +29,7 @@ from tpilite.weights.slices import (
     block_files,
     clear_slice,
     node_folder,
+    version_for,
 )
 from tpilite.weights.trust import CHUNK_BYTES, VerifiedFiles
 
@@ -175,16 +178,19 @@ class _Slicer:
     def _copy(self, name: str, writers: Mapping[int, TensorFileWriter]) -> None:
         """Reads a tensor's rows once and gives each rank's writer its part of them."""
         tensor = self._checkpoint.tensors[name]
-        holders = [(w, self._shards[rank][name]) for rank, w in writers.items() if name in self._shards[rank]]
-        row_bytes = tensor.nbytes // tensor.shape[0]
-        n_rows = min(tensor.shape[0], max(1, CHUNK_BYTES // row_bytes))
-        buffer = np.empty((n_rows, *tensor.shape[1:]), tensor.stored_dtype)
+        holders = [
+            (writer, self._shards[rank][name][0], _stored_columns(tensor, self._shards[rank][name]))
+            for rank, writer in writers.items()
+            if name in self._shards[rank]
+        ]
+        n_rows = min(tensor.shape[0], max(1, CHUNK_BYTES // tensor.row_bytes))
+        buffer = np.empty((n_rows, *tensor.stored_shape[1:]), tensor.stored_dtype)
         for start in range(0, tensor.shape[0], n_rows):
             stop = min(start + n_rows, tensor.shape[0])
             parts = [
-                (writer, max(start, shard[0].start), min(stop, shard[0].stop), shard[1:])
-                for writer, shard in holders
-                if shard[0].start < stop and start < shard[0].stop
+                (writer, max(start, own.start), min(stop, own.stop), columns)
+                for writer, own, columns in holders
+                if own.start < stop and start < own.stop
             ]
             if not parts:
                 continue
@@ -192,20 +198,26 @@ class _Slicer:
             tensor.rows(start, stop).read_into(rows)
             for writer, first, last, columns in parts:
                 part = rows[first - start : last - start]
-                for cut in columns:
-                    part = part[:, cut.start : cut.stop]
+                if columns is not None:
+                    part = part[:, columns]
                 writer.write(np.ascontiguousarray(part))
                 self._done += part.nbytes
             if self._progress:
                 self._progress(self._done, self._total)
 
     def _spec(self, name: str, shard: tuple[range, ...]) -> TensorSpec:
-        return TensorSpec(name, self._checkpoint.tensors[name].dtype, tuple(map(len, shard)))
+        dtype = self._checkpoint.tensors[name].dtype
+        return TensorSpec(name, dtype, tuple(map(len, held(shard, block_size(dtype).n_weights))))
 
     def _write_manifest(self, rank: int, files: dict[str, FileEntry]) -> Manifest:
         folder = self._folders[rank]
         manifest = Manifest(
-            rank, self._partition, self._checkpoint.fingerprint, self._checkpoint.config, files
+            rank,
+            self._partition,
+            self._checkpoint.fingerprint,
+            self._checkpoint.config,
+            files,
+            version_for(self._checkpoint.config, self._checkpoint.tensors.values()),
         )
         temporary = folder / TEMPORARY_NAME
         with open(temporary, "xb") as file:
@@ -217,6 +229,15 @@ class _Slicer:
         sync_folder(folder)
         VerifiedFiles(folder).add({name: entry.sha256 for name, entry in files.items()})
         return manifest
+
+
+def _stored_columns(tensor: StoredTensor, shard: tuple[range, ...]) -> slice | None:
+    """The columns of what is stored of a tensor that a rank gets; None for a vector, which has none."""
+    n_weights, n_bytes = block_size(tensor.dtype)
+    if len(shard) == 1:
+        return None
+    part, size = held(shard, n_weights)[1], n_bytes if n_weights > 1 else 1  # of blocks bytes are stored
+    return slice(part.start // n_weights * size, part.stop // n_weights * size)
 
 
 def _finish(writer: TensorFileWriter) -> FileEntry:

@@ -1,6 +1,6 @@
 """The slices of a model: for each rank a folder `node_{rank}` with the part of every tensor that it owns.
 
-Format, version 1. The folder holds `manifest.json` and one safetensors file per block:
+Format, versions 1 and 2. The folder holds `manifest.json` and one safetensors file per block:
 
     embed.safetensors            the embedding: rank 0's alone, and left out where it is read elsewhere
     layers.{i}.attn.safetensors  attention of layer i, with its input_layernorm
@@ -11,15 +11,22 @@ Tensors keep Hugging Face's names and the checkpoint's dtype; their shapes are t
 (`partition`). A rank without KV heads has tensors of no elements there. In each file the matrices come
 first and begin at a multiple of `formats.safetensors.DATA_ALIGNMENT`.
 
+Tensors of block types keep their blocks as they are: as bytes, dtype `U8` and shape [rows, bytes of a row],
+with the block type and the number of weights in a row in the file's `__metadata__` under the tensor's name
+("Q4_K 2048": see `formats.safetensors`). Where a rank's columns begin or end inside a block, the slice has
+the whole block; which of its columns are the rank's follows from the partition (`partition.held`).
+
 The manifest is one JSON object of exactly these keys:
 
     format       "tpilite slice"
-    version      1
+    version      2 where a tensor is of a block type, or the config has fields that version 1 does not;
+                 else 1, which earlier programs read as well
     rank         whose folder this is
     partition    `Partition.to_dict()`; its counts also say how many ranks there are
     fingerprint  `Checkpoint.fingerprint` of the model that was sliced, 64 hexadecimal digits
                  (of slices that earlier versions made: `Checkpoint.sampled_fingerprint`)
-    config       `LlamaConfig.to_dict()`
+    config       `LlamaConfig.to_dict()`: version 1 has the first 16 fields, version 2 also those of the
+                 others that are not as a Llama has them
     files        for each file of the folder its "size" in bytes and its "sha256"
 
 A folder is a slice once its manifest is there. The manifest is written last, by renaming, after everything
@@ -33,13 +40,13 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from tpilite.closing import Closing
 from tpilite.config.llama import LlamaConfig
-from tpilite.dtypes import DTYPES
+from tpilite.dtypes import BLOCK_SIZES, DTYPES, block_size
 from tpilite.errors import CheckpointError, ConfigError, SliceError
 from tpilite.formats.safetensors import TensorFile
 from tpilite.formats.stored import StoredTensor
@@ -51,6 +58,7 @@ from tpilite.weights.partition import (
     LM_HEAD_AXES,
     Partition,
     attention_axes,
+    held,
     mlp_axes,
 )
 from tpilite.weights.trust import VERIFIED_NAME, VerifiedFiles
@@ -66,7 +74,8 @@ _MAX_FILE_BYTES = 1 << 48
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 _AGAIN = "make it again with --split_bin or download it again with --force_download"
-_FORMAT, _VERSION = "tpilite slice", 1
+_FORMAT, _VERSIONS = "tpilite slice", (1, 2)
+_N_FIRST_FIELDS = 16  # of the configuration, in version 1
 TEMPORARY_NAME = MANIFEST_NAME + ".tmp"
 EMBED_FILE, _HEAD_FILE = "embed.safetensors", "head.safetensors"
 _BLOCK_FILE = re.compile(r"(embed|head|layers\.(0|[1-9][0-9]{0,5})\.(attn|mlp))\.safetensors")
@@ -91,6 +100,7 @@ class Manifest:
     fingerprint: str
     config: LlamaConfig
     files: Mapping[str, FileEntry]
+    version: int = _VERSIONS[0]
 
     @property
     def nbytes(self) -> int:
@@ -99,7 +109,7 @@ class Manifest:
     def to_json(self) -> bytes:
         value = {
             "format": _FORMAT,
-            "version": _VERSION,
+            "version": self.version,
             "rank": self.rank,
             "partition": self.partition.to_dict(),
             "fingerprint": self.fingerprint,
@@ -121,9 +131,10 @@ class Manifest:
             raise SliceError(f"the manifest is not valid JSON ({error}): it is damaged") from error
         if not isinstance(value, dict) or value.get("format") != _FORMAT:
             raise SliceError(f"the manifest is not of the format {_FORMAT!r}")
-        if value.get("version") != _VERSION:
+        version = value.get("version")
+        if type(version) is not int or version not in _VERSIONS:
             raise SliceError(
-                f"the manifest is of version {value.get('version')!r:.40}; expected {_VERSION}: "
+                f"the manifest is of version {version!r:.40}; expected 1 or 2: "
                 "use the same version of tpilite everywhere"
             )
         keys = {"format", "version", "rank", "partition", "fingerprint", "config", "files"}
@@ -142,7 +153,9 @@ class Manifest:
             )
         if not _is_sha256(value["fingerprint"]):
             raise SliceError(f"the manifest has fingerprint {value['fingerprint']!r:.80}; expected 64 digits")
-        return cls(rank, partition, value["fingerprint"], config, _files(value["files"], config, rank))
+        return cls(
+            rank, partition, value["fingerprint"], config, _files(value["files"], config, rank), version
+        )
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
@@ -253,16 +266,29 @@ class SliceFolder(Closing):
         expected = self.partition.shards(self.config, self.rank)
         if EMBED_FILE not in self.manifest.files:
             expected.pop(EMBEDDING, None)
-        for name, shard in expected.items():
-            shape = tuple(map(len, shard))
-            found = tensors.get(name)
-            if found is None or found.shape != shape or found.dtype not in DTYPES:
-                is_there = f"{found.dtype} {list(found.shape)}" if found else "nothing"
-                raise SliceError(
-                    f"{self.folder} holds {is_there} as {name}; its manifest implies the shape "
-                    f"{list(shape)}: make the slices again with --split_bin"
-                )
-        return {name: tensors[name] for name in expected}
+        return {name: self._own(name, tensors.get(name), shard) for name, shard in expected.items()}
+
+    def _own(self, name: str, found: StoredTensor | None, shard: tuple[range, ...]) -> StoredTensor:
+        """A tensor that is to be a rank's part; of blocks, with the columns of them that are the rank's."""
+        is_known = found is not None and (found.dtype in DTYPES or found.dtype in BLOCK_SIZES)
+        stored = held(shard, block_size(found.dtype).n_weights) if found and is_known else shard
+        shape = tuple(map(len, stored))
+        if found is None or not is_known or found.shape != shape:
+            is_there = f"{found.dtype} {list(found.shape)}" if found else "nothing"
+            raise SliceError(
+                f"{self.folder} holds {is_there} as {name}; its manifest implies the shape "
+                f"{list(shape)}: make the slices again with --split_bin"
+            )
+        if stored == shard:
+            return found
+        first = shard[1].start - stored[1].start
+        return replace(found, columns=range(first, first + len(shard[1])))
+
+
+def version_for(config: LlamaConfig, tensors: Iterable[StoredTensor]) -> int:
+    """The version of the format that a model's slices need."""
+    has_blocks = any(tensor.dtype in BLOCK_SIZES for tensor in tensors)
+    return 2 if has_blocks or len(config.to_dict()) > _N_FIRST_FIELDS else 1
 
 
 def block_files(config: LlamaConfig) -> Iterator[tuple[str, Iterable[str]]]:
