@@ -41,6 +41,8 @@ def hf_config(config: LlamaConfig) -> dict[str, Any]:
         if name not in ("rope_scaling", "eos_token_ids", "layers_without_rope")
     }
     value |= {"model_type": family, "architectures": [f"{family.title()}ForCausalLM"], "hidden_act": "silu"}
+    if config.attention_multiplier is None:
+        del value["attention_multiplier"]
     value["eos_token_id"] = list(config.eos_token_ids) or None
     if family == "smollm3":
         layers = range(config.num_hidden_layers)

@@ -84,6 +84,9 @@ def write_gguf_model(
             raw = store(numbers if len(shape) == 2 else np.float32(1) + np.float32(0.1) * numbers, dtype)
             values[name] = as_float32(raw)
         stored[gguf_name(name)] = (dtype, shape, raw)
+    if config.rope_divisors:
+        divisors = np.array(config.rope_divisors, np.float32)
+        stored["rope_freqs.weight"] = ("F32", divisors.shape, divisors)
     write_gguf(path, stored, llama_metadata(config) | dict(metadata or {}))
     if config.tie_word_embeddings:
         values[LM_HEAD] = values[EMBEDDING]

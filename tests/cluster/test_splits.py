@@ -168,7 +168,7 @@ def die_while_slicing(folder: Path, save_dir: Path) -> None:
 def test_what_a_killed_process_left_is_nobody_s(checkpoint: Checkpoint, n: int, tmp_path: Path) -> None:
     save_dir = tmp_path / "split"
     child = multiprocessing.get_context("spawn").Process(
-        target=die_while_slicing, args=(checkpoint.folder, save_dir)
+        target=die_while_slicing, args=(checkpoint.path, save_dir)
     )
     child.start()
     child.join()

@@ -1,5 +1,7 @@
 """A GGUF as it lies gives the logits of its weights' values."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import reference
@@ -7,6 +9,7 @@ from checkpoints import hf_config
 from gguf_files import MIXED, WIDE, gguf_config, in_hugging_faces_order, write_gguf_model
 
 from tpilite import LLM
+from tpilite.config.llama import RopeScaling
 from tpilite.dtypes import BLOCK_SIZES
 
 IDS = list(np.random.default_rng(7).integers(0, 50, 20))
@@ -37,6 +40,15 @@ def test_logits_are_those_of_the_weights_values(dtypes, changes, tmp_path):
     with LLM(tmp_path / "x.gguf", threads=2, memory_budget="unlimited") as llm:
         assert llm.config == config
         assert_close(llm.logits(IDS), expected_logits(config, values))
+
+
+def test_rotary_frequencies_are_divided_by_what_a_tensor_says(tmp_path):
+    config = gguf_config(rope_divisors=(4.0,) * 8)
+    values = write_gguf_model(tmp_path / "x.gguf", config)
+    stretched = replace(config, rope_divisors=(), rope_scaling=RopeScaling("linear", 4.0))
+    with LLM(tmp_path / "x.gguf", threads=2, memory_budget="unlimited") as llm:
+        assert llm.config == config
+        assert_close(llm.logits(IDS), expected_logits(stretched, values))
 
 
 def test_paging_changes_nothing(tmp_path):

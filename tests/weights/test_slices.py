@@ -113,7 +113,7 @@ def changed(path: str, new: Any) -> bytes:
     ("path", "new", "text"),
     [
         ("format", "zip", "not of the format 'tpilite slice'"),
-        ("version", 2, "version 2; expected 1: use the same version of tpilite everywhere"),
+        ("version", 3, "version 3; expected 1 or 2: use the same version of tpilite everywhere"),
         ("more", 1, "exactly the keys"),
         ("rank", ..., "exactly the keys"),
         ("rank", 2, "has rank 2; expected one of 2 ranks from 0"),

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from tpilite.config.gguf import config_from_gguf
 from tpilite.config.llama import LlamaConfig
@@ -26,6 +27,7 @@ _LAYER_NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+_DIVISORS = "rope_freqs.weight"
 _OF_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
 
 
@@ -51,8 +53,20 @@ def open_parts(files: ModelFiles) -> list[GgufFile]:
 
 
 def config_of(parts: Sequence[GgufFile], stored: Mapping[str, StoredTensor]) -> LlamaConfig:
-    """The model's configuration, by the metadata of the first part and all tensors."""
-    return config_from_gguf(parts[0].metadata, {name: tensor.shape for name, tensor in stored.items()})
+    """The model's configuration, by the metadata of the first part and all tensors.
+
+    How Llama 3 stretches its rotary frequencies is no metadata: a tensor has what each is divided by.
+    """
+    config = config_from_gguf(parts[0].metadata, {name: tensor.shape for name, tensor in stored.items()})
+    divisors = stored.get(_DIVISORS)
+    if divisors is None:
+        return config
+    if divisors.dtype != "F32" or divisors.shape != (config.head_dim // 2,):
+        raise CheckpointError(
+            f"{divisors.file.path}: {_DIVISORS} is {divisors.dtype} of shape {list(divisors.shape)}; "
+            f"expected F32, one for each of {config.head_dim // 2} rotary frequencies"
+        )
+    return replace(config, rope_divisors=tuple(divisors.array().tolist()))
 
 
 def stored_in(parts: Sequence[GgufFile]) -> dict[str, StoredTensor]:
