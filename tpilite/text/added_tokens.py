@@ -119,6 +119,7 @@ class TokenizerSettings:
     eos: str | None
     added: dict[int, AddedToken]
     prefix_space: str  # one of PREFIX_SPACES, where the vocabulary is one of those that put a space in front
+    ends: tuple[str, ...] = TURN_ENDS  # special tokens that end a text or a turn, beside EOS
 
     @classmethod
     def from_folder(cls, folder: Path) -> "TokenizerSettings":

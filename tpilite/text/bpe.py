@@ -21,6 +21,8 @@ _KNOWN_PIECE_CHARS = 64
 # A list of pairs is searched faster than a heap is kept, up to about this many symbols.
 _SHORT = 128
 
+_NO_MERGE = 1 << 62
+
 _SPACE = "\u2581"  # sentencepiece's sign for a space
 _WORDS = re.compile(f"{_SPACE}*[^{_SPACE}]+|{_SPACE}+")
 
@@ -55,7 +57,8 @@ class BytePairs:
 
         Then a text can be cut into `spaced_words` before it is merged.
         """
-        inside = re.compile(f"[^{_SPACE}]{re.escape(self.separator)}?{_SPACE}")
+        between = re.escape(self.separator)
+        inside = re.compile(f"[^{_SPACE}{between}]{between}?{_SPACE}")
         return _SPACE in self.vocab and not self.whole_tokens and not any(map(inside.search, self.ranks))
 
     def _known(self, characters: Iterable[str]) -> list[str]:
@@ -82,13 +85,12 @@ class BytePairs:
         return [*symbols, self.unknown] if waiting and self.unknown is not None else symbols
 
     def _rank(self, left: str, right: str) -> int:
-        return self.ranks.get(f"{left}{self.separator}{right}", len(self.ranks))
+        return self.ranks.get(f"{left}{self.separator}{right}", _NO_MERGE)
 
     def _merge_few(self, symbols: list[str]) -> list[str]:
         """The symbols merged, the pair of the lowest rank first and of equal ones the leftmost."""
-        none = len(self.ranks)
         ranks = [self._rank(left, right) for left, right in pairwise(symbols)]
-        while ranks and (best := min(ranks)) < none:
+        while ranks and (best := min(ranks)) < _NO_MERGE:
             place = ranks.index(best)
             symbols[place : place + 2] = [symbols[place] + symbols[place + 1]]
             del ranks[place]
@@ -100,10 +102,10 @@ class BytePairs:
 
     def _merge_many(self, symbols: list[str]) -> list[str]:
         """The same for many symbols, in time that grows little faster than their number."""
-        n, none = len(symbols), len(self.ranks)
+        n = len(symbols)
         before, after = list(range(-1, n - 1)), list(range(1, n + 1))
         ranks = map(self._rank, symbols, symbols[1:])
-        heap = [rank * n + place for place, rank in enumerate(ranks) if rank < none]
+        heap = [rank * n + place for place, rank in enumerate(ranks) if rank < _NO_MERGE]
         heapify(heap)
         while heap:
             rank, place = divmod(heappop(heap), n)
@@ -119,7 +121,7 @@ class BytePairs:
             for left in (before[place], place):
                 if left >= 0 and after[left] < n:
                     rank = self._rank(symbols[left], symbols[after[left]])
-                    if rank < none:
+                    if rank < _NO_MERGE:
                         heappush(heap, rank * n + left)
         return [symbol for symbol in symbols if symbol]
 

@@ -13,7 +13,6 @@ from typing import Any
 from tpilite.errors import CheckpointError
 from tpilite.text.added_tokens import (
     TEXT_BEGIN,
-    TURN_ENDS,
     AddedToken,
     TokenizerSettings,
     TokenNames,
@@ -40,7 +39,7 @@ def from_json(
     pairs = _read_model(Part.of(path, "model", content.get("model")), vocab_size)
     added = _placed(path, settings.added, pairs.vocab)
     around = _read_post_processor(_part(path, content, "post_processor"))
-    needed = {*TURN_ENDS, settings.bos, settings.eos}
+    needed = {*settings.ends, settings.bos, settings.eos}
     ends = [i for i, token in added.items() if token.text in needed]
     check_vocabulary(path, max([*ends, around.before or 0, around.after or 0]) + 1, vocab_size)
     names = TokenNames.of(added, path, vocab_size)
@@ -50,7 +49,7 @@ def from_json(
         tokens[token_id] = decoder.token_bytes(token)
     tokens = names.extend(tokens)
     specials = names.specials
-    ends = [specials[name] for name in TURN_ENDS if name in specials]
+    ends = [specials[name] for name in settings.ends if name in specials]
     begin = specials.get(TEXT_BEGIN) if around.before is None else around.before
     ids = {**pairs.vocab, **specials}
     return Tokenizer(
@@ -67,7 +66,7 @@ def from_json(
         spaced=frozenset(i for i, token in enumerate(tokens) if decoder.strips_space and token[:1] == b" "),
         is_lossless=pre_tokenizer.keeps_all
         and keeps_all(normalizer)
-        and _knows_bytes(pairs, pre_tokenizer.maps_bytes),
+        and _knows_bytes(pairs, pre_tokenizer.is_byte_level),
     )
 
 
@@ -132,9 +131,9 @@ def _read_merges(part: Part, vocab: Mapping[str, int]) -> tuple[dict[str, int], 
     return dict(zip(merges, range(len(merges)), strict=True)), separator
 
 
-def _knows_bytes(pairs: BytePairs, maps_bytes: bool) -> bool:
+def _knows_bytes(pairs: BytePairs, is_byte_level: bool) -> bool:
     """Whether there is a token for each byte of a text. What is without one is left out of it."""
-    if maps_bytes:
+    if is_byte_level:
         return all(char in pairs.vocab for char in BYTE_CHARACTERS)
     return pairs.byte_fallback and all(token in pairs.vocab for token in _BYTE_TOKENS)
 

@@ -12,10 +12,10 @@ import regex
 from tpilite.errors import CheckpointError
 
 # What Oniguruma, for which these patterns are written, understands otherwise than `regex` does: hexadecimal
-# digits and other escapes of Ruby, sets inside sets, a repeated count, and the flags m, s and x.
-_FOREIGN = re.compile(
-    r"(?<!\\)(?:\\\\)*(?:\\[hHRXGKkgzZ]|&&|\[\[|\[\^\[|\{[\d,]+\}\+|\(\?[a-z]*-?[a-z]*[msx])"
-)
+# digits and other escapes of Ruby, named classes, a repeated count, and the flags m, s and x.
+_FOREIGN = re.compile(r"(?<!\\)(?:\\\\)*(?:\\[hHRUXGKkgzZ]|\[\^?\[:|\{[\d,]+\}\+|\(\?[a-z]*-?[a-z]*[msx])")
+_OF_SETS = re.compile(r"\\.|\[\^?\]?|\]|&&|--|\|\||~~", re.DOTALL)
+_NESTED = {"[", "[^", "&&"}
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,17 @@ class Part:
         foreign = _FOREIGN.search(text)
         if foreign:
             self.refuse(f"{foreign[0]!r} in a pattern")
+        # Version 1 has sets inside sets, and with the flag i more letters that are alike.
+        signs = _inside_sets(text)
+        nested = not signs.isdisjoint(_NESTED)
+        if nested and (signs - _NESTED or "(?i" in text):
+            self.refuse(f"a pattern of sets inside sets, {text!r}")
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("error")  # of sets that a later version would read otherwise
+                warnings.simplefilter("ignore", FutureWarning)  # of sets that version 1 reads otherwise
                 # In Oniguruma ^ and $ are the ends of each line.
-                return regex.compile(text, regex.MULTILINE | regex.V0)
-        except (regex.error, FutureWarning, RecursionError, OverflowError) as error:
+                return regex.compile(text, regex.MULTILINE | (regex.V1 if nested else regex.V0))
+        except (regex.error, RecursionError, OverflowError) as error:
             return self.refuse(f"a pattern that cannot be read ({error})")
 
     def damaged(self, what: str) -> NoReturn:
@@ -98,3 +103,15 @@ class Part:
 
 
 _KINDS = {str: "text", bool: "true or false", int: "whole number", list: "list"}
+
+
+def _inside_sets(pattern: str) -> set[str]:
+    """What stands in the sets of a pattern of the signs that begin sets in them or join them."""
+    found, depth = set(), 0
+    for sign in _OF_SETS.findall(pattern):
+        if sign.startswith("\\"):
+            continue
+        if depth and sign != "]":
+            found.add(sign)
+        depth += sign.startswith("[") - (sign == "]" and depth > 0)
+    return found

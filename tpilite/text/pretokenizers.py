@@ -44,14 +44,16 @@ def from_byte_characters(token: str) -> bytes:
 
 
 class PreTokenizer:
-    """Splits texts as a pre_tokenizer says. `maps_bytes`: the pieces become `to_byte_characters` at last.
+    """Splits texts as a pre_tokenizer says.
 
-    Those that last step is left to whoever encodes a piece, who may know the piece already.
+    `is_byte_level` says whether tokens are made of byte characters. `maps_bytes`: the pieces become
+    `to_byte_characters` at last. That is left to whoever encodes a piece, who may know it already.
     """
 
     def __init__(self, part: Part | None) -> None:
         parts = list(part.steps("pretokenizers")) if part else []
         self.maps_bytes = bool(parts) and parts[-1].kind == "ByteLevel"
+        self.is_byte_level = any(part.kind == "ByteLevel" for part in parts)
         self.keeps_all = all(_keeps_all(part) for part in parts)
         self._steps: list[Step] = []
         for number, step in enumerate(parts, 1):

@@ -65,7 +65,7 @@ def _read(path: Path, raw: bytes, settings: TokenizerSettings, vocab_size: int) 
         names=names,
         bos=bos if bos >= 0 else None,
         eos=eos if eos >= 0 else None,
-        more_eos={processor.eos_id()} - {-1},
+        more_eos={processor.eos_id(), *(specials[name] for name in settings.ends if name in specials)} - {-1},
         add_bos=settings.add_bos is not False,
         add_eos=settings.add_eos is True,
         spaced=frozenset(i for i, piece in enumerate(pieces) if strips and piece.startswith("\u2581")),

@@ -77,7 +77,7 @@ def from_tiktoken(path: Path, raw: bytes, settings: TokenizerSettings, vocab_siz
         names=names,
         bos=specials.get(settings.bos or TEXT_BEGIN, specials.get(TEXT_BEGIN)),
         eos=specials.get(settings.eos or TURN_ENDS[0], specials.get(TURN_ENDS[0])),
-        more_eos=[specials[name] for name in TURN_ENDS if name in specials],
+        more_eos=[specials[name] for name in settings.ends if name in specials],
         add_bos=settings.add_bos is not False,
         add_eos=settings.add_eos is True,
     )

@@ -1,0 +1,167 @@
+"""The tokenizers of GGUF metadata against those of the files that they were made from."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sentencepiece
+from tokenizer_files import FIXTURES, loaded, train, write
+
+from tpilite.errors import CheckpointError
+from tpilite.text.gguf_vocab import from_gguf
+from tpilite.text.tokenizer import Tokenizer
+
+_GOLDEN = json.loads((FIXTURES.parent / "tokenizers.json").read_text(encoding="utf-8"))
+_JSON = {case["name"]: case["tokenizer.json"] for case in _GOLDEN["cases"]}
+_PATH = Path("model.gguf")
+
+
+def keyed(**values: Any) -> dict[str, Any]:
+    return {f"tokenizer.ggml.{key}": value for key, value in values.items() if value is not None}
+
+
+def of_pairs(content: dict[str, Any], pre: str | None, **values: Any) -> dict[str, Any]:
+    """What a converter writes of a tokenizer.json."""
+    model = content["model"]
+    added = {token["id"]: token for token in content["added_tokens"]}
+    names = {i: token for token, i in model["vocab"].items()} | {i: t["content"] for i, t in added.items()}
+    tokens = [names.get(i, f"[PAD{i}]") for i in range(max(names) + 3)]
+    types = [
+        5 if i not in names else (3 if added[i]["special"] else 4) if i in added else 1
+        for i in range(len(tokens))
+    ]
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    return keyed(
+        model="gpt2", pre=pre, tokens=tokens, token_type=np.array(types, np.int32), merges=merges
+    ) | keyed(**values)
+
+
+@pytest.mark.parametrize(
+    ("family", "pre"),
+    [
+        ("gpt2", "gpt-2"),
+        ("smollm", "smollm"),
+        ("smollm", "refact"),
+        ("llama3", "llama-bpe"),
+        ("llama3", "llama-v3"),
+        ("qwen2", "qwen2"),
+        ("qwen2", "deepseek-r1-qwen"),
+        ("qwen35", "qwen35"),
+        ("tekken", "tekken"),
+        ("gpt4o", "gpt-4o"),
+        ("deepseek3", "deepseek-v3"),
+        ("deepseek_coder", "deepseek-coder"),
+        ("deepseek_llm", "deepseek-llm"),
+    ],
+)
+def test_pairs_split_by_each_name_give_the_ids_of_tokenizer_json(
+    tmp_path: Path, family: str, pre: str
+) -> None:
+    content = copy.deepcopy(_JSON[family])
+    for token in content["added_tokens"]:  # their flags are not in a GGUF
+        token.update(lstrip=False, rstrip=False, single_word=False, normalized=False)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    right, tokenizer = loaded(tmp_path, 1000), from_gguf(_PATH, of_pairs(content, pre), 1000)
+    for line in _GOLDEN["lines"]:
+        for allowed in (True, False):
+            ids = right.encode(line, bos=False, allow_special=allowed)
+            assert tokenizer.encode(line, bos=False, allow_special=allowed) == ids, line
+        assert tokenizer.decode(ids) == right.decode(ids)
+
+
+def of_sentencepiece(model: bytes, **values: Any) -> dict[str, Any]:
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    ids = range(processor.get_piece_size())
+    types = [
+        2 if processor.is_unknown(i) else 3 if processor.is_control(i) else 6 if processor.is_byte(i) else 1
+        for i in ids
+    ]
+    pieces = [processor.id_to_piece(i) for i in ids]
+    scores = np.array([processor.get_score(i) for i in ids], np.float32)
+    return keyed(
+        model="llama", pre="default", tokens=pieces, scores=scores, token_type=np.array(types, np.int32)
+    ) | keyed(**values)
+
+
+@pytest.mark.parametrize("prefix", [True, False, None])
+def test_pieces_and_scores_give_the_ids_of_sentencepiece(tmp_path: Path, prefix: bool | None) -> None:
+    model = train(add_dummy_prefix=prefix is not False)
+    right = loaded(write(tmp_path, model), 448)
+    metadata = of_sentencepiece(model, add_space_prefix=prefix, bos_token_id=1, eos_token_id=2)
+    tokenizer = from_gguf(_PATH, metadata, 448)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.add_bos, tokenizer.n_tokens) == (1, 2, True, 400)
+    for line in _GOLDEN["lines"]:
+        ids = right.encode(line)
+        assert tokenizer.encode(line) == ids
+        assert tokenizer.decode(ids) == right.decode(ids)
+
+
+def test_types_that_are_missing_leave_the_unknown_piece_as_the_file_names_it() -> None:
+    metadata = of_sentencepiece(train(), unknown_token_id=0)
+    del metadata["tokenizer.ggml.token_type"]
+    tokenizer = from_gguf(_PATH, metadata, 400)
+    assert tokenizer.encode("\x00", bos=False)[-1] == 0
+
+
+def ends(**values: Any) -> Tokenizer:
+    return from_gguf(_PATH, of_pairs(_JSON["gpt2"], "gpt-2", **values), 1000)
+
+
+def test_bos_and_eos_are_those_of_the_file() -> None:
+    names = {token["content"]: token["id"] for token in _JSON["gpt2"]["added_tokens"]}
+    start, end = names["<|im_start|>"], names["<|im_end|>"]
+    assert (ends().bos_id, ends().add_bos, ends().eos_ids) == (None, False, {end})
+    tokenizer = ends(bos_token_id=start, eos_token_id=0, add_bos_token=True, add_eos_token=True)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.eos_ids) == (start, 0, {0, end})
+    assert tokenizer.encode("") == [start, 0]
+    assert ends(eot_token_id=start, eom_token_id=10**9).eos_ids == {start, end}
+    assert not ends(bos_token_id=start).add_bos
+    assert from_gguf(_PATH, of_pairs(_JSON["llama3"], "llama-bpe", bos_token_id=start), 1000).add_bos
+
+
+def test_a_file_that_does_not_say_how_it_splits_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = from_gguf(_PATH, of_pairs(_JSON["gpt2"], None), 1000)
+    assert "does not say how its tokenizer splits" in caplog.text
+    assert tokenizer.decode(tokenizer.encode("a 1234!? b")) == "a 1234!? b"
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"model": "bert"}, "kind 'bert'"),
+        ({"model": None}, "tokenizer.ggml.model to be text"),
+        ({"pre": "no-such"}, r"as 'no-such' \(tokenizer.ggml.pre\), which is not known here; known are a.x"),
+        ({"pre": 7}, "pre to be text"),
+        ({"tokens": None}, "tokens to be a list of text"),
+        ({"tokens": []}, "tokens to be a list of text"),
+        ({"tokens": ["a", 1]}, "tokens to be a list of text"),
+        ({"tokens": ["a", "a", "aa"], "token_type": None}, "different tokens"),
+        ({"token_type": [1]}, "token_type to be a number for each token"),
+        ({"token_type": "x"}, "token_type to be a number for each token"),
+        ({"token_type": 3}, "token_type to be a number for each token"),
+        ({"merges": None}, "merges to be a list of text"),
+        ({"merges": ["zz qq"]}, "the merge 'zz qq', which does not make one token"),
+        ({"bos_token_id": -1}, "bos_token_id to be the id of a token"),
+        ({"bos_token_id": "1"}, "bos_token_id to be the id of a token"),
+        ({"add_bos_token": 1}, "add_bos_token to be true or false"),
+        ({"model": "llama"}, "scores to be a number for each token"),
+        ({"model": "llama", "scores": [float("nan")] * 431}, "scores to be a number for each token"),
+        ({"model": "llama", "scores": [0.0] * 431, "tokens": ["a"] * 431}, "damaged"),
+    ],
+)
+def test_damage_is_told_in_one_line(values: dict[str, Any], words: str) -> None:
+    metadata = of_pairs(_JSON["gpt2"], "gpt-2")
+    for key, value in values.items():
+        metadata[f"tokenizer.ggml.{key}"] = value
+    with pytest.raises(CheckpointError, match=words) as caught:
+        from_gguf(_PATH, metadata, 1000)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_vocabulary_smaller_than_its_ids_is_refused() -> None:
+    with pytest.raises(CheckpointError, match=r"has 431 tokens, but config.json says vocab_size = 400"):
+        from_gguf(_PATH, of_pairs(_JSON["gpt2"], "gpt-2"), 400)
