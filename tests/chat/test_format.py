@@ -96,6 +96,56 @@ def test_the_models_own_template_gives_the_ids_of_transformers(
     assert published(tokenizer, case["template"]).encode(case["messages"]).ids == case["ids"]
 
 
+PROMPTS = json.loads((FIXTURES / "templates" / "prompts.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("template", PROMPTS["prompts"])
+def test_templates_of_many_families_give_the_prompts_of_transformers(
+    template: str, small_llama3: Tokenizer
+) -> None:
+    text = (FIXTURES / "templates" / f"{template}.jinja").read_text(encoding="utf-8")
+    with ChatFormat(small_llama3, {"default": text}, {"unk_token": "<unk>", "pad_token": "<pad>"}) as format:
+        for asked, expected in zip(PROMPTS["conversations"], PROMPTS["prompts"][template], strict=True):
+            options = {name: asked[name] for name in ("tools", "documents", "continues") if name in asked}
+            given = format.with_variables({"date_string": "01 Feb 2025", **asked.get("variables", {})})
+            ignored = {name for name in ("tools", "documents") if name in asked and name not in text}
+            if ignored:
+                with pytest.raises(ConfigError, match=f"takes no {ignored.pop()}"):
+                    given.encode(asked["messages"], **options)
+            elif "error" in expected:
+                with pytest.raises(ConfigError) as caught:
+                    given.encode(asked["messages"], **options)
+                assert str(caught.value).endswith(expected["error"])
+            else:
+                assert shown(small_llama3, given.encode(asked["messages"], **options).ids) == expected["text"]
+
+
+@pytest.mark.parametrize(
+    ("template", "variables", "thinking"),
+    [
+        ("qwen", {}, False),
+        ("qwen", {"enable_thinking": False}, False),
+        ("deepseek", {}, True),
+        ("chatml", {}, None),
+    ],
+)
+def test_a_prompt_says_what_its_answer_may_begin_with(
+    template: str, variables: dict[str, Any], thinking: bool | None, small_llama3: Tokenizer
+) -> None:
+    text = (FIXTURES / "templates" / f"{template}.jinja").read_text(encoding="utf-8")
+    syntax = formatted(small_llama3, text).with_variables(variables).encode(HELLO).syntax
+    assert (syntax.thinking, syntax.calls) == (thinking, None)
+
+
+def test_offered_tools_are_told(small_llama3: Tokenizer) -> None:
+    text = (FIXTURES / "templates" / "qwen.jinja").read_text(encoding="utf-8")
+    tools = [{"type": "function", "function": {"name": "f"}}, {"name": "g"}, {"function": 7}]
+    syntax = formatted(small_llama3, text).encode(HELLO, tools=tools).syntax
+    assert syntax.tools == {"f", "g"}
+    assert syntax.calls is not None
+    assert syntax.calls.opening == ("<tool_call>",)
+
+
 # ---- contents stay contents
 
 PARTS = [

@@ -130,7 +130,8 @@ class ChatFormat(Closing):
         if not tools:
             return AnswerSyntax(thinking)
         offered = (tool.get("function", tool) for tool in tools)
-        called = frozenset(tool["name"] for tool in offered if isinstance(tool.get("name"), str))
+        names = (tool.get("name") for tool in offered if isinstance(tool, Mapping))
+        called = frozenset(name for name in names if isinstance(name, str))
         return AnswerSyntax(thinking, calls_of(template), called)
 
 
