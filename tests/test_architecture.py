@@ -35,7 +35,7 @@ _INSIDE = {
     "tiktoken_files json_files gguf_vocab load templates",
     "chat": "answers spelling template_runner template_process format",
     "net": "auth messages wire address channel handshake control exchange codecs sums measure group listener "
-    "http http_server members rendezvous membership",
+    "http body_memory http_server members rendezvous membership",
     "weights": "partition assemble trust content gguf_tensors checkpoint disk slices slicer "
     "residency part_table loader pager",
     "native": "bindings products exchange",
@@ -43,7 +43,7 @@ _INSIDE = {
     "session",
     "cluster": "config token slice_protocol catalog slice_server slice_client fetch terms splits clean host "
     "worker",
-    "serving": "config errors body_memory openai_requests openai_responses figures jobs service access "
+    "serving": "config errors openai_fields openai_requests openai_responses figures jobs service access "
     "answer page routes server",
     "cli": "streams memory_report local terminal hub configs options clean main __main__",
     "shipped": "",

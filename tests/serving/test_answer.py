@@ -28,8 +28,7 @@ from tpilite import LLM, SamplingParams
 from tpilite.chat.answers import AnswerSyntax
 from tpilite.chat.format import ChatPrompt
 from tpilite.errors import PeerLost
-from tpilite.net.http import HttpError
-from tpilite.serving import answer, body_memory, openai_requests
+from tpilite.serving import answer, openai_requests
 from tpilite.serving.server import Server
 from tpilite.text.tokenizer import Tokenizer
 
@@ -345,16 +344,3 @@ def test_what_cannot_fit_is_refused_by_its_length(
     spaced = [{"role": "user", "content": " " * most + "Hello" + " " * 9}]
     monkeypatch.setattr(llm.chat_format, "encode", lambda messages, **_: ChatPrompt([1], AnswerSyntax()))
     assert llm.encode_chat(spaced).ids == [1]
-
-
-def test_large_bodies_share_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(body_memory, "_WAIT_S", 0.2)
-    memory = body_memory.BodyMemory()
-    with memory.hold(4 << 20), memory.hold(4 << 20), memory.hold(1000):
-        with pytest.raises(HttpError, match="too many large requests"), memory.hold(1 << 20):
-            pass
-        monkeypatch.setattr(body_memory, "_WAIT_S", 30)
-        held = threading.Thread(target=lambda: memory.hold(1 << 20).__enter__())
-        held.start()
-    held.join(10)
-    assert not held.is_alive()

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tpilite.chat.answers import Part
 from tpilite.engine.sampling import SamplingParams
 from tpilite.serving import openai_requests as api
 from tpilite.serving import openai_responses
@@ -31,6 +32,11 @@ def chat(**fields: Any) -> api.Request:
 
 def text(**fields: Any) -> api.Request:
     return api.parse_completion({**TEXT, **fields}, DEFAULTS)
+
+
+def whole_answer(choice: Any) -> ChatCompletion:
+    spent = openai_responses.usage(1, 1)
+    return ChatCompletion.model_validate(openai_responses.response(CHAT_INFO, [choice], spent))
 
 
 def refused(parse: Any, **fields: Any) -> ApiError:
@@ -116,8 +122,8 @@ def test_messages_of_parts_and_of_answers_sent_back() -> None:
     assert chat(messages=[{"role": "developer", "content": "x"}]).messages == (
         {"role": "system", "content": "x"},
     )
-    answer = openai_responses.choice(CHAT_INFO, 0, "Hi", None, "stop")
-    whole = ChatCompletion.model_validate(openai_responses.response(CHAT_INFO, [answer], 1, 1))
+    answer = openai_responses.choice(CHAT_INFO, 0, [Part(text="Hi")], None, "stop")
+    whole = whole_answer(answer)
     returned = whole.choices[0].message.model_dump()
     messages = chat(messages=[*HELLO, returned, *HELLO]).messages
     assert messages is not None
@@ -125,6 +131,8 @@ def test_messages_of_parts_and_of_answers_sent_back() -> None:
 
 
 TOOL = {"type": "function", "function": {"name": "f"}}
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+NO_CALL = {"function": {"name": "f", "arguments": "[]"}}
 
 
 @pytest.mark.parametrize(
@@ -133,6 +141,7 @@ TOOL = {"type": "function", "function": {"name": "f"}}
         {"tool_choice": "none"},
         {"tools": [], "tool_choice": "auto"},
         {"tools": [TOOL], "tool_choice": "none", "parallel_tool_calls": True},
+        {"documents": [], "add_generation_prompt": True, "continue_final_message": False},
         {"functions": [TOOL], "function_call": "none"},
         {"store": True, "metadata": {"a": "b"}, "service_tier": "flex", "user": "ann"},
         {"safety_identifier": "x", "prompt_cache_key": "y", "prediction": None},
@@ -164,9 +173,43 @@ def test_an_empty_answer_can_be_sent_back() -> None:
     empty = {"role": "assistant", "content": None, "reasoning_content": "Hm", "tool_calls": None}
     assert chat(messages=[*HELLO, empty, *HELLO]).messages == (
         *HELLO,
-        {"role": "assistant", "content": ""},
+        {"role": "assistant", "content": "", "reasoning_content": "Hm"},
         *HELLO,
     )
+
+
+def test_calls_and_their_results_reach_the_template() -> None:
+    parts = [Part(thought="hm"), Part(tool="f", arguments='{"a": 1}')]
+    answer = openai_responses.choice(CHAT_INFO, 0, parts, None, "tool_calls")
+    whole = whole_answer(answer)
+    returned = whole.choices[0].message.model_dump()
+    call_id = returned["tool_calls"][0]["id"]
+    result = {"role": "tool", "tool_call_id": call_id, "content": "2"}
+    assert chat(messages=[*HELLO, returned, result]).messages == (
+        *HELLO,
+        {
+            "role": "assistant",
+            "content": None,
+            "reasoning_content": "hm",
+            "tool_calls": [
+                {"id": call_id, "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+            ],
+        },
+        result,
+    )
+
+
+def test_tools_and_documents_reach_the_template() -> None:
+    function = {"name": "f", "description": "x", "parameters": {"type": "object"}}
+    given = [{"type": "function", "function": {**function, "strict": True}}]
+    request = chat(tools=given, documents=[{"text": "x"}], tool_choice="auto", parallel_tool_calls=False)
+    assert request.tools == ({"type": "function", "function": function},)
+    assert request.documents == ({"text": "x"},)
+    assert request.one_call
+    assert not chat(tools=given).one_call
+    assert chat(tools=given, tool_choice="none").tools == ()
+    assert chat(continue_final_message=True, add_generation_prompt=False).continues
+    assert not chat(continue_final_message=False, add_generation_prompt=True).continues
 
 
 @pytest.mark.parametrize(
@@ -181,7 +224,8 @@ def test_an_empty_answer_can_be_sent_back() -> None:
         ({"messages": [{"content": "x"}]}, "messages[0].role", "missing_required_parameter"),
         ({"messages": [{"role": "user"}]}, "messages[0].content", "missing_required_parameter"),
         ({"messages": [{"role": "king", "content": "x"}]}, "messages[0].role", "invalid_value"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "unsupported_parameter"),
+        ({"messages": [{"role": "function", "content": "x"}]}, "messages[0].role", "unsupported_parameter"),
+        ({"messages": [{**HELLO[0], "tool_calls": [CALL]}]}, "messages[0].tool_calls", "invalid_value"),
         ({"messages": [{**HELLO[0], "nam": "Ann"}]}, "messages[0].nam", "unknown_parameter"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
@@ -190,8 +234,20 @@ def test_an_empty_answer_can_be_sent_back() -> None:
         ),
         (
             {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}]},
-            "messages[0].tool_calls",
-            "unsupported_parameter",
+            "messages[0].tool_calls[0].function",
+            "missing_required_parameter",
+        ),
+        (
+            {
+                "messages": [
+                    {
+                        "role": "assistant",
+                        "tool_calls": [CALL, {"function": {"name": "f", "arguments": "[]"}}],
+                    }
+                ]
+            },
+            "messages[0].tool_calls[1].function.arguments",
+            "invalid_value",
         ),
         ({"temperature": "hot"}, "temperature", "invalid_type"),
         ({"temperature": True}, "temperature", "invalid_type"),
@@ -224,7 +280,21 @@ def test_an_empty_answer_can_be_sent_back() -> None:
         ({"user": 5}, "user", "invalid_type"),
         ({"colour": "red"}, "colour", "unknown_parameter"),
         ({"echo": True}, "echo", "unknown_parameter"),
-        ({"tools": [{"type": "function"}]}, "tools", "unsupported_parameter"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function", "missing_required_parameter"),
+        ({"tools": [{"type": "custom"}]}, "tools[0].type", "unsupported_parameter"),
+        (
+            {"tools": [{"type": "function", "function": {"name": ""}}]},
+            "tools[0].function.name",
+            "invalid_value",
+        ),
+        ({"tools": [TOOL], "tool_choice": "required"}, "tool_choice", "unsupported_parameter"),
+        ({"documents": ["x"]}, "documents[0]", "invalid_type"),
+        ({"add_generation_prompt": False}, "add_generation_prompt", "unsupported_parameter"),
+        (
+            {"continue_final_message": True, "add_generation_prompt": True},
+            "add_generation_prompt",
+            "invalid_value",
+        ),
         ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter"),
         ({"store": 0}, "store", "invalid_type"),
     ],

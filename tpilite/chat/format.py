@@ -62,6 +62,16 @@ class ChatFormat(Closing):
         """Has the templates read, which the first `encode` does otherwise. Raises `CheckpointError`."""
         self._process.names()
 
+    def takes(self, variable: str, *, with_tools: bool = False) -> bool:
+        """Whether the template that counts reads a variable. Raises as `encode`."""
+        return variable in self._process.names()[self._name(with_tools)]
+
+    @property
+    def calls_tools(self) -> bool:
+        """Whether tools can be offered, and their calls be read. Raises as `encode`."""
+        name = self._name(with_tools=True)
+        return self.takes("tools", with_tools=True) and calls_of(self._templates[name]) is not None
+
     def close(self) -> None:
         """Ends the process of its templates."""
         self._process.close()
@@ -97,7 +107,7 @@ class ChatFormat(Closing):
         written: dict[str, Any] = {"messages": _checked(messages)}
         name = self._name(bool(tools))
         for variable, given in (("tools", tools), ("documents", documents)):
-            if given and variable not in self._process.names()[name]:
+            if given and not self.takes(variable, with_tools=bool(tools)):
                 raise ConfigError(f"the model's chat template takes no {variable}")
             written[variable] = list(given) if given else None
         if continues:

@@ -6,6 +6,7 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from tpilite.chat.answers import AnswerSyntax, open_tail
 from tpilite.engine.sampling import SamplingParams
 from tpilite.engine.usage import Usage
 
@@ -37,6 +38,7 @@ class Sequence:
     params: SamplingParams
     eos_ids: frozenset[int] = frozenset()
     decoder: Decoder | None = None
+    syntax: AnswerSyntax | None = None  # of an answer to a conversation
     new_ids: list[int] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)  # the text shown for each of `new_ids`
     sequence_id: int = 0  # that of its caches, given by the engine with its place in the queue
@@ -93,7 +95,7 @@ class Sequence:
             shown, self._held = self._held[:at], ""
             self.stopped = True
         else:
-            n_hold = 0 if last else _open_tail(self._held, self.params.stop)
+            n_hold = 0 if last else open_tail(self._held, self.params.stop)
             cut = len(self._held) - n_hold
             shown, self._held = self._held[:cut], self._held[cut:]
         self.pieces.append(shown)
@@ -104,12 +106,3 @@ def _first(text: str, stops: Items[str]) -> tuple[int, bool]:
     """Where the earliest stop text begins, and whether there is one."""
     places = [at for at in (text.find(stop) for stop in stops) if at >= 0]
     return (min(places), True) if places else (0, False)
-
-
-def _open_tail(text: str, stops: Items[str]) -> int:
-    """The length of the longest end of `text` that begins a stop text."""
-    for n in range(min(len(text), max((len(stop) - 1 for stop in stops), default=0)), 0, -1):
-        tail = text[-n:]
-        if any(stop.startswith(tail) for stop in stops):
-            return n
-    return 0

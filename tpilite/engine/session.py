@@ -150,11 +150,15 @@ class Session(Closing):
     def prepare(self, prompt: EncodedPrompt, params: SamplingParams | None = None) -> Sequence:
         """A request that is not in the queue yet. Raises `ConfigError` if it cannot be served."""
         params = self.completed(params or SamplingParams())
-        sequence = Sequence(prompt.ids, params, prompt.eos_ids)
+        sequence = Sequence(prompt.ids, params, prompt.eos_ids, syntax=prompt.syntax)
         self.engine.check(sequence)
         if self._tokenizer is not None:
             # An answer is a text of its own, a completion goes on from its prompt.
-            sequence.decoder = StreamDecoder(self._tokenizer, after=[] if prompt.syntax else prompt.ids)
+            after = [] if prompt.syntax else prompt.ids
+            specials = self._tokenizer.specials
+            marks = prompt.syntax.marks if prompt.syntax else ()
+            shown = {specials[mark]: mark for mark in marks if mark in specials}
+            sequence.decoder = StreamDecoder(self._tokenizer, after, shown)
         elif params.stop:
             raise ConfigError("stop texts need a tokenizer, which this model's folder does not have")
         return sequence

@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from tpilite.chat.answers import AnswerReader, AnswerSyntax, Part
 from tpilite.errors import TpiliteError
 from tpilite.net.http_server import Connection
 from tpilite.serving import openai_responses as openai
 from tpilite.serving.errors import Json, api_error, unknown_model
 from tpilite.serving.jobs import Delta, Job
+from tpilite.serving.openai_fields import refuse
 from tpilite.serving.openai_requests import Request
 from tpilite.serving.openai_responses import ResponseInfo
 from tpilite.serving.service import Service
@@ -45,7 +47,7 @@ class Completions:
         job = self._start(request)
         name = f"{'chatcmpl' if request.is_chat else 'cmpl'}-{secrets.token_hex(12)}"
         info = ResponseInfo(name, int(time.time()), self._model_name, request.is_chat)
-        return job, _Answer(self._service, request, info)
+        return job, _Answer(self._service, request, info, job.syntax)
 
     def answer(self, connection: Connection, started: "Started") -> None:
         """Answers a request. Raises `ApiError` before the answer has begun, and `OSError`."""
@@ -64,10 +66,28 @@ class Completions:
             raise unknown_model(request.model, self._model_name)
         try:
             if request.messages is not None:
-                return self._service.chat(request.messages, request.params, request.n, request.variables)
+                self._check_options(request)
+                return self._service.chat(
+                    request.messages,
+                    request.params,
+                    request.n,
+                    request.variables,
+                    tools=request.tools,
+                    documents=request.documents,
+                    continues=request.continues,
+                )
             return self._service.complete(request.prompts, request.params, request.n)
         except TpiliteError as error:
             raise api_error(error, is_chat=request.is_chat) from error
+
+    def _check_options(self, request: Request) -> None:
+        """Raises `ApiError` for tools and documents that this model has no use for."""
+        chat_format = self._service.session.chat_format
+        if chat_format is not None and request.tools and not chat_format.calls_tools:
+            refuse("tools", "(this model's chat template has none, or another syntax for their calls)")
+        with_tools = bool(request.tools)
+        if request.documents and not (chat_format and chat_format.takes("documents", with_tools=with_tools)):
+            refuse("documents", "(this model's chat template has none)")
 
     @contextmanager
     def _counted(self) -> Iterator[None]:
@@ -125,58 +145,91 @@ def _deltas(job: Job, connection: Connection, keep_alive: Callable[[], None]) ->
 class _Answer:
     """A request's deltas as OpenAI's chunks or as one response."""
 
-    def __init__(self, service: Service, request: Request, info: ResponseInfo) -> None:
+    def __init__(self, service: Service, request: Request, info: ResponseInfo, syntax: AnswerSyntax) -> None:
         self._service, self._info = service, info
         n_choices = request.n * max(1, len(request.prompts))
         prompts = [service.decode(p) for p in request.prompts] if request.echo else []
         self._echoes = [prompts[i // request.n] if prompts else "" for i in range(n_choices)]
-        self._texts: list[list[str]] = [[echo] for echo in self._echoes]
+        self._thinks = syntax.thinking is not None
+        self._readers = [AnswerReader(syntax) for _ in range(n_choices)]
+        self._parts = [[Part(text=echo)] for echo in self._echoes]
         self._logprobs: list[list[Any]] = [[] for _ in range(n_choices)]
         self._reasons = [""] * n_choices
         self._offsets = [len(echo) for echo in self._echoes]
         # Without what may be megabytes, for as long as the answer takes.
-        self.request = dataclasses.replace(request, messages=() if request.is_chat else None, prompts=())
+        self.request = dataclasses.replace(
+            request, messages=() if request.is_chat else None, prompts=(), tools=(), documents=()
+        )
 
     def add(self, delta: Delta) -> None:
         """Keeps a delta for the whole response."""
-        self._texts[delta.index].append(delta.text)
+        self._parts[delta.index] += self._read(delta)
         self._logprobs[delta.index] += delta.logprobs
-        self._reasons[delta.index] = _reason(delta.finish_reason)
+        self._reasons[delta.index] = self._reason(delta)
 
     def whole(self, job: Job) -> Json:
         """The response of all deltas that were added."""
-        kept = zip(self._texts, self._logprobs, self._reasons, strict=True)
+        kept = zip(self._parts, self._logprobs, self._reasons, strict=True)
         choices = [
-            openai.choice(self._info, i, "".join(text), self._described(i, logprobs), reason)
-            for i, (text, logprobs, reason) in enumerate(kept)
+            openai.choice(self._info, i, parts, self._described(i, logprobs), reason)
+            for i, (parts, logprobs, reason) in enumerate(kept)
         ]
-        return openai.response(self._info, choices, job.n_prompt, job.n_new)
+        return openai.response(self._info, choices, self._spent(job))
 
     def opening(self) -> list[Json]:
         """The chunks before any delta."""
         usage = self.request.include_usage
         chunks = openai.opening(self._info, self.request.n, include_usage=usage)
         echoes = [(i, echo) for i, echo in enumerate(self._echoes) if echo]
-        return chunks + [openai.chunk(self._info, i, echo, include_usage=usage) for i, echo in echoes]
+        return chunks + [
+            openai.chunk(self._info, i, Part(text=echo), include_usage=usage) for i, echo in echoes
+        ]
 
     def chunks(self, delta: Delta) -> list[Json]:
-        """The chunks of a delta: none where it has no text yet."""
-        usage, chunks = self.request.include_usage, []
-        if delta.text or delta.logprobs:
-            logprobs = self._described(delta.index, delta.logprobs)
+        """The chunks of a delta: none where nothing of it is certain yet."""
+        usage, reader = self.request.include_usage, self._readers[delta.index]
+        n_calls = reader.n_calls
+        parts = self._read(delta) or ([Part()] if delta.logprobs else [])
+        chunks = []
+        for i, part in enumerate(parts):
+            told = self._described(delta.index, delta.logprobs if i == len(parts) - 1 else ())
             chunks.append(
-                openai.chunk(self._info, delta.index, delta.text, logprobs=logprobs, include_usage=usage)
+                openai.chunk(
+                    self._info, delta.index, part, n_calls=n_calls, logprobs=told, include_usage=usage
+                )
             )
+            n_calls += bool(part.tool)
         if delta.finish_reason is not None:
-            reason = _reason(delta.finish_reason)
+            reason = self._reason(delta)
             chunks.append(
-                openai.chunk(self._info, delta.index, "", finish_reason=reason, include_usage=usage)
+                openai.chunk(self._info, delta.index, Part(), finish_reason=reason, include_usage=usage)
             )
         return chunks
 
     def closing(self, job: Job) -> list[Json]:
         """The chunks after all deltas."""
-        return [openai.closing(self._info, job.n_prompt, job.n_new)] if self.request.include_usage else []
+        return [openai.closing(self._info, self._spent(job))] if self.request.include_usage else []
+
+    def _read(self, delta: Delta) -> list[Part]:
+        """What a delta makes certain."""
+        reader = self._readers[delta.index]
+        n_calls = reader.n_calls
+        parts = reader.add(delta.text)
+        if delta.finish_reason is not None:
+            parts += reader.finish()
+        if self.request.one_call:
+            calls = [part for part in parts if part.tool][: 0 if n_calls else 1]
+            parts = [part for part in parts if not part.tool or part in calls]
+        return parts
+
+    def _reason(self, delta: Delta) -> str:
+        if delta.finish_reason == "length":
+            return "length"
+        return "tool_calls" if self._readers[delta.index].n_calls else "stop"
+
+    def _spent(self, job: Job) -> Json:
+        n_thought = sum(reader.n_thought for reader in self._readers) if self._thinks else None
+        return openai.usage(job.n_prompt, job.n_new, n_thought)
 
     def _described(self, index: int, logprobs: Iterable[Any]) -> Json | None:
         if self.request.params.logprobs is None:
@@ -190,10 +243,6 @@ class _Answer:
 
 
 Started = tuple[Job, _Answer]
-
-
-def _reason(reason: str | None) -> str:
-    return "length" if reason == "length" else "stop"
 
 
 def _events(values: list[Json]) -> bytes:

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
+from tpilite.chat.answers import AnswerSyntax
 from tpilite.engine.engine import Engine, Output
 from tpilite.engine.sequence import Sequence, TokenLogprob
 from tpilite.errors import ConfigError, TpiliteError
@@ -35,6 +36,7 @@ class Job:
         self.sequences = sequences
         self.n_running = 0  # choices in the engine; its thread's
         self.started_s = time.monotonic()
+        self.syntax = sequences[0].syntax or AnswerSyntax()
         self._cancel = cancel
         self._deltas: queue.SimpleQueue[Delta | TpiliteError] = queue.SimpleQueue()
 

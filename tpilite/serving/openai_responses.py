@@ -1,9 +1,11 @@
 """Answers of OpenAI's API as dicts: whole ones, and the chunks of one that is streamed."""
 
+import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from tpilite.chat.answers import Part
 from tpilite.engine.sequence import TokenLogprob
 from tpilite.serving.errors import Json
 from tpilite.version import __version__
@@ -45,42 +47,65 @@ def opening(info: ResponseInfo, n_choices: int, *, include_usage: bool) -> list[
 def chunk(
     info: ResponseInfo,
     index: int,
-    text: str,
+    part: Part,
     *,
+    n_calls: int = 0,
     logprobs: Json | None = None,
     finish_reason: str | None = None,
     include_usage: bool = False,
 ) -> Json:
-    """A chunk with new text of one choice, or with the reason of its end."""
-    if info.is_chat:
-        delta = {"content": text} if text or finish_reason is None else {}
-        choice = _choice(index, delta=delta, logprobs=logprobs, finish_reason=finish_reason)
-    else:
-        choice = _choice(index, text=text, logprobs=logprobs, finish_reason=finish_reason)
+    """A chunk with a new part of one choice, or with the reason of its end.
+
+    A call of a tool comes whole, after `n_calls` others.
+    """
+    if not info.is_chat:
+        choice = _choice(index, text=part.text, logprobs=logprobs, finish_reason=finish_reason)
+        return _chunk(info, [choice], include_usage)
+    delta: Json = {}
+    if part.thought:
+        delta = {"reasoning_content": part.thought}
+    elif part.tool:
+        delta = {"tool_calls": [{"index": n_calls, **_call(part)}]}
+    elif part.text or finish_reason is None:
+        delta = {"content": part.text}
+    choice = _choice(index, delta=delta, logprobs=logprobs, finish_reason=finish_reason)
     return _chunk(info, [choice], include_usage)
 
 
-def closing(info: ResponseInfo, n_prompt: int, n_new: int) -> Json:
+def closing(info: ResponseInfo, spent: Json) -> Json:
     """The last chunk of a stream whose usage was asked for."""
-    return {**info.to_dict(chunk=True), "choices": [], "usage": usage(n_prompt, n_new)}
+    return {**info.to_dict(chunk=True), "choices": [], "usage": spent}
 
 
-def choice(info: ResponseInfo, index: int, text: str, logprobs: Json | None, finish_reason: str) -> Json:
+def choice(
+    info: ResponseInfo, index: int, parts: Iterable[Part], logprobs: Json | None, finish_reason: str
+) -> Json:
     """One whole choice of an answer that is not streamed."""
-    if info.is_chat:
-        message = {"role": "assistant", "content": text, "refusal": None}
-        return _choice(index, message=message, logprobs=logprobs, finish_reason=finish_reason)
-    return _choice(index, text=text, logprobs=logprobs, finish_reason=finish_reason)
+    parts = list(parts)
+    text = "".join(part.text for part in parts)
+    if not info.is_chat:
+        return _choice(index, text=text, logprobs=logprobs, finish_reason=finish_reason)
+    calls = [_call(part) for part in parts if part.tool]
+    thought = "".join(part.thought for part in parts)
+    message: Json = {"role": "assistant", "content": text or (None if calls else ""), "refusal": None}
+    if thought:
+        message["reasoning_content"] = thought
+    if calls:
+        message["tool_calls"] = calls
+    return _choice(index, message=message, logprobs=logprobs, finish_reason=finish_reason)
 
 
-def response(info: ResponseInfo, choices: list[Json], n_prompt: int, n_new: int) -> Json:
+def response(info: ResponseInfo, choices: list[Json], spent: Json) -> Json:
     """A whole answer."""
-    return {**info.to_dict(chunk=False), "choices": choices, "usage": usage(n_prompt, n_new)}
+    return {**info.to_dict(chunk=False), "choices": choices, "usage": spent}
 
 
-def usage(n_prompt: int, n_new: int) -> Json:
-    """How many tokens an answer took."""
-    return {"prompt_tokens": n_prompt, "completion_tokens": n_new, "total_tokens": n_prompt + n_new}
+def usage(n_prompt: int, n_new: int, n_thought: int | None = None) -> Json:
+    """How many tokens an answer took, and of a model that thinks, how many of them its thoughts."""
+    spent: Json = {"prompt_tokens": n_prompt, "completion_tokens": n_new, "total_tokens": n_prompt + n_new}
+    if n_thought is not None:
+        spent["completion_tokens_details"] = {"reasoning_tokens": n_thought}
+    return spent
 
 
 def models(name: str, created_s: int) -> Json:
@@ -126,6 +151,11 @@ def text_logprobs(
         found["text_offset"].append(offset)
         offset += len(describe(token.token_id)[0])
     return found, offset
+
+
+def _call(part: Part) -> Json:
+    function = {"name": part.tool, "arguments": part.arguments}
+    return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
 
 
 def _byte_name(token: Token) -> str:

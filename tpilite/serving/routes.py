@@ -11,12 +11,12 @@ from functools import partial
 from urllib.parse import unquote
 
 from tpilite.engine.sampling import SamplingParams
+from tpilite.net.body_memory import BodyMemory
 from tpilite.net.http import HttpError
 from tpilite.net.http_server import Connection
 from tpilite.serving import openai_requests, openai_responses
 from tpilite.serving.access import Access
 from tpilite.serving.answer import Completions
-from tpilite.serving.body_memory import BodyMemory
 from tpilite.serving.config import ServerConfig
 from tpilite.serving.errors import ApiError, Json, unknown_model
 from tpilite.serving.figures import metrics

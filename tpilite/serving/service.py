@@ -100,11 +100,15 @@ class Service(Closing):
         params: SamplingParams,
         n: int = 1,
         variables: Mapping[str, Any] | None = None,
+        **options: Any,
     ) -> Job:
-        """The job of answering a conversation `n` times, to the context's end. Raises as `complete` does."""
+        """The job of answering a conversation `n` times, to the context's end. Raises as `complete` does.
+
+        The options are those of `Session.encode_chat`.
+        """
         if self.session.chat_format is None:
             raise ConfigError("this model was not made for chat; use /v1/completions, which continues a text")
-        prompt = self.session.encode_chat(messages, variables)
+        prompt = self.session.encode_chat(messages, variables, **options)
         n_left = self.session.engine.context - len(prompt.ids)
         if params.length is not None and 0 < n_left < params.length:
             params = replace(params, length=n_left)

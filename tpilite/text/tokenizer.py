@@ -105,10 +105,14 @@ class StreamDecoder:
 
     The pieces add up to `tokenizer.decode(new_ids, after=prompt_ids)`. A sentencepiece text loses the
     space before its first word, which its encoder put there, so a continuation must know that it is one.
+    `shown` are texts for tokens that have none.
     """
 
-    def __init__(self, tokenizer: Tokenizer, after: Iterable[int] = ()) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, after: Iterable[int] = (), shown: Mapping[int, str] | None = None
+    ) -> None:
         self._tokenizer = tokenizer
+        self._shown = shown or {}
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._at_start = True
         for token_id in after:
@@ -118,7 +122,7 @@ class StreamDecoder:
         """The characters that this token completes. Raises `ConfigError` for an id out of range."""
         token = self._tokenizer.token_bytes(token_id)
         if not token:
-            return self.finish()
+            return self.finish() + self._shown.get(token_id, "")
         if self._at_start:
             if token_id in self._tokenizer.spaced:
                 token = token[1:]
