@@ -14,7 +14,8 @@ from tokenizer_files import loaded, train
 
 from tpilite.chat.format import ChatFormat, chat_format
 from tpilite.errors import CheckpointError, ConfigError
-from tpilite.text.templates import folder_templates
+from tpilite.formats.model_files import ModelFiles
+from tpilite.text.templates import find_templates
 from tpilite.text.tokenizer import Tokenizer
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -307,7 +308,7 @@ def test_a_model_without_templates_was_not_made_for_chat(small_llama2: Tokenizer
 
 
 def test_llama_3s_own_format_for_a_folder_that_has_none(small_llama3: Tokenizer, tmp_path: Path) -> None:
-    format = chat_format(small_llama3, folder_templates(tmp_path, small_llama3.specials))
+    format = chat_format(small_llama3, find_templates(ModelFiles(tmp_path), small_llama3.specials))
     assert format is not None
     assert format.stop_ids == {401, 408, 409}
     for case in CASES:

@@ -30,7 +30,7 @@ from tpilite.engine.usage import Usage
 from tpilite.errors import ConfigError
 from tpilite.formats.model_files import ModelFiles
 from tpilite.text.load import load_tokenizer
-from tpilite.text.templates import folder_templates, folder_token_names
+from tpilite.text.templates import find_templates, find_token_names
 from tpilite.text.tokenizer import StreamDecoder, Tokenizer
 
 Prompt = str | Items[int]
@@ -83,8 +83,8 @@ class Session(Closing):
         self.chat_format: ChatFormat | None = None
         self._eos_ids = frozenset(config.eos_token_ids)
         if self._tokenizer is not None:
-            templates = folder_templates(files.folder, self._tokenizer.specials)
-            self.chat_format = chat_format(self._tokenizer, templates, folder_token_names(files.folder))
+            templates = find_templates(files, self._tokenizer.specials)
+            self.chat_format = chat_format(self._tokenizer, templates, find_token_names(files))
             self._eos_ids |= self._tokenizer.eos_ids
         self.engine = Engine(config, rank, recover=recover)
 

@@ -8,11 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from tpilite.errors import CheckpointError
-from tpilite.formats.json_file import read_json
+from tpilite.formats.model_files import ModelFiles
 
 DEFAULT, TOOL_USE = "default", "tool_use"
 
+_CONFIG = "tokenizer_config.json"
 _GGUF_KEY = "tokenizer.chat_template"
+_GGUF_TOKENS = {
+    "unk_token": "tokenizer.ggml.unknown_token_id",
+    "pad_token": "tokenizer.ggml.padding_token_id",
+}
 
 _LLAMA3_MARKS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 # Llama 3's format, for a folder as Meta has it, which says nothing of it.
@@ -26,46 +31,51 @@ _LLAMA3 = """{{ bos_token }}
 {%- endif %}"""
 
 
-def folder_templates(folder: Path, specials: Collection[str]) -> dict[str, str]:
-    """The chat templates of a model folder by name; none for a model that was not made for chat.
+def find_templates(files: ModelFiles, specials: Collection[str]) -> dict[str, str]:
+    """A model's chat templates by name; none for a model that was not made for chat.
 
-    Files of their own come before tokenizer_config.json's. A folder that has nothing to hold a template is
-    known by Llama 3's special tokens. Raises `CheckpointError` for what is no template.
+    A GGUF has them in its metadata. In a folder, files of their own come before tokenizer_config.json's, and
+    one that has nothing to hold a template is known by Llama 3's special tokens. Raises `CheckpointError` for
+    what is no template.
     """
-    config = folder / "tokenizer_config.json"
-    found = _files(folder)
-    for path in (config, folder / "chat_template.json"):
-        if DEFAULT not in found and path.is_file():
-            found = {**_named(path, read_json(path).get("chat_template")), **found}
-    if not found and not config.is_file() and all(mark in specials for mark in _LLAMA3_MARKS):
-        return {DEFAULT: _LLAMA3}
-    return found
+    if files.gguf is not None:
+        return _of_gguf(files.gguf)
+    found = _of_files(files.folder)
+    for name in (_CONFIG, "chat_template.json"):
+        if DEFAULT not in found:
+            found = {**_of_json(files, name), **found}
+    has_marks = all(mark in specials for mark in _LLAMA3_MARKS)
+    return {DEFAULT: _LLAMA3} if not found and has_marks and files.json(_CONFIG) is None else found
 
 
-def gguf_templates(metadata: Mapping[str, Any]) -> dict[str, str]:
-    """The chat templates in a GGUF's metadata by name. Raises `CheckpointError` for what is no text."""
-    found = {}
-    for key, text in metadata.items():
-        name = DEFAULT if key == _GGUF_KEY else key.removeprefix(_GGUF_KEY + ".")
-        if name != key and isinstance(text, str):
-            found[name] = text
-        elif key == _GGUF_KEY:
-            raise CheckpointError(f"the file's {key} is no text; download it again")
-    return found
-
-
-def folder_token_names(folder: Path) -> dict[str, str]:
-    """What a model folder says its templates may call tokens: `unk_token`, `pad_token` and others."""
+def find_token_names(files: ModelFiles) -> dict[str, str]:
+    """What a model says its templates may call tokens, beside BOS and EOS: `unk_token` and others."""
     names = {}
-    for path in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
-        for key, value in (read_json(path) if path.is_file() else {}).items():
+    if files.gguf is not None:
+        for name, key in _GGUF_TOKENS.items():
+            token_id, tokens = files.gguf.get(key), files.gguf.get("tokenizer.ggml.tokens", ())
+            if isinstance(token_id, int) and 0 <= token_id < len(tokens):
+                names[name] = tokens[token_id]
+        return names
+    for path in ("special_tokens_map.json", _CONFIG):
+        for name, value in (files.json(path) or {}).items():
             text = value.get("content") if isinstance(value, dict) else value
-            if key.endswith("_token") and isinstance(text, str):
-                names[key] = text
+            if name.endswith("_token") and isinstance(text, str):
+                names[name] = text
     return names
 
 
-def _files(folder: Path) -> dict[str, str]:
+def _of_gguf(metadata: Mapping[str, Any]) -> dict[str, str]:
+    named = {key: key.removeprefix(_GGUF_KEY + ".") for key in metadata if key.startswith(_GGUF_KEY + ".")}
+    if _GGUF_KEY in metadata:
+        named[_GGUF_KEY] = DEFAULT
+    found = {name: metadata[key] for key, name in named.items()}
+    if not all(isinstance(text, str) for text in found.values()):
+        raise CheckpointError(f"the file's {_GGUF_KEY} is no text; download it again")
+    return found
+
+
+def _of_files(folder: Path) -> dict[str, str]:
     more = sorted((folder / "additional_chat_templates").glob("*.jinja"))
     paths = {**{path.stem: path for path in more}, DEFAULT: folder / "chat_template.jinja"}
     found = {}
@@ -78,16 +88,19 @@ def _files(folder: Path) -> dict[str, str]:
     return found
 
 
-def _named(path: Path, value: Any) -> dict[str, str]:
+def _of_json(files: ModelFiles, name: str) -> dict[str, str]:
     """The templates in a JSON file: a text, or a list of objects with a name each."""
+    value = (files.json(name) or {}).get("chat_template")
     if value is None:
         return {}
     if isinstance(value, str):
         return {DEFAULT: value}
     found = {}
     for entry in value if isinstance(value, list) else [value]:
-        name, text = (entry.get("name"), entry.get("template")) if isinstance(entry, dict) else (None, None)
-        if not isinstance(name, str) or not isinstance(text, str):
-            raise CheckpointError(f"{path} has a chat_template that is no text; download it again")
-        found[name] = text
+        title, text = (entry.get("name"), entry.get("template")) if isinstance(entry, dict) else (None, None)
+        if not isinstance(title, str) or not isinstance(text, str):
+            raise CheckpointError(
+                f"{files.folder / name} has a chat_template that is no text; download it again"
+            )
+        found[title] = text
     return found
