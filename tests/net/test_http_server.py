@@ -112,6 +112,28 @@ def test_a_body_comes_by_its_length_or_in_chunks(server: HttpServer) -> None:
     )
 
 
+@pytest.mark.parametrize("is_wanted", [True, False])
+def test_a_slow_body_makes_room_where_its_memory_is_wanted(
+    is_wanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_server, "_SLOW_S", 0.05)
+
+    class Slow(Echo):
+        def respond(self, connection: Connection) -> None:
+            began = connection.begin_body(3, 1000)
+            connection.send(b"%d %s" % (began, connection.body(1000, lambda: is_wanted)), "text/plain")
+
+    with serving(Slow) as server:
+        connection = connect(server, b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 6\r\n\r\nbod")
+        time.sleep(0.2)
+        with suppress(ConnectionError):
+            connection.sendall(b"ies")
+            connection.shutdown(socket.SHUT_WR)
+        answer = rest(connection)
+    assert answer.startswith(b"HTTP/1.1 503 ") == is_wanted
+    assert answer.endswith(b"0 bodies") != is_wanted
+
+
 def test_a_stream_comes_in_chunks_or_to_the_end(server: HttpServer) -> None:
     headers, _, body = answer_to(server, b"GET /stream HTTP/1.1\r\nHost: a\r\n\r\n").partition(b"\r\n\r\n")
     assert body == b"3\r\none\r\n3\r\ntwo\r\n0\r\n\r\n"

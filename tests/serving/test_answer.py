@@ -4,6 +4,8 @@ import json
 import re
 import socket
 import threading
+import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,9 @@ from tpilite import LLM, SamplingParams
 from tpilite.chat.answers import AnswerSyntax
 from tpilite.chat.format import ChatPrompt
 from tpilite.errors import PeerLost
+from tpilite.net import body_memory, http_server
 from tpilite.serving import answer, openai_requests
+from tpilite.serving import service as service_module
 from tpilite.serving.server import Server
 from tpilite.text.tokenizer import Tokenizer
 
@@ -344,3 +348,32 @@ def test_what_cannot_fit_is_refused_by_its_length(
     spaced = [{"role": "user", "content": " " * most + "Hello" + " " * 9}]
     monkeypatch.setattr(llm.chat_format, "encode", lambda messages, **_: ChatPrompt([1], AnswerSyntax()))
     assert llm.encode_chat(spaced).ids == [1]
+
+
+@pytest.mark.parametrize("n_sent", [10, 100_000], ids=["little", "much"])
+def test_bodies_that_trickle_in_keep_no_large_one_out(
+    shared: Server, n_sent: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who has sent little holds nothing yet; who has sent much and stops makes room."""
+    monkeypatch.setattr(http_server, "_SLOW_S", 60.0 if n_sent < 1000 else 0.1)
+    monkeypatch.setattr(body_memory, "_WAIT_S", 10.0)
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {4 << 20}\r\n\r\n"
+    with ExitStack() as stack:
+        for _ in range(4):
+            trickling = socket.create_connection(("127.0.0.1", shared.port), 10)
+            stack.enter_context(trickling).sendall(head.encode() + b" " * n_sent)
+        while n_sent > 1000 and not shared._routes._memory.is_wanted():
+            time.sleep(0.01)
+        body = {"model": "tiny", "prompt": "Once", "max_tokens": 1, "user": " " * 300_000}
+        assert post(shared, "/v1/completions", body)[0] == 200
+
+
+def test_several_prompts_have_a_bound_together(
+    client: Any, llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    most = llm.engine.context
+    monkeypatch.setattr(service_module, "_MAX_PROMPT_TOKENS", 0)
+    ask = {"model": "tiny", "max_tokens": 1}
+    client.completions.create(prompt=[[5] * (most // 2)] * 2, **ask)
+    with pytest.raises(openai.BadRequestError, match=f"the prompts together have more than {most} tokens"):
+        client.completions.create(prompt=[[5] * (most // 2)] * 3, **ask)

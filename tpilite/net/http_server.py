@@ -9,6 +9,7 @@ application's. Where the most connections are open, one that waits for its clien
 """
 
 import logging
+import math
 import select
 import socket
 import ssl
@@ -29,6 +30,8 @@ _log = logging.getLogger(__name__)
 
 # Request line and headers are one packet from anything but an attacker; a body may come over a slow link.
 _HEAD_S, _BODY_S = 10.0, 60.0
+# Who sends less of a body than this in a second makes room where others wait for its memory: half a megabit.
+_SLOW_S, _SLOW_BYTES = 1.0, 64 << 10
 # Connections that browsers, clients and workers keep for their next request.
 _IDLE_S = 60.0
 # A client that reads nothing for so long has its answer cut.
@@ -75,6 +78,8 @@ class Connection:
         self._sock = sock
         self._until_s = float("inf") if proof_s is None else time.monotonic() + proof_s
         self._reader = RequestReader()
+        self._body: bytearray | None = None  # what is read of the request's, where it is being read
+        self._body_until_s = math.inf
         self._closing = False
         self._head_s = _HEAD_S  # for the first request; kept connections may be silent for longer
 
@@ -98,6 +103,7 @@ class Connection:
                 self._sock = tls.wrap_socket(self._sock, server_side=True)
         while not self._closing:
             self.request, self.has_begun, self.common_headers = _NO_REQUEST, False, {}
+            self._body = None
             try:
                 self.request = self._next_request()
                 self._closing = self.request.wants_close
@@ -127,22 +133,49 @@ class Connection:
             self._receive(until_s)
         return request
 
-    def body(self, max_bytes: int) -> bytes:
-        """The request's body. Raises `HttpError` where it is longer."""
+    def begin_body(self, n_bytes: int, max_bytes: int) -> bool:
+        """Reads `n_bytes` of the request's body; whether that is all. Raises `HttpError` as `body` does."""
         if (self.request.length or 0) > max_bytes:
             raise HttpError(413, f"the body has {self.request.length} bytes; the most is {max_bytes}")
         if self.request.headers.get("expect", "").lower() == "100-continue" and self._reader.in_body:
             self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        until_s = time.monotonic() + _BODY_S
-        body = bytearray()
-        while (piece := self._reader.next_piece()) != b"":
-            if piece is None:
-                self._receive(until_s)
+        self._body, self._body_until_s = bytearray(), time.monotonic() + _BODY_S
+        return self._read_body(n_bytes, max_bytes, lambda: False)
+
+    def body(self, max_bytes: int, is_wanted: Callable[[], bool] = lambda: False) -> bytes:
+        """The request's body, or the rest of what `begin_body` began.
+
+        Raises `HttpError` where it is longer, or where it comes slowly while others want its memory.
+        """
+        if self._body is None:
+            self.begin_body(0, max_bytes)
+        self._read_body(max_bytes + 1, max_bytes, is_wanted)
+        body, self._body = self._body, None
+        return bytes(body or b"")
+
+    def _read_body(self, n_bytes: int, max_bytes: int, is_wanted: Callable[[], bool]) -> bool:
+        body = self._body
+        assert body is not None
+        n_before, slow_s = len(body), time.monotonic() + _SLOW_S
+        while len(body) < n_bytes:
+            piece = self._reader.next_piece()
+            if piece == b"":
+                return True
+            if piece is not None:
+                body += piece
+                if len(body) > max_bytes:
+                    raise HttpError(413, f"the body is longer than {max_bytes} bytes, which is the most")
                 continue
-            body += piece
-            if len(body) > max_bytes:
-                raise HttpError(413, f"the body is longer than {max_bytes} bytes, which is the most")
-        return bytes(body)
+            try:
+                self._receive(min(self._body_until_s, slow_s))
+            except TimeoutError:
+                if time.monotonic() >= self._body_until_s:
+                    raise
+            if time.monotonic() >= slow_s:
+                if len(body) < n_before + _SLOW_BYTES and is_wanted():
+                    raise HttpError(503, "the body came too slowly for a busy server; try again later")
+                n_before, slow_s = len(body), time.monotonic() + _SLOW_S
+        return not self._reader.in_body
 
     def is_gone(self) -> bool:
         """Whether the client has closed its end: what it asked for is not wanted any more."""

@@ -11,7 +11,7 @@ from functools import partial
 from urllib.parse import unquote
 
 from tpilite.engine.sampling import SamplingParams
-from tpilite.net.body_memory import BodyMemory
+from tpilite.net.body_memory import SMALL_BYTES, BodyMemory
 from tpilite.net.http import HttpError
 from tpilite.net.http_server import Connection
 from tpilite.serving import openai_requests, openai_responses
@@ -156,8 +156,11 @@ class Routes:
     # ---- what is answered
 
     def _complete(self, parse: Parse, connection: Connection) -> None:
-        with self._memory.hold(self._body_size(connection, parse)):
-            body = openai_requests.parse_json(connection.body(_MAX_BODY_BYTES))
+        size = self._body_size(connection, parse)
+        # What everybody may send at once; so who sends nothing more holds nothing of what all share.
+        is_whole = connection.begin_body(SMALL_BYTES, _MAX_BODY_BYTES)
+        with self._memory.hold(0 if is_whole else size):
+            body = openai_requests.parse_json(connection.body(_MAX_BODY_BYTES, self._memory.is_wanted))
             started = self._completions.start(parse(body, self._config.defaults))
             del body
         self._completions.answer(connection, started)

@@ -28,6 +28,9 @@ Messages = tuple[Mapping[str, Any], ...]
 
 # A place may be free long before the mean of the jobs so far says.
 _MAX_RETRY_S = 60
+# Of the prompts of one request together, where the context is shorter: their ids stay until it is answered,
+# in some tens of bytes each.
+_MAX_PROMPT_TOKENS = 1 << 16
 
 
 class Recovery:
@@ -119,7 +122,13 @@ class Service(Closing):
 
         Raises `TooLong` and `ConfigError` for what the model cannot do, `Busy`, `Stopping` and `Broken`.
         """
-        return self._submit([self.session.encode(prompt) for prompt in prompts], params, n)
+        most = max(self.session.engine.context, _MAX_PROMPT_TOKENS)
+        encoded: list[EncodedPrompt] = []
+        for prompt in prompts:
+            encoded.append(self.session.encode(prompt))
+            if sum(len(each.ids) for each in encoded) > most:
+                raise ConfigError(f"the prompts together have more than {most} tokens; send fewer at a time")
+        return self._submit(encoded, params, n)
 
     def cancel(self, job: Job) -> None:
         """Ends a job that nobody waits for; its place is free at once and its sequences end before a pass."""
