@@ -10,6 +10,7 @@ import sentencepiece
 from hypothesis import settings
 
 from tpilite.errors import CheckpointError
+from tpilite.formats.model_files import ModelFiles
 from tpilite.text.load import load_tokenizer
 from tpilite.text.tokenizer import Tokenizer
 
@@ -53,13 +54,13 @@ def write(folder: Path, model: bytes, **config: object) -> Path:
 
 
 def loaded(folder: Path, vocab_size: int) -> Tokenizer:
-    tokenizer = load_tokenizer(folder, vocab_size)
+    tokenizer = load_tokenizer(ModelFiles(folder), vocab_size)
     assert tokenizer is not None
     return tokenizer
 
 
 def refused(folder: Path, vocab_size: int, words: str) -> None:
     with pytest.raises(CheckpointError, match=words) as caught:
-        load_tokenizer(folder, vocab_size)
+        load_tokenizer(ModelFiles(folder), vocab_size)
     assert "\n" not in str(caught.value)
     assert str(folder) in str(caught.value)

@@ -25,6 +25,7 @@ sys.path.insert(0, str(_TESTS))
 from hard_texts import hard_lines  # noqa: E402
 from tokenizer_families import ADDED, FAMILIES, expected, family  # noqa: E402
 
+from tpilite.formats.model_files import ModelFiles  # noqa: E402
 from tpilite.text.load import load_tokenizer  # noqa: E402
 
 _SHOWN = 5
@@ -34,7 +35,7 @@ _SHORT = 60  # characters of a line in the fixtures
 def _loaded(content: dict[str, Any]) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
-        return load_tokenizer(Path(folder), 10**6)
+        return load_tokenizer(ModelFiles(Path(folder)), 10**6)
 
 
 def compare(name: str, content: dict[str, Any], lines: Sequence[str]) -> int:

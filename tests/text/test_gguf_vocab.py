@@ -11,12 +11,18 @@ import sentencepiece
 from tokenizer_files import FIXTURES, loaded, train, write
 
 from tpilite.errors import CheckpointError
-from tpilite.text.gguf_vocab import from_gguf
+from tpilite.text import gguf_vocab
 from tpilite.text.tokenizer import Tokenizer
 
 _GOLDEN = json.loads((FIXTURES.parent / "tokenizers.json").read_text(encoding="utf-8"))
 _JSON = {case["name"]: case["tokenizer.json"] for case in _GOLDEN["cases"]}
 _PATH = Path("model.gguf")
+
+
+def from_gguf(path: Path, metadata: dict[str, Any], vocab_size: int) -> Tokenizer:
+    tokenizer = gguf_vocab.from_gguf(path, metadata, vocab_size)
+    assert tokenizer is not None
+    return tokenizer
 
 
 def keyed(**values: Any) -> dict[str, Any]:
@@ -132,7 +138,7 @@ def test_a_file_that_does_not_say_how_it_splits_is_warned_of(caplog: pytest.LogC
     ("values", "words"),
     [
         ({"model": "bert"}, "kind 'bert'"),
-        ({"model": None}, "tokenizer.ggml.model to be text"),
+        ({"model": 7}, "tokenizer.ggml.model to be text"),
         ({"pre": "no-such"}, r"as 'no-such' \(tokenizer.ggml.pre\), which is not known here; known are a.x"),
         ({"pre": 7}, "pre to be text"),
         ({"tokens": None}, "tokens to be a list of text"),
@@ -165,3 +171,8 @@ def test_damage_is_told_in_one_line(values: dict[str, Any], words: str) -> None:
 def test_a_vocabulary_smaller_than_its_ids_is_refused() -> None:
     with pytest.raises(CheckpointError, match=r"has 431 tokens, but config.json says vocab_size = 400"):
         from_gguf(_PATH, of_pairs(_JSON["gpt2"], "gpt-2"), 400)
+
+
+@pytest.mark.parametrize("metadata", [{}, {"tokenizer.ggml.model": "no_vocab"}])
+def test_a_file_without_a_tokenizer(metadata: dict[str, Any]) -> None:
+    assert gguf_vocab.from_gguf(_PATH, metadata, 1000) is None

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from tokenizer_files import FIXTURES, N_BPE, derandomized, loaded, refused, write
 
 from tpilite.errors import CheckpointError
+from tpilite.formats.model_files import ModelFiles
 from tpilite.text.load import load_tokenizer
 
 
 def test_no_tokenizer_files(tmp_path: Path) -> None:
-    assert load_tokenizer(tmp_path, 100) is None
+    assert load_tokenizer(ModelFiles(tmp_path), 100) is None
 
 
 def test_the_original_folder_and_its_precedence(tmp_path: Path) -> None:
@@ -60,7 +61,7 @@ def test_damage_never_escapes_as_anything_else(
         model[data.draw(st.integers(0, len(model) - 1))] = data.draw(st.integers(0, 255))
     folder = write(tmp_path_factory.mktemp("damaged", numbered=True), bytes(model))
     with contextlib.suppress(CheckpointError):
-        load_tokenizer(folder, 1000)
+        load_tokenizer(ModelFiles(folder), 1000)
 
 
 def changed_json(**changes: object) -> str:

@@ -78,7 +78,7 @@ class Session(Closing):
         self.files, self.config = files, config
         self._rank = rank
         self.defaults = GenerationDefaults.from_folder(files.folder)
-        self._tokenizer = load_tokenizer(files.folder, config.vocab_size)
+        self._tokenizer = load_tokenizer(files, config.vocab_size)
         # How messages become a prompt; None for a model that was not made for chat.
         self.chat_format: ChatFormat | None = None
         self._eos_ids = frozenset(config.eos_token_ids)

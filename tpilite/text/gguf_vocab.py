@@ -23,6 +23,7 @@ from tpilite.text.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 _KEY = "tokenizer.ggml."
+_NO_VOCAB = "no_vocab"  # the model of a file that is converted without one
 _MAX_NUMBER = 1e38  # of 32 bits
 
 # Types of tokens, the same numbers as in sentencepiece_model.proto.
@@ -105,12 +106,14 @@ _WHOLE_TOKENS = _BOS_FIRST = {"llama-bpe", "tekken"}
 _COMPOSED = {"qwen2", "qwen35"}  # their own normalizer is NFC
 
 
-def from_gguf(path: Path, metadata: Mapping[str, Any], vocab_size: int) -> Tokenizer:
-    """The tokenizer of a GGUF file's metadata. `path` is for messages.
+def from_gguf(path: Path, metadata: Mapping[str, Any], vocab_size: int) -> Tokenizer | None:
+    """The tokenizer of a GGUF file's metadata, None where that has none. `path` is for messages.
 
     Raises `CheckpointError` for damage, for another kind than "llama" and "gpt2", for an unknown `pre`, and
     for tokens beyond `vocab_size`.
     """
+    if metadata.get(_KEY + "model", _NO_VOCAB) == _NO_VOCAB:
+        return None
     vocab = _Vocab(path, metadata)
     kind = vocab.text("model")
     if kind == "gpt2":

@@ -1,26 +1,32 @@
-"""The tokenizer of a model folder: which of its files counts, and which kind that file is.
+"""The tokenizer of a model: which of its files counts, and which kind that file is.
 
-Three kinds, told apart by their content: a sentencepiece `tokenizer.model` (Llama 2), a tiktoken
-`tokenizer.model` (Llama 3; also in `original/`), and a `tokenizer.json` of byte-pair encoding where it
-stands alone. All become one `Tokenizer`: a table of each id's bytes, the added tokens by name, and a
-function that encodes the rest. A new kind is a module of its own and a choice here.
+Four kinds: what a GGUF file holds, and in a folder, told apart by their content, a sentencepiece
+`tokenizer.model` (Llama 2), a tiktoken `tokenizer.model` (Llama 3; also in `original/`), and a
+`tokenizer.json` of byte-pair encoding where it stands alone. All become one `Tokenizer`: a table of each
+id's bytes, the added tokens by name, and a function that encodes the rest. A new kind is a module of its own
+and a choice here.
 """
 
 from pathlib import Path
 
 from tpilite.errors import CheckpointError
 from tpilite.formats.json_file import read_json
+from tpilite.formats.model_files import ModelFiles
 from tpilite.text import sentencepiece_files, tiktoken_files
 from tpilite.text.added_tokens import TokenizerSettings
+from tpilite.text.gguf_vocab import from_gguf
 from tpilite.text.json_files import from_json
 from tpilite.text.tokenizer import Tokenizer
 
 
-def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer | None:
-    """The tokenizer of a model folder; None where it has no tokenizer files.
+def load_tokenizer(files: ModelFiles, vocab_size: int) -> Tokenizer | None:
+    """The tokenizer of a model; None where its files hold none.
 
     Raises `CheckpointError` for damaged files, unsupported kinds, and ids beyond `vocab_size`.
     """
+    if files.gguf is not None:
+        return from_gguf(files.path, files.gguf, vocab_size)
+    folder = files.folder
     settings = TokenizerSettings.from_folder(folder)
     for path in (folder / "tokenizer.model", folder / "original" / "tokenizer.model"):
         if path.is_file():
