@@ -10,10 +10,10 @@ import pytest
 from checkpoints import write_tensor_file
 
 from tpilite.errors import CheckpointError
+from tpilite.formats import uncached
 from tpilite.formats.safetensors import TensorFile
 from tpilite.formats.uncached import BLOCK_BYTES, READ_METHODS, UncachedFile, allocate, buffer_bytes, empty
 from tpilite.machine import keep_freed_memory, rss_bytes
-from tpilite.weights import uncached
 
 _SIZE = 5 * BLOCK_BYTES + 1234
 

@@ -25,6 +25,7 @@ from tpilite.cli.memory_report import MemoryReport, paging_columns
 from tpilite.collective import Solo
 from tpilite.engine.usage import Usage
 from tpilite.errors import CheckpointError, ConfigError
+from tpilite.formats import uncached
 from tpilite.formats.uncached import UncachedFile
 from tpilite.linear import calls
 from tpilite.linear.linear import Linear
@@ -33,7 +34,6 @@ from tpilite.linear.packing import Packed
 from tpilite.model.llama import Llama, Segment
 from tpilite.weights import loader as loader_module
 from tpilite.weights import pager as pager_module
-from tpilite.weights import uncached
 from tpilite.weights.assemble import Embedding, assemble, mapped
 from tpilite.weights.checkpoint import Checkpoint
 from tpilite.weights.pager import Pager
@@ -615,7 +615,7 @@ def test_a_file_truncated_between_passes(own, options):
     with paged(own, **options) as (pager, model):
         pager.begin_pass()
         within(lambda: logits(own, model, [[1]]))
-        for path in own.folder.glob("*.safetensors"):
+        for path in own.path.glob("*.safetensors"):
             os.truncate(path, path.stat().st_size // 2)
         with pytest.raises(CheckpointError, match="was truncated while it was in use"):
             pager.begin_pass()
@@ -625,7 +625,7 @@ def test_a_file_truncated_between_passes(own, options):
 def test_a_file_truncated_within_a_pass(own, method):
     with paged(own, window=2, read_method=method) as (pager, model):
         pager.begin_pass()
-        for path in own.folder.glob("*.safetensors"):
+        for path in own.path.glob("*.safetensors"):
             os.truncate(path, path.stat().st_size // 2)
         with pytest.raises(CheckpointError, match="was truncated while it was in use"):
             within(lambda: logits(own, model))
@@ -635,7 +635,7 @@ def test_a_file_deleted_under_it_is_read_on(own):
     expected = reference(own)
     with paged(own, window=2) as (pager, model):
         within(lambda: logits(own, model, [[1]]))
-        for path in own.folder.glob("*.safetensors"):
+        for path in own.path.glob("*.safetensors"):
             path.unlink()
         pager.begin_pass()
         np.testing.assert_array_equal(within(lambda: logits(own, model)), expected)
