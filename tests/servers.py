@@ -15,7 +15,8 @@ from checkpoints import tiny_config, write_checkpoint
 from tokenizer_files import N_SENTENCEPIECE, train
 
 from tpilite.engine.sampling import SamplingParams
-from tpilite.engine.session import Session
+from tpilite.engine.sequence import Sequence
+from tpilite.engine.session import EncodedPrompt, Session
 from tpilite.errors import PeerLost
 from tpilite.formats.safetensors import TensorFile
 from tpilite.llm import LLM
@@ -89,6 +90,30 @@ def client_of(server: Server, **options: Any) -> Any:
     openai = pytest.importorskip("openai", reason="needs OpenAI's client: pip install openai")
     options = {"api_key": "none", "max_retries": 0, "timeout": 30} | options
     return openai.OpenAI(base_url=f"{server.url}/v1", **options)
+
+
+class Script:
+    """A decoder that gives a text of its own, a few characters for each token."""
+
+    def __init__(self, text: str) -> None:
+        self._pieces = iter(text[i : i + 3] for i in range(0, len(text), 3))
+
+    def add(self, _token_id: int) -> str:
+        return next(self._pieces, "")
+
+    def finish(self) -> str:
+        return ""
+
+
+def says(session: LLM, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has a session's model say a text, whatever its tokens are."""
+
+    def prepared(prompt: EncodedPrompt, params: SamplingParams | None = None) -> Sequence:
+        sequence = type(session).prepare(session, prompt, params)
+        sequence.decoder = Script(text)
+        return sequence
+
+    monkeypatch.setattr(session, "prepare", prepared)
 
 
 class Gate:

@@ -6,11 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from servers import CONFIG, HELLO, client_of, served, write_model
+from servers import CONFIG, HELLO, client_of, says, served, write_model
 
 from tpilite import LLM
-from tpilite.engine.sequence import Sequence
-from tpilite.engine.session import EncodedPrompt
 
 openai = pytest.importorskip("openai", reason="needs OpenAI's client: pip install openai")
 
@@ -27,19 +25,6 @@ ADD = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
 END = "§"
 
 
-class Script:
-    """A decoder that gives a text of its own, a few characters for each token."""
-
-    def __init__(self, text: str) -> None:
-        self._pieces = iter(text[i : i + 3] for i in range(0, len(text), 3))
-
-    def add(self, _token_id: int) -> str:
-        return next(self._pieces)
-
-    def finish(self) -> str:
-        return ""
-
-
 class Speaker:
     """A model that says what it is told to, and the client of its service."""
 
@@ -47,14 +32,7 @@ class Speaker:
         self.session, self.client = session, client
 
     def says(self, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        prepare = type(self.session).prepare
-
-        def prepared(prompt: EncodedPrompt, params: Any = None) -> Sequence:
-            sequence = prepare(self.session, prompt, params)
-            sequence.decoder = Script(text + END + "  ")
-            return sequence
-
-        monkeypatch.setattr(self.session, "prepare", prepared)
+        says(self.session, text + END, monkeypatch)
 
     def ask(self, **fields: Any) -> Any:
         fields = {"model": "tiny", "messages": HELLO, "stop": END, "temperature": 0} | fields

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from browser import Browser, Page, browser
-from servers import served, write_model
+from servers import says, served, write_model
 
 from tpilite import LLM, SamplingParams
 from tpilite.errors import PeerLost
@@ -99,6 +99,37 @@ def test_a_message_is_answered_and_kept(chromium: Browser, server: Server, sessi
     assert [m["role"] for m in sent[-1]["messages"]] == ["user", "assistant", "user"]
     assert page.complaints() == []
     assert {url for url in page.requested() if not url.startswith((server.url, "about:"))} == set()
+
+
+def test_what_the_model_thinks_is_folded(
+    chromium: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_model(tmp_path, chat=False, context=1024)
+    (folder / "chat_template.jinja").write_text("{{ messages[-1].content }}{% if false %}</think>{% endif %}")
+    with LLM(folder, threads=1) as session, served(session, CONFIG) as server:
+        says(session, "<think>One <b>two</b>.</think>**Four.**", monkeypatch)
+        page = opened(chromium, server)
+        say(page, "Three?")
+        assert answer(page) == "Four."
+        assert page.text(".thought summary") == "Thought"
+        assert page.run("document.querySelector('.thought div').textContent") == "One <b>two</b>."
+        assert not page.run("document.querySelector('.thought').open")
+        page.click(".thought summary")
+        assert page.run("document.querySelector('.thought').open")
+        page.go(server.url)
+        page.wait(READY)
+        page.click("#conversations .open")
+        assert page.text(".thought summary") == "Thought"
+        say(page, "And?")
+        answer(page)
+        requests = [event["request"] for event in page.events("Network.requestWillBeSent")]
+        posts = [json.loads(request["postData"]) for request in requests if request["method"] == "POST"]
+        assert posts[-1]["messages"][1] == {
+            "role": "assistant",
+            "content": "**Four.**",
+            "reasoning_content": "One <b>two</b>.",
+        }
+        assert page.complaints() == []
 
 
 def test_line_breaks_and_the_send_button(chromium: Browser, server: Server) -> None:

@@ -3,13 +3,14 @@
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NoReturn, TextIO
 
 from tqdm import tqdm
 
+from tpilite.chat.answers import AnswerReader, AnswerSyntax, Part
 from tpilite.engine.engine import Recover
 from tpilite.engine.sampling import SamplingParams
 from tpilite.engine.sequence import Sequence
@@ -84,18 +85,39 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
 def answer(llm: Session, request: Sequence, out: TextIO, interrupt: Interrupt) -> Completion:
     """Serves `request`, its text written to `out` as it is made, until it ends or is interrupted."""
     n_prompt = len(request.prompt_ids)
+    reader, screen = AnswerReader(request.syntax or AnswerSyntax()), _Screen(out)
     with _bar(desc="reading the prompt", unit="token", total=n_prompt) as bar:
         while request.finish_reason is None:
             for output in llm.engine.step():
-                out.write(output.text)
-                out.flush()
+                screen.show(reader.add(output.text))
             if bar.n < n_prompt:
                 bar.update(min(request.n_cached, n_prompt) - bar.n)
                 if request.n_cached >= n_prompt:
                     bar.close()
             if interrupt.requested:
                 llm.engine.cancel(request)
+    screen.show(reader.finish())
     return llm.completion(request)
+
+
+class _Screen:
+    """Shows an answer: its text on `out`, what the model thinks before that on stderr, dim on a terminal."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+        self._dim, self._plain = ("\x1b[2m", "\x1b[0m") if sys.stderr.isatty() else ("", "")
+        self._is_thinking = False
+
+    def show(self, parts: Iterable[Part]) -> None:
+        """Shows more of it."""
+        for part in parts:
+            if part.thought:
+                print(f"{self._dim}{part.thought}{self._plain}", end="", file=sys.stderr, flush=True)
+            elif self._is_thinking:
+                print("\n", file=sys.stderr, flush=True)
+            self._is_thinking = bool(part.thought)
+            self._out.write(part.text)
+        self._out.flush()
 
 
 def converse(
@@ -125,7 +147,10 @@ def converse(
                 completion = answer(llm, request, sys.stdout, interrupt)
             print()
             show(completion)
-            messages = [*asked, {"role": "assistant", "content": completion.text}]
+            said = {"role": "assistant", "content": completion.text}
+            if completion.thought:
+                said["reasoning_content"] = completion.thought
+            messages = [*asked, said]
 
 
 def _ask() -> str | None:

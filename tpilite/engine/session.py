@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tpilite.chat.answers import AnswerSyntax
+from tpilite.chat.answers import AnswerReader, AnswerSyntax, Part
 from tpilite.chat.format import ChatFormat, chat_format
 from tpilite.closing import Closing
 from tpilite.config.generation import GenerationDefaults
@@ -39,12 +39,18 @@ Objects = Items[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Completion:
-    """A finished text: the new tokens, why it ended ("stop", "length", "cancelled") and what it cost."""
+    """A finished text: the new tokens, why it ended ("stop", "length", "cancelled") and what it cost.
+
+    Of an answer, `text` is what it says; what the model thought before that, and the tools that it calls, are
+    apart.
+    """
 
     text: str
     ids: list[int]
     finish_reason: str | None
     stats: Stats
+    thought: str = ""
+    calls: tuple[Part, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -180,7 +186,10 @@ class Session(Closing):
         return self._submitted(self.prepare(self.encode_chat(messages, **options), params))
 
     def run(self, request: Sequence) -> Iterator[str]:
-        """Serves `request` to its end and gives its text in pieces. Raises the error that ended it."""
+        """Serves `request` to its end and gives its text in pieces. Raises the error that ended it.
+
+        An answer comes as the model writes it, with the marks around its thought and its calls.
+        """
         return (output.text for output in self.engine.run(request) if output.text)
 
     def completion(self, request: Sequence) -> Completion:
@@ -188,7 +197,16 @@ class Session(Closing):
         if request.error is not None:
             raise request.error
         stats = measure(request, self.engine.spent(request))
-        return Completion(request.text, list(request.new_ids), request.finish_reason, stats)
+        reader = AnswerReader(request.syntax or AnswerSyntax())
+        parts = reader.add(request.text) + reader.finish()
+        return Completion(
+            "".join(part.text for part in parts),
+            list(request.new_ids),
+            request.finish_reason,
+            stats,
+            "".join(part.thought for part in parts),
+            tuple(part for part in parts if part.tool),
+        )
 
     def logits(self, ids: Items[int]) -> NDArray[np.float32]:  # [T] -> [T, V]
         """The scores of the whole vocabulary after each of `ids`."""

@@ -34,7 +34,7 @@ export async function cluster() {
   return (await ask("v1/cluster")).json();
 }
 
-// Yields {text, reason, usage} for every chunk, and {paused} for every comment that keeps the stream alive.
+// Yields {thought, text, reason, usage} for every chunk, and {paused} for every comment that keeps the stream alive.
 export async function* stream(path, body, signal) {
   const response = await ask(path, {
     method: "POST",
@@ -53,6 +53,7 @@ export async function* stream(path, body, signal) {
     if (chunk.error) throw new ApiError(503, chunk.error);
     const choice = chunk.choices[0];
     yield {
+      thought: choice?.delta?.reasoning_content ?? "",
       text: choice?.delta?.content ?? choice?.text ?? "",
       reason: choice?.finish_reason ?? null,
       usage: chunk.usage ?? null,

@@ -102,6 +102,13 @@ function fill(node, message) {
   const isRunning = running?.message === message;
   if (message.role === "assistant" && current.kind === "chat") body.replaceChildren(render(message.content));
   else body.replaceChildren(message.content);
+  if (message.thought) {
+    if (!node.querySelector(".thought")) {
+      body.before(element("details", { class: "thought" }, element("summary", {}), element("div", {})));
+    }
+    node.querySelector(".thought summary").textContent = isRunning && !message.content ? "Thinking" : "Thought";
+    node.querySelector(".thought div").textContent = message.thought;
+  }
   if (isRunning && !message.content) {
     body.replaceChildren(element("span", { class: "waiting-dots", role: "img", "aria-label": "Thinking" }, element("i"), element("i"), element("i")));
   }
@@ -190,9 +197,10 @@ async function answer(conversation) {
     const path = conversation.kind === "text" ? "v1/completions" : "v1/chat/completions";
     for await (const chunk of answered(path, asked, controller.signal)) {
       notice(chunk.paused ? "A machine is missing. The answer goes on when it is back." : "");
-      if (chunk.text) {
+      if (chunk.text || chunk.thought) {
         first ||= performance.now();
-        message.content += chunk.text;
+        message.content += chunk.text ?? "";
+        if (chunk.thought) message.thought = (message.thought ?? "") + chunk.thought;
         if (performance.now() - painted > RENDER_MS) paint();
       }
       usage = chunk.usage ?? usage;
@@ -210,7 +218,7 @@ async function answer(conversation) {
   } finally {
     running = null;
     notice("");
-    if (!message.content && !message.failure && message.said === "stopped") {
+    if (!message.content && !message.thought && !message.failure && message.said === "stopped") {
       conversation.messages.pop();
       if (conversation === current) byId("log").lastElementChild?.remove();
     } else {
@@ -248,10 +256,10 @@ function requestOf(conversation) {
   }
   if (settings.max_tokens != null) body.max_tokens = settings.max_tokens;
   const said = [];
-  for (const { role, content } of conversation.messages) {
+  for (const { role, content, thought } of conversation.messages) {
     // After an answer that failed two messages of the same side follow each other, which most formats refuse.
     if (said.at(-1)?.role === role) said.at(-1).content += `\n\n${content}`;
-    else if (content) said.push({ role, content });
+    else if (content) said.push(thought ? { role, content, reasoning_content: thought } : { role, content });
   }
   const system = settings.system?.trim();
   return { ...body, messages: system ? [{ role: "system", content: system }, ...said] : said };
