@@ -44,8 +44,8 @@ from typing import Any
 import numpy as np
 from wires import Wires, end_with_parent
 
+from tpilite.cluster.sums import new_sums
 from tpilite.collective import Message
-from tpilite.engine.compiled import new_sums
 from tpilite.net.channel import Channel
 from tpilite.net.codecs import CODECS
 from tpilite.net.group import Group, MemberGroup, RootGroup

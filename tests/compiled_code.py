@@ -7,7 +7,7 @@ import pytest
 
 from tpilite.linear.linear import Linear
 from tpilite.linear.plans import KERNELS
-from tpilite.native import exchange, products
+from tpilite.native import bindings, products
 from tpilite.native.bindings import Unavailable
 from tpilite.native.products import CompiledProducts
 
@@ -20,7 +20,7 @@ def _loaded(load: Callable[[], ctypes.CDLL]) -> ctypes.CDLL | None:
 
 
 PRODUCTS = _loaded(products.load)
-EXCHANGE = _loaded(exchange.load)
+EXCHANGE = _loaded(bindings.load_exchange)
 
 needs_products = pytest.mark.skipif(PRODUCTS is None, reason="there are no compiled products here")
 needs_exchange = pytest.mark.skipif(EXCHANGE is None, reason="there is no compiled exchange here")

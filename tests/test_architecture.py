@@ -41,8 +41,8 @@ _INSIDE = {
     "native": "bindings products exchange",
     "engine": "compiled config sampling usage sequence scheduler stats step choice runner rank engine "
     "session",
-    "cluster": "config token slice_protocol catalog slice_server slice_client fetch terms splits clean host "
-    "worker",
+    "cluster": "config token sums slice_protocol catalog slice_server slice_client fetch terms splits clean "
+    "host worker",
     "serving": "config errors openai_fields openai_requests openai_responses figures jobs service access "
     "answer page routes server",
     "cli": "streams memory_report local terminal hub configs options clean main __main__",
@@ -171,7 +171,7 @@ def test_a_folder_says_what_it_is(folder):
 
 def test_compiled_code_is_imported_at_one_place_where_it_may_be_missing():
     found = {name for name, tree in _TREES.items() if any(o.startswith("native") for o in _of_ours(tree))}
-    assert {name for name in found if not name.startswith("native")} == {"engine.compiled"}
+    assert {name for name in found if not name.startswith("native")} == {"engine.compiled", "cluster.sums"}
 
 
 def test_the_network_stands_on_little():

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from compiled_code import EXCHANGE, PRODUCTS
 
+from tpilite.cluster.sums import new_sums
 from tpilite.engine import compiled
-from tpilite.native import exchange, products
+from tpilite.native import bindings, products
 from tpilite.native.bindings import Unavailable
 from tpilite.net import sums
 
@@ -27,6 +28,7 @@ class Blocked:
 sys.meta_path.insert(0, Blocked())
 """
 
+_LOADERS = [(products, "load"), (bindings, "load_exchange")]
 needs_both = pytest.mark.skipif(not (PRODUCTS and EXCHANGE), reason="there is no compiled code here")
 
 
@@ -75,23 +77,29 @@ def undecided(monkeypatch):
 @needs_both
 def test_compiled_code_is_used_where_it_can_be_and_loaded_once(undecided, monkeypatch):
     loaded = []
-    for module in (products, exchange):
-        load = module.load
-        monkeypatch.setattr(module, "load", lambda load=load: loaded.append(1) or load())
+    for module, name in _LOADERS:
+        load = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda load=load: loaded.append(1) or load())
     assert compiled.why_not() == ""
     compiled.new_products(1).close()
     compiled.new_products(2).close()
-    assert compiled.new_sums() is not sums.new_sum
+    assert new_sums() is not sums.new_sum
     assert len(loaded) == 2
 
 
-@pytest.mark.parametrize("module", [products, exchange])
-def test_both_libraries_are_used_or_none(undecided, monkeypatch, module):
+@pytest.mark.parametrize("broken", _LOADERS)
+def test_both_libraries_are_used_or_none(undecided, monkeypatch, broken):
     def load():
         raise Unavailable("it is broken")
 
-    for other in (products, exchange):
-        monkeypatch.setattr(other, "load", load if other is module else lambda: None)
+    for loader in _LOADERS:
+        monkeypatch.setattr(*loader, load if loader is broken else lambda: None)
     assert compiled.new_products(1) is None
-    assert compiled.new_sums() is sums.new_sum
+    assert new_sums() is sums.new_sum
     assert compiled.why_not() == "it is broken"
+
+
+def test_a_model_on_one_machine_loads_nothing_of_the_network():
+    script = "import sys; from tpilite import LLM; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert not {"socket", "ssl", "msgpack", "tpilite.net"} & {*done.stdout.split()}

@@ -15,8 +15,8 @@ from tpilite.closing import Closing
 from tpilite.cluster.config import ClusterConfig
 from tpilite.cluster.slice_server import SliceServer
 from tpilite.cluster.splits import Split, folders_in
+from tpilite.cluster.sums import new_sums
 from tpilite.cluster.terms import mark_served, security_of, terms_of
-from tpilite.engine.compiled import new_sums
 from tpilite.engine.config import EngineConfig
 from tpilite.engine.rank import Rank
 from tpilite.errors import PeerLost, SliceError, TpiliteError

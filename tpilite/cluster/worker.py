@@ -11,9 +11,9 @@ from tpilite.cluster.config import ClusterConfig
 from tpilite.cluster.fetch import fetch_slices
 from tpilite.cluster.slice_client import Unreachable
 from tpilite.cluster.splits import Split, find_split, node_folders, split_id
+from tpilite.cluster.sums import new_sums
 from tpilite.cluster.terms import is_served, security_of, terms_of
 from tpilite.collective import Solo
-from tpilite.engine.compiled import new_sums
 from tpilite.engine.config import EngineConfig
 from tpilite.engine.rank import Rank
 from tpilite.errors import ConfigError, PeerLost, SliceError

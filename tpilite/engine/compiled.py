@@ -4,17 +4,16 @@ It is used if it can be imported, both libraries load and this processor can run
 has TPILITE_NATIVE=0. All other modules do without `tpilite.native`.
 """
 
+import ctypes
 import functools
 import logging
 import os
 from collections.abc import Callable
 
 from tpilite.linear.products import Products
-from tpilite.net import sums
 
 try:
-    from tpilite.native import exchange, products
-    from tpilite.native.bindings import Unavailable
+    from tpilite.native import bindings, products
 except ImportError as error:
     _IMPORT_ERROR = f"it cannot be imported: {error}"
 else:
@@ -28,8 +27,8 @@ def new_products(n_threads: int) -> Products | None:
     return _decision()[0](n_threads)
 
 
-def new_sums() -> sums.NewSum:
-    """What makes the sums of a group."""
+def exchange_library() -> ctypes.CDLL | None:
+    """What makes the exchanges between ranks; None where NumPy and Python make them."""
     return _decision()[1]
 
 
@@ -39,18 +38,14 @@ def why_not() -> str:
 
 
 @functools.cache
-def _decision() -> tuple[Callable[[int], Products | None], sums.NewSum, str]:
-    """What makes products, what makes sums, and why NumPy does."""
+def _decision() -> tuple[Callable[[int], Products | None], ctypes.CDLL | None, str]:
+    """What makes products, what makes exchanges, and why NumPy does."""
     why = "TPILITE_NATIVE is 0" if os.environ.get("TPILITE_NATIVE") == "0" else _IMPORT_ERROR
     if not why:
         try:
-            of_products, of_exchange = products.load(), exchange.load()
-            return (
-                functools.partial(products.CompiledProducts, of_products),
-                exchange.sums_by(of_exchange),
-                "",
-            )
-        except Unavailable as error:
+            of_products, of_exchange = products.load(), bindings.load_exchange()
+            return functools.partial(products.CompiledProducts, of_products), of_exchange, ""
+        except bindings.Unavailable as error:
             why = str(error)
     logger.debug("no compiled code: %s", why)
-    return lambda _: None, sums.new_sum, why
+    return lambda _: None, None, why

@@ -2,6 +2,6 @@
 
 Begin with `products.py`; each C file has a binding beside it.
 May import: `linear` and `net`, whose protocols it fulfils, and what they stand on.
-Must never know: models, files of weights, engines. `engine/compiled.py` alone imports this folder and
-decides whether it is used; what it gives is handed in everywhere else.
+Must never know: models, files of weights, engines. `engine/compiled.py` alone decides whether it is used;
+what it gives is handed in everywhere else, the exchanges by `cluster/sums.py`.
 """

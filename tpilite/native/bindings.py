@@ -42,6 +42,16 @@ def load_library(name: str, functions: Functions, folder: Path = FOLDER) -> ctyp
     return library
 
 
+def load_exchange(folder: Path = FOLDER) -> ctypes.CDLL:
+    """The library in `folder` of `exchange.py`, here for who does not import that. Raises `Unavailable`."""
+    pointer, size, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    functions = {
+        "exchange_run": (flag, pointer, flag),
+        "exchange_sum": (flag, *[pointer] * 4, size, pointer, size, flag),
+    }
+    return load_library("_exchange", functions, folder)
+
+
 def address(array: NDArray[Any]) -> int:
     """Where its first number lies: a third of the time that `array.ctypes` takes."""
     number: int = array.__array_interface__["data"][0]

@@ -9,13 +9,12 @@ import ctypes
 import functools
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tpilite.arrays import Array
-from tpilite.native.bindings import FOLDER, address, load_library
+from tpilite.native.bindings import address
 from tpilite.net.channel import Channel, TlsChannel
 from tpilite.net.exchange import Exchange, NewExchange, Transfer
 from tpilite.net.sums import NewSum, ScatterSum, new_sum
@@ -134,16 +133,6 @@ def _transfers(transfers: Sequence[Transfer]) -> Any:
             for channel, frame in transfers
         )
     )
-
-
-def load(folder: Path = FOLDER) -> ctypes.CDLL:
-    """The compiled library in `folder`. Raises `Unavailable`."""
-    pointer, size, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    functions = {
-        "exchange_run": (flag, pointer, flag),
-        "exchange_sum": (flag, *[pointer] * 4, size, pointer, size, flag),
-    }
-    return load_library("_exchange", functions, folder)
 
 
 def sums_by(library: ctypes.CDLL) -> NewSum:
