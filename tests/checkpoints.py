@@ -34,7 +34,7 @@ def tiny_config(**changes: Any) -> LlamaConfig:
 
 def hf_config(config: LlamaConfig) -> dict[str, Any]:
     """The config.json that describes `config`."""
-    family = _family(config)
+    family = family_of(config)
     value = {
         name: getattr(config, name)
         for name in LlamaConfig.__dataclass_fields__
@@ -54,7 +54,7 @@ def hf_config(config: LlamaConfig) -> dict[str, Any]:
     return value
 
 
-def _family(config: LlamaConfig) -> str:
+def family_of(config: LlamaConfig) -> str:
     """The model_type that has what is in `config`."""
     differs = {
         "granite": config.attention_multiplier is not None,

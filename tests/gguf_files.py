@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 from block_rows import FLOAT16_PLACES, random_blocks
-from checkpoints import store, tiny_config
+from checkpoints import family_of, store, tiny_config
 from numpy.typing import NDArray
 
-from tpilite.config.llama import LlamaConfig
+from tpilite.config.llama import LlamaConfig, YarnScaling
 from tpilite.dtypes import BLOCK_SIZES
 from tpilite.formats.gguf_writer import GgufWriter
 from tpilite.formats.writing import TensorSpec
@@ -87,7 +87,7 @@ def write_gguf_model(
     if config.rope_divisors:
         divisors = np.array(config.rope_divisors, np.float32)
         stored["rope_freqs.weight"] = ("F32", divisors.shape, divisors)
-    write_gguf(path, stored, llama_metadata(config) | dict(metadata or {}))
+    write_gguf(path, stored, metadata_of(config) | dict(metadata or {}))
     if config.tie_word_embeddings:
         values[LM_HEAD] = values[EMBEDDING]
     return values
@@ -102,22 +102,44 @@ def scaled(blocks: Blocks, factor: float) -> Blocks:
     return Blocks(blocks.type, rows.reshape(blocks.bytes.shape), blocks.n_cols)
 
 
-def llama_metadata(config: LlamaConfig) -> dict[str, Any]:
-    """What a GGUF of the architecture llama says of itself."""
-    return {
-        "general.architecture": "llama",
-        "llama.block_count": config.num_hidden_layers,
-        "llama.context_length": config.max_position_embeddings,
-        "llama.embedding_length": config.hidden_size,
-        "llama.feed_forward_length": config.intermediate_size,
-        "llama.attention.head_count": config.num_attention_heads,
-        "llama.attention.head_count_kv": config.num_key_value_heads,
-        "llama.attention.key_length": config.head_dim,
-        "llama.attention.value_length": config.head_dim,
-        "llama.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-        "llama.rope.freq_base": config.rope_theta,
-        "llama.rope.dimension_count": config.head_dim,
-        "llama.vocab_size": config.vocab_size,
+def metadata_of(config: LlamaConfig) -> dict[str, Any]:
+    """What a GGUF of a model says of itself, by the names of its architecture."""
+    family = family_of(config)
+    values = {
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "rope.freq_base": config.rope_theta,
+        "rope.dimension_count": config.head_dim,
+        "vocab_size": config.vocab_size,
+    }
+    if family == "granite":
+        values |= {
+            "attention.scale": config.attention_multiplier,
+            "embedding_scale": config.embedding_multiplier,
+            "residual_scale": config.residual_multiplier,
+            "logit_scale": config.logits_scaling,
+        }
+    scaling = config.rope_scaling
+    if scaling is not None:
+        values["rope.scaling.factor"] = scaling.factor
+        values["rope.scaling.type"] = "linear"
+    if isinstance(scaling, YarnScaling):
+        values |= {
+            "rope.scaling.type": "yarn",
+            "rope.scaling.original_context_length": scaling.original_max_position_embeddings,
+            "rope.scaling.yarn_attn_factor": scaling.attention_factor,
+            "rope.scaling.yarn_beta_fast": scaling.beta_fast,
+            "rope.scaling.yarn_beta_slow": scaling.beta_slow,
+        }
+    return {f"{family}.{key}": value for key, value in values.items()} | {
+        "general.architecture": family,
         "tokenizer.ggml.bos_token_id": config.bos_token_id,
         "tokenizer.ggml.eos_token_id": config.eos_token_ids[0],
     }

@@ -292,4 +292,4 @@ def _yarn_context(config: Mapping[str, Any], scaling: YarnScaling) -> int:
     if published is None:
         published = 1
     check_whole("max_position_embeddings", published, least=1)
-    return max(published, int(scaling.original_max_position_embeddings * scaling.factor))
+    return max(published, scaling.context)

@@ -81,6 +81,11 @@ class YarnScaling:
         if not isinstance(self.truncate, bool):
             raise ConfigError(f"rope scaling truncate must be true or false, found {short(self.truncate)}")
 
+    @property
+    def context(self) -> int:
+        """The longest text that the stretched frequencies are for."""
+        return int(self.original_max_position_embeddings * self.factor)
+
 
 def yarn_attention_factor(factor: float, mscale: float = 1.0, mscale_all_dim: float = 0.0) -> float:
     """The attention factor that YaRN recommends for a stretch by `factor` (arXiv 2309.00071, section 3.4).
