@@ -68,12 +68,13 @@ def transformers_f32(folder: Path, threads: int) -> Tokens:
 
 
 def llama_cpp(folder: Path, threads: int) -> Tokens:
-    """llama.cpp on the GGUF that to_gguf.py writes beside the folder, memory-mapped (llama-cpp-python)."""
+    """llama.cpp on a GGUF, or on the one that to_gguf.py writes beside a folder, memory-mapped."""
     import llama_cpp
 
     llama_cpp.llama_backend_init()
     model_params = llama_cpp.llama_model_default_params()
-    model = llama_cpp.llama_model_load_from_file(f"{folder}.gguf".encode(), model_params)
+    path = folder if folder.suffix == ".gguf" else Path(f"{folder}.gguf")
+    model = llama_cpp.llama_model_load_from_file(str(path).encode(), model_params)
     params = llama_cpp.llama_context_default_params()
     params.n_ctx = params.n_batch = params.n_ubatch = 1024
     params.n_threads = params.n_threads_batch = threads
