@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import random
 import shutil
 import signal
 import socket
@@ -253,10 +254,19 @@ class Cluster:
         return found
 
 
+# The system takes ports of its own choice from 32768 on (Linux), or from 49152 on.
+_CHOSEN_PORTS = range(20000, 32768)
+
+
 def free_ports(n: int) -> list[int]:
-    """Ports that nobody listens on, for nodes that must know them before the other side is there."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(n)]
-    ports = [sock.getsockname()[1] for sock in sockets]
-    for sock in sockets:
-        sock.close()
-    return ports
+    """Ports that nobody listens on, for nodes that must know them before the other side is there.
+
+    None of them is the system's to give to another socket before the node comes.
+    """
+    free: list[int] = []
+    for port in random.sample(_CHOSEN_PORTS, len(_CHOSEN_PORTS)):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            free.append(port)
+        if len(free) == n:
+            break
+    return free
