@@ -337,6 +337,25 @@ def test_where_the_disk_idles_parts_are_unpacked_by_and_by(checkpoint, monkeypat
     np.testing.assert_array_equal(found, reference(checkpoint, prompts=prompts))
 
 
+def test_what_was_mapped_stays_so_while_the_disk_idles(checkpoint, monkeypatch):
+    monkeypatch.setattr(pager_module, "_SHORTEST_MEASURED_S", 0.0)
+    monkeypatch.setattr(pager_module, "_IDLE_SHARE", -1e9)
+    with paged(checkpoint, budget_bytes=budget(checkpoint, 2.0), may_pack=True) as (pager, model):
+        cache_bytes = pager.cache_room_bytes - size_of(parts_of(pager)) // 2
+        arrays = []
+
+        def before(i, ids):
+            pager.begin_pass(len(ids), cache_bytes)
+            arrays.append([part.array for part in parts_of(pager)])
+
+        prompts = [[i] for i in range(20)]
+        found = within(lambda: logits(checkpoint, model, prompts, before))
+        mapped_at_first = [i for i, array in enumerate(arrays[0]) if array is not None]
+        assert 0 < len(mapped_at_first) < len(arrays[0])
+        assert all(later[i] is arrays[0][i] for later in arrays for i in mapped_at_first)
+    np.testing.assert_array_equal(found, reference(checkpoint, prompts=prompts))
+
+
 def test_parts_are_read_in_the_order_of_use_and_across_the_passes_end(checkpoint, reads):
     with paged(checkpoint, window=2) as (pager, model):
         parts = parts_of(pager)

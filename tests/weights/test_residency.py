@@ -2,12 +2,14 @@
 
 import itertools
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tpilite.formats.stored import StoredTensor
 from tpilite.linear.calls import part_rows
+from tpilite.linear.packing import pack
 from tpilite.weights.residency import (
     PagedPart,
     choose_evictions,
@@ -69,6 +71,17 @@ def test_what_is_evicted_is_far_from_what_streams(states, evicted):
     assert choose_evictions(found, SIZE * states.count("#")) == []
 
 
+def test_what_is_evicted_while_it_is_loaded_takes_its_memory_until_it_is_there():
+    found = parts(".####")
+    middle = found[2]
+    middle.loading, middle.array = True, None
+    assert choose_evictions(found, 3 * SIZE) == [middle, found[1]]
+    middle.resident = False
+    assert len(choose_evictions(found, 3 * SIZE)) == 1
+    assert choose_evictions(found, 0) == [found[1], found[3], found[4]]
+    assert choose_returns(found, [found[0], middle], 4 * SIZE) == [middle], "which takes no more than it does"
+
+
 def test_the_last_evicted_return_first_and_as_far_as_there_is_room():
     found = parts("#....")
     evicted = [found[i] for i in (1, 4, 2)]
@@ -79,10 +92,14 @@ def test_the_last_evicted_return_first_and_as_far_as_there_is_room():
 
 def test_one_packed_part_of_eight_is_unpacked_in_turns():
     found = parts("#" * 20 + ".")
-    for part in found:
-        part.may_pack = True
+    rows = np.full((4, 512), 0x3F80, np.uint16)
+    packed = pack(rows, bytearray(rows.nbytes))
+    for part in found[:-1]:
+        part.may_pack, part.array = True, packed
     assert [part.index for part in choose_unpacking(found, 0)] == [0, 8, 16]
     assert [part.index for part in choose_unpacking(found, 4)] == [8, 16, 0]
     assert choose_unpacking(found[:-1], 0) == [], "nothing streams"
+    found[8].array = found[8].tensor
+    assert [part.index for part in choose_unpacking(found, 0)] == [0, 9, 17], "8 is mapped"
     found[3].array = None
     assert choose_unpacking(found, 0) == [], "not all is in memory yet"

@@ -31,7 +31,7 @@ class PagedPart:
     may_pack: bool  # when it is resident
     open_loaded: "Callable[[PagedPart], AbstractContextManager[Weights]]" = field(repr=False)
     resident: bool = False
-    loading: bool = False  # of a resident part: being read or packed
+    loading: bool = False  # being read or packed to be kept, also when it was evicted meanwhile
     array: Weights | None = field(default=None, repr=False)  # of a resident part, once it is in memory
 
     @property
@@ -95,25 +95,28 @@ def spread(sizes: Sequence[int], room: int) -> list[bool]:
 
 
 def choose_evictions(parts: Sequence[PagedPart], room: int) -> list[PagedPart]:
-    """The resident parts to evict, the first one first, for the others to fit into `room` bytes."""
+    """The resident parts to evict, the first one first, for the others to fit into `room` bytes.
+
+    The memory of one that is being loaded comes free later, too late for this pass.
+    """
     resident = [part.resident for part in parts]
-    kept_bytes = sum(part.kept_bytes for part in parts if part.resident)
+    taken = _taken_bytes(parts)
     chosen = []
-    while kept_bytes > room:
+    while taken > room and any(resident):
         part = parts[_farthest_from_streamed(resident)]
         resident[part.index] = False
-        kept_bytes -= part.kept_bytes
+        taken -= 0 if part.loading else part.kept_bytes
         chosen.append(part)
     return chosen
 
 
 def choose_returns(parts: Sequence[PagedPart], evicted: Sequence[PagedPart], room: int) -> list[PagedPart]:
     """The evicted parts that fit into `room` bytes beside the resident ones, the last evicted first."""
-    kept_bytes = sum(part.kept_bytes for part in parts if part.resident)
+    taken = _taken_bytes(parts)
     chosen = []
     for part in reversed(evicted):
-        kept_bytes += part.kept_bytes
-        if kept_bytes > room:
+        taken += 0 if part.loading else part.kept_bytes
+        if taken > room:
             break
         chosen.append(part)
     return chosen
@@ -122,15 +125,22 @@ def choose_returns(parts: Sequence[PagedPart], evicted: Sequence[PagedPart], roo
 def choose_unpacking(parts: Sequence[PagedPart], turn: int) -> list[PagedPart]:
     """Some of the packed parts; none before all that is resident is in memory, or where nothing streams.
 
+    Those that are mapped may be packed when they return, and are not yet: they have nothing to unpack.
+
     Which of them comes first changes with `turn`: the last ones return first once they are evicted, and it
     should not always be the first layers that stream.
     """
     resident = [part for part in parts if part.resident]
     if len(resident) == len(parts) or any(part.array is None for part in resident):
         return []
-    some = [part for part in resident if part.may_pack][::_UNPACKED_OF]
+    some = [part for part in resident if isinstance(part.array, Packed)][::_UNPACKED_OF]
     first = turn % max(1, len(some))
     return some[first:] + some[:first]
+
+
+def _taken_bytes(parts: Sequence[PagedPart]) -> int:
+    """The memory of the resident parts, and of what was evicted while it was being loaded."""
+    return sum(part.kept_bytes for part in parts if part.resident or part.loading)
 
 
 def _farthest_from_streamed(resident: Sequence[bool]) -> int:
