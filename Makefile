@@ -33,7 +33,7 @@ lint: .venv/linted
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
-.venv/installed: .venv/bin/python setup.cfg setup.py pyproject.toml tpilite/native/products.c tpilite/native/exchange.c
+.venv/installed: .venv/bin/python setup.cfg setup.py pyproject.toml $(wildcard tpilite/native/*.[ch])
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 

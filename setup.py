@@ -1,6 +1,7 @@
 """What setup.cfg cannot say: what is compiled, and left out where there is no compiler."""
 
 import sys
+from glob import glob
 
 from setuptools import Extension, setup
 
@@ -14,7 +15,8 @@ setup(
     ext_modules=[
         Extension(
             "tpilite.native._products",
-            ["tpilite/native/products.c"],
+            ["tpilite/native/products.c", "tpilite/native/blocks_avx512.c"],
+            depends=glob("tpilite/native/*.h"),
             extra_compile_args=["-O3", "-pthread"],
             optional=True,
         ),

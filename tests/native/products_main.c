@@ -81,9 +81,9 @@ static float *products_by(int n_threads, int64_t n_x) {
         int64_t n_bytes = half_bytes[dtype] * N * COLUMNS / 2;
         unsigned char *rows = malloc(n_bytes);
         for (int64_t i = 0; i < n_bytes; i++) rows[i] = i % 2 ? i * 37 % 61 + i % 3 % 2 * 128 : i * 41 % 251;
-        pieces[dtype] = (Piece){(char *)rows, y + dtype * n_x * N, N, N, dtype, 2.0f, places, firsts, values};
+        pieces[dtype] = (Piece){(char *)rows, y + dtype * n_x * N, N, N, dtype, 0, 2.0f, places, firsts, values};
     }
-    for (int round = 0; round < 20; round++) products_multiply(pool, pieces, 4, x, n_x, COLUMNS, panels);
+    for (int round = 0; round < 20; round++) products_multiply_pieces(pool, pieces, 4, x, n_x, COLUMNS, panels, 1);
     for (int dtype = 0; dtype < 4; dtype++) check(pieces + dtype, x, n_x);
     products_recall(pool);
     products_recall(pool);

@@ -26,6 +26,7 @@ from tpilite.native.bindings import Unavailable
 from tpilite.native.products import CompiledProducts
 
 _SOURCE = Path(compiled.__file__).with_name("products.c")
+_WIDER = _SOURCE.with_name("blocks_avx512.c")
 
 
 @contextmanager
@@ -197,7 +198,8 @@ def library_of(source, folder):
         pytest.skip("there is no compiler now")
     (folder / "products.c").write_text(source)
     path = folder / f"_products{EXTENSION_SUFFIXES[0]}"
-    subprocess.run([compiler, "-shared", "-fPIC", "-o", path, folder / "products.c"], check=True)
+    command = [compiler, "-shared", "-fPIC", f"-I{_SOURCE.parent}", "-o", path, folder / "products.c", _WIDER]
+    subprocess.run(command, check=True)
 
 
 def test_a_library_of_another_version_says_what_to_do(tmp_path, caplog):
@@ -246,6 +248,7 @@ def test_no_sanitizer_finds_anything(sanitizer, n_cols, tmp_path):
             _SOURCE,
             "products_main.c",
             "cc",
+            _WIDER,
             "-O1",
             "-g",
             f"-DN_COLUMNS={n_cols}",

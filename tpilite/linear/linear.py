@@ -137,8 +137,9 @@ class Linear(Closing):
     def _run(self, x: Input, pieces: list[Piece]) -> None:
         """Multiplies all pieces."""
         if self._products is not None and (len(x.rows) == 1 or not self._blas_for_many):
-            products = [Product(rows, out) for _, rows, out in pieces if not isinstance(rows, Blocks)]
-            pieces = [piece for piece in pieces if isinstance(piece.rows, Blocks)]
+            takes = self._products.takes
+            products = [Product(rows, out) for _, rows, out in pieces if takes(rows)]
+            pieces = [piece for piece in pieces if not takes(piece.rows)]
             if products:
                 self._products.multiply(x.rows, products)
         if pieces:

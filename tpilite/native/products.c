@@ -4,38 +4,16 @@
  * arithmetic during the first. Here both go on at once. This file is compiled when the package is installed,
  * where there is a compiler, and called by products.py; without it NumPy does everything.
  *
- * With one row of x, or a few, each row of the matrix is a dot product, and the memory's rate decides. With more
- * rows of x, the code takes ROWS rows of weights at a time, widened into the first-level cache, and PANELS vectors
- * of rows of x: their ROWS * PANELS sums fill the registers (K. Goto and R. van de Geijn, "Anatomy of
- * High-Performance Matrix Multiplication", 2008). The order in which a sum is made depends only on the number of
- * columns and of rows of x. So its bits depend neither on the threads nor on what else the same call computes.
+ * rows.h has the products of rows of floats, blocks.h those of rows in GGML's blocks, pool.h the threads. A sum's
+ * bits depend neither on the threads nor on what else the same call computes.
  */
 
-#include <pthread.h>
-#include <sched.h>
-#include <stdatomic.h>
 #include <stdint.h>
-#include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
 #include <immintrin.h>
-#define VECTOR 32
-#define ROWS 6
-#define SHORTS(p) ((Words)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p))))
-#define HALVES(p) ((Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p))))
-#define PAUSE() _mm_pause()
-#elif defined(__aarch64__)
-#include <arm_neon.h>
-#define VECTOR 16
-#define ROWS 12
-#define SHORTS(p) ((Words)vmovl_u16(vreinterpret_u16_u8(vld1_u8((const uint8_t *)(p)))))
-#define HALVES(p) ((Floats)vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8((const uint8_t *)(p)))))
-#define PAUSE() __asm__ volatile("yield")
-#else
-#error "there are no vectors for this processor here: NumPy does the products"
 #endif
 
 /* Whether this processor has the instructions. Everything else here may be called only if it does. Not every
@@ -56,508 +34,52 @@ int products_run_here(void) {
 #pragma GCC target("avx2,fma,f16c")
 #endif
 
-#define LANES (VECTOR / 4)
-#define INLINE static inline __attribute__((always_inline))
+#include "blocks.h"
+#include "pool.h"
+#include "rows.h"
 
-typedef float Floats __attribute__((vector_size(VECTOR)));
-typedef uint32_t Words __attribute__((vector_size(VECTOR)));
-typedef int32_t Signed __attribute__((vector_size(VECTOR)));
-typedef float AnyFloats __attribute__((vector_size(VECTOR), aligned(1), may_alias));
-
-/* ---- weights ---- */
-
-enum { BFLOAT16, FLOAT16, FLOAT32, PACKED }; /* how a piece is stored: products.py has the same numbers */
-
-#define PACKED_ROWS 4 /* lie in three that are stored */
-
-/* Some rows of a matrix, all of the same number of columns, and where their products go. */
-typedef struct {
-    const char *rows;
-    float *out; /* of row i and row t of x at out[t * out_stride + i] */
-    int64_t n_rows, out_stride;
-    int64_t dtype;
-    /* Of packed rows: their values are too small by `scale`; the few that are stored apart, with their places in
-     * the rows laid end to end, are grouped: those of rows 4 g to 4 g + 3 are firsts[g] to firsts[g + 1] - 1. */
-    float scale;
-    const int64_t *places, *firsts;
-    const float *values;
-} Piece;
-
-/* Where row i begins; of packed rows, the first of four. */
-INLINE const char *row_of(const Piece *piece, int64_t i, int64_t n_cols) {
-    int64_t half_bytes = piece->dtype == FLOAT32 ? 8 : piece->dtype == PACKED ? 3 : 4;
-    return piece->rows + half_bytes * n_cols * i / 2;
-}
-
-INLINE Floats load(const void *p) { return *(const AnyFloats *)p; }
-
-INLINE void store(float *p, Floats v) { *(AnyFloats *)p = v; }
-
-/* bfloat16 is the upper half of a float32. */
-INLINE Words upper_halves(const void *p) { return SHORTS(p) << 16; }
-
-/* The weights from number `at` on of a row that begins at `row`. */
-INLINE Floats weights(int64_t dtype, const char *row, int64_t at) {
-    if (dtype == BFLOAT16) return (Floats)upper_halves(row + 2 * at);
-    if (dtype == FLOAT16) return HALVES(row + 2 * at);
-    return load(row + 4 * at);
-}
-
-/* The same, with zeros behind column n_cols. */
-INLINE Floats last_weights(int64_t dtype, const char *row, int64_t n_cols, int64_t at) {
-    int64_t size = dtype == FLOAT32 ? 4 : 2;
-    char rest[VECTOR] = {0};
-    memcpy(rest, row + size * at, size * (n_cols - at));
-    return weights(dtype, rest, 0);
-}
-
-INLINE Floats last_floats(const float *x, int64_t n_cols, int64_t at) {
-    float rest[LANES] = {0};
-    memcpy(rest, x + at, 4 * (n_cols - at));
-    return load(rest);
-}
-
-/* The weights from column `at` on of four packed rows, but for those that are stored apart: packing.py has the
- * format. The words of the three rows are `n_cols` apart. */
-INLINE void unpack(const char *words, int64_t n_cols, int64_t at, float scale, Floats four[PACKED_ROWS]) {
-    Words a = upper_halves(words + 2 * at), b = upper_halves(words + 2 * (n_cols + at)),
-          c = upper_halves(words + 2 * (2 * n_cols + at));
-    Words last = (Words)((Signed)(c << 1) >> 12) ^ (a & 0x78000000) >> 4 ^ (b & 0x78000000) >> 8;
-    four[0] = (Floats)(a & 0x87ff0000) * scale;
-    four[1] = (Floats)(b & 0x87ff0000) * scale;
-    four[2] = (Floats)(c & 0x87ff0000) * scale;
-    four[3] = (Floats)(last & 0x87ff0000) * scale;
-}
-
-/* The next of each of four rows' weights that are stored apart. */
-typedef struct {
-    int64_t next[PACKED_ROWS], end[PACKED_ROWS]; /* in the piece's places */
-    int64_t column;                              /* the first of those that come next; n_cols at the end */
-} Apart;
-
-static void find_column(const Piece *piece, int64_t i, int64_t n_cols, Apart *apart) {
-    apart->column = n_cols;
-    for (int k = 0; k < PACKED_ROWS; k++) {
-        if (apart->next[k] == apart->end[k]) continue;
-        int64_t column = piece->places[apart->next[k]] - (i + k) * n_cols;
-        if (column < apart->column) apart->column = column;
-    }
-}
-
-/* From column `at` of rows i to i + 3 on. */
-static Apart apart_from(const Piece *piece, int64_t i, int64_t n_cols, int64_t at) {
-    Apart apart;
-    int64_t e = piece->firsts[i / PACKED_ROWS], end = piece->firsts[i / PACKED_ROWS + 1];
-    for (int k = 0; k < PACKED_ROWS; k++) {
-        while (e < end && piece->places[e] < (i + k) * n_cols + at) e++;
-        apart.next[k] = e;
-        while (e < end && piece->places[e] < (i + k + 1) * n_cols) e++;
-        apart.end[k] = e;
-    }
-    find_column(piece, i, n_cols, &apart);
-    return apart;
-}
-
-/* Puts those of the columns from `at` on into their places in `four`. */
-static void put_apart(const Piece *piece, int64_t i, int64_t n_cols, int64_t at, Apart *apart, Floats *four) {
-    for (int k = 0; k < PACKED_ROWS; k++)
-        for (; apart->next[k] < apart->end[k]; apart->next[k]++) {
-            int64_t column = piece->places[apart->next[k]] - (i + k) * n_cols - at;
-            if (column >= LANES) break;
-            ((float *)(four + k))[column] = piece->values[apart->next[k]] * piece->scale;
-        }
-    find_column(piece, i, n_cols, apart);
-}
-
-/* All weights from column `at` on of packed rows i to i + 3, with zeros behind column n_cols. */
-INLINE void packed_weights(const Piece *piece, int64_t i, int64_t n_cols, int64_t at, Apart *apart,
-                           Floats four[PACKED_ROWS]) {
-    const char *words = row_of(piece, i, n_cols);
-    if (at + LANES <= n_cols) {
-        unpack(words, n_cols, at, piece->scale, four);
-    } else {
-        uint16_t rest[3 * LANES] = {0};
-        for (int k = 0; k < 3; k++) memcpy(rest + k * LANES, words + 2 * (k * n_cols + at), 2 * (n_cols - at));
-        unpack((char *)rest, LANES, 0, piece->scale, four);
-    }
-    if (__builtin_expect(apart->column < at + LANES && apart->column < n_cols, 0)) {
-        Floats patched[PACKED_ROWS]; /* a copy, so that the others may stay in registers */
-        for (int k = 0; k < PACKED_ROWS; k++) patched[k] = four[k];
-        put_apart(piece, i, n_cols, at, apart, patched);
-        for (int k = 0; k < PACKED_ROWS; k++) four[k] = patched[k];
-    }
-}
-
-/* ---- one row of x ---- */
-
-INLINE float total(Floats v) {
-    float lanes[LANES];
-    memcpy(lanes, &v, sizeof lanes);
-    for (int n = LANES / 2; n; n /= 2)
-        for (int i = 0; i < n; i++) lanes[i] += lanes[i + n];
-    return lanes[0];
-}
-
-/* Of how many columns x may be for the first-level cache to hold it beside the weights that pass through, and how
- * many rows meet each number of a longer one, which comes from the next cache then: with 8192 columns, one row at a
- * time took twice as long. With shorter ones it is more rows that take longer, as their weights lie apart. */
-enum { CACHED_COLUMNS = 4096, ROWS_TOGETHER = 6 };
-
-/* Of each row two sums side by side, as each addition waits for the one before it. Vector v of a row belongs to sum
- * v % 2, of packed rows too: so the bits are the same. */
-INLINE void dots_of(int64_t dtype, int n, const Piece *piece, int64_t i, const float *x, int64_t n_cols) {
-    const char *row[ROWS_TOGETHER];
-    Floats sums[ROWS_TOGETHER][2] = {{{0}}};
-    int64_t j = 0, last = n_cols / LANES % 2;
-    for (int r = 0; r < n; r++) row[r] = row_of(piece, i + r, n_cols);
-    for (; j + 2 * LANES <= n_cols; j += 2 * LANES)
-        for (int r = 0; r < n; r++) {
-            sums[r][0] += weights(dtype, row[r], j) * load(x + j);
-            sums[r][1] += weights(dtype, row[r], j + LANES) * load(x + j + LANES);
-        }
-    for (int r = 0; last && r < n; r++) sums[r][0] += weights(dtype, row[r], j) * load(x + j);
-    j += last * LANES;
-    for (int r = 0; j < n_cols && r < n; r++)
-        sums[r][last] += last_weights(dtype, row[r], n_cols, j) * last_floats(x, n_cols, j);
-    for (int r = 0; r < n; r++) piece->out[i + r] = total(sums[r][0] + sums[r][1]);
-}
-
-INLINE void dots(int64_t dtype, const Piece *piece, int64_t start, int64_t stop, const float *x, int64_t n_cols) {
-    int64_t i = start;
-    if (n_cols > CACHED_COLUMNS)
-        for (; i + ROWS_TOGETHER <= stop; i += ROWS_TOGETHER) dots_of(dtype, ROWS_TOGETHER, piece, i, x, n_cols);
-    for (; i < stop; i++) dots_of(dtype, 1, piece, i, x, n_cols);
-}
-
-INLINE void add_packed(const Piece *piece, int64_t i, int64_t n_cols, int64_t at, Apart *apart, Floats columns,
-                       Floats sums[PACKED_ROWS]) {
-    Floats four[PACKED_ROWS];
-    packed_weights(piece, i, n_cols, at, apart, four);
-    for (int k = 0; k < PACKED_ROWS; k++) sums[k] += four[k] * columns;
-}
-
-static void packed_dots(const Piece *piece, int64_t start, int64_t stop, const float *x, int64_t n_cols) {
-    for (int64_t i = start; i < stop; i += PACKED_ROWS) {
-        Floats sums[2][PACKED_ROWS] = {{{0}}};
-        Apart apart = apart_from(piece, i, n_cols, 0);
-        int64_t j = 0, last = n_cols / LANES % 2;
-        for (; j + 2 * LANES <= n_cols; j += 2 * LANES) {
-            add_packed(piece, i, n_cols, j, &apart, load(x + j), sums[0]);
-            add_packed(piece, i, n_cols, j + LANES, &apart, load(x + j + LANES), sums[1]);
-        }
-        if (last) add_packed(piece, i, n_cols, j, &apart, load(x + j), sums[0]), j += LANES;
-        if (j < n_cols) add_packed(piece, i, n_cols, j, &apart, last_floats(x, n_cols, j), sums[last]);
-        for (int k = 0; k < PACKED_ROWS; k++) piece->out[i + k] = total(sums[0][k] + sums[1][k]);
-    }
-}
-
-static void one_row(const Piece *piece, int64_t start, int64_t stop, const float *x, int64_t n_cols) {
-    switch (piece->dtype) { /* each with its own loop, in which the question is not asked again */
-    case BFLOAT16: dots(BFLOAT16, piece, start, stop, x, n_cols); break;
-    case FLOAT16: dots(FLOAT16, piece, start, stop, x, n_cols); break;
-    case FLOAT32: dots(FLOAT32, piece, start, stop, x, n_cols); break;
-    case PACKED: packed_dots(piece, start, stop, x, n_cols); break;
-    }
-}
-
-/* ---- a few rows of x ---- */
-
-#define FEW 4 /* or fewer would leave tiles mostly empty */
-
-#define FEW_TOGETHER 3 /* rows of weights meet what is loaded of x; their FEW_TOGETHER * FEW sums fill the registers */
-
-/* Each weight is widened once and meets all rows of x: one sum for each of them. */
-INLINE void few_dots_of(int64_t dtype, int n, int n_x, const Piece *piece, int64_t i, const float *x,
-                        int64_t n_cols) {
-    const char *row[FEW_TOGETHER];
-    Floats sums[FEW_TOGETHER][FEW] = {{{0}}}, w[FEW_TOGETHER];
-    int64_t j = 0;
-    for (int r = 0; r < n; r++) row[r] = row_of(piece, i + r, n_cols);
-    for (; j + LANES <= n_cols; j += LANES) {
-        for (int r = 0; r < n; r++) w[r] = weights(dtype, row[r], j);
-        for (int t = 0; t < n_x; t++)
-            for (int r = 0; r < n; r++) sums[r][t] += w[r] * load(x + t * n_cols + j);
-    }
-    for (int r = 0; j < n_cols && r < n; r++) {
-        w[r] = last_weights(dtype, row[r], n_cols, j);
-        for (int t = 0; t < n_x; t++) sums[r][t] += w[r] * last_floats(x + t * n_cols, n_cols, j);
-    }
-    for (int r = 0; r < n; r++)
-        for (int t = 0; t < n_x; t++) piece->out[t * piece->out_stride + i + r] = total(sums[r][t]);
-}
-
-INLINE void few_dots(int64_t dtype, int n_x, const Piece *piece, int64_t start, int64_t stop, const float *x,
-                     int64_t n_cols) {
-    int64_t i = start;
-    for (; i + FEW_TOGETHER <= stop; i += FEW_TOGETHER) few_dots_of(dtype, FEW_TOGETHER, n_x, piece, i, x, n_cols);
-    for (; i < stop; i++) few_dots_of(dtype, 1, n_x, piece, i, x, n_cols);
-}
-
-static void few_packed_dots(int64_t n_x, const Piece *piece, int64_t start, int64_t stop, const float *x,
-                            int64_t n_cols) {
-    for (int64_t i = start; i < stop; i += PACKED_ROWS) {
-        Floats sums[FEW][PACKED_ROWS] = {{{0}}}, four[PACKED_ROWS];
-        Apart apart = apart_from(piece, i, n_cols, 0);
-        for (int64_t j = 0; j < n_cols; j += LANES) {
-            packed_weights(piece, i, n_cols, j, &apart, four);
-            for (int t = 0; t < n_x; t++) {
-                const float *row = x + t * n_cols;
-                Floats columns = j + LANES <= n_cols ? load(row + j) : last_floats(row, n_cols, j);
-                for (int k = 0; k < PACKED_ROWS; k++) sums[t][k] += four[k] * columns;
-            }
-        }
-        for (int t = 0; t < n_x; t++)
-            for (int k = 0; k < PACKED_ROWS; k++) piece->out[t * piece->out_stride + i + k] = total(sums[t][k]);
-    }
-}
-
-INLINE void few_of(int64_t dtype, const Piece *piece, int64_t start, int64_t stop, const float *x, int64_t n_x,
-                   int64_t n_cols) {
-    switch (n_x) { /* the sums of a number that the compiler knows stay in registers */
-    case 2: few_dots(dtype, 2, piece, start, stop, x, n_cols); break;
-    case 3: few_dots(dtype, 3, piece, start, stop, x, n_cols); break;
-    case 4: few_dots(dtype, 4, piece, start, stop, x, n_cols); break;
-    }
-}
-
-static void few_rows(const Piece *piece, int64_t start, int64_t stop, const float *x, int64_t n_x, int64_t n_cols) {
-    switch (piece->dtype) {
-    case BFLOAT16: few_of(BFLOAT16, piece, start, stop, x, n_x, n_cols); break;
-    case FLOAT16: few_of(FLOAT16, piece, start, stop, x, n_x, n_cols); break;
-    case FLOAT32: few_of(FLOAT32, piece, start, stop, x, n_x, n_cols); break;
-    case PACKED: few_packed_dots(n_x, piece, start, stop, x, n_cols); break;
-    }
-}
-
-/* ---- several rows of x ---- */
-
-#define PANELS 2   /* of LANES rows of x each */
-#define STRIP 12   /* rows of weights that are widened at a time: some tiles of ROWS, and some packed fours */
-#define DEPTH 512  /* columns at a time: STRIP * DEPTH floats fit into the first-level cache */
-#define WIDTH 256  /* rows of x at a time */
-
-/* `next` is what will be widened next: of each row the processor would notice too late that it is read in order. */
-INLINE void widen(int64_t dtype, const char *row, int64_t at, int64_t stop, const char *next, float *out) {
-    for (; at + LANES <= stop; at += LANES, out += LANES, next += (dtype == FLOAT32 ? 4 : 2) * LANES) {
-        store(out, weights(dtype, row, at));
-        __builtin_prefetch(next);
-    }
-    if (at < stop) store(out, last_weights(dtype, row, stop, at));
-}
-
-static void widen_packed(const Piece *piece, int64_t i, int64_t n_cols, int64_t at, int64_t stop, float *out) {
-    Apart apart = apart_from(piece, i, n_cols, at);
-    Floats four[PACKED_ROWS];
-    for (; at < stop; at += LANES, out += LANES) {
-        packed_weights(piece, i, n_cols, at, &apart, four);
-        for (int k = 0; k < PACKED_ROWS; k++) store(out + k * DEPTH, four[k]);
-    }
-}
-
-/* Rows i to i + n of the piece, their columns from `at` to `stop`, as float32 in `out` [STRIP, DEPTH]. */
-static void widen_strip(const Piece *piece, int64_t i, int64_t n, int64_t n_cols, int64_t at, int64_t stop,
-                        float *out) {
-    if (piece->dtype == PACKED) {
-        for (int64_t k = 0; k < n; k += PACKED_ROWS)
-            widen_packed(piece, i + k, n_cols, at, stop, out + k * DEPTH);
-        return;
-    }
-    for (int64_t k = 0; k < n; k++, out += DEPTH) {
-        const char *row = row_of(piece, i + k, n_cols);
-        const char *next = stop < n_cols ? row + stop * (piece->dtype == FLOAT32 ? 4 : 2)
-                                         : row_of(piece, i + STRIP + k, n_cols);
-        switch (piece->dtype) {
-        case BFLOAT16: widen(BFLOAT16, row, at, stop, next, out); break;
-        case FLOAT16: widen(FLOAT16, row, at, stop, next, out); break;
-        case FLOAT32: widen(FLOAT32, row, at, stop, next, out); break;
-        }
-    }
-}
-
-/* sums [ROWS, n * LANES] += w [ROWS, depth] x [depth, n * LANES]; the panels of x are `panel` floats apart. */
-INLINE void tile(int n, const float *w, const float *x, int64_t panel, int64_t depth, float *sums) {
-    Floats found[ROWS][PANELS], columns[PANELS];
-    for (int i = 0; i < ROWS; i++)
-        for (int p = 0; p < n; p++) found[i][p] = (Floats){0};
-    for (int64_t j = 0; j < depth; j++) {
-        for (int p = 0; p < n; p++) columns[p] = load(x + p * panel + j * LANES);
-        for (int i = 0; i < ROWS; i++)
-            for (int p = 0; p < n; p++) found[i][p] += w[i * DEPTH + j] * columns[p];
-    }
-    for (int i = 0; i < ROWS; i++)
-        for (int p = 0; p < n; p++) {
-            float *sum = sums + i * WIDTH + p * LANES;
-            store(sum, load(sum) + found[i][p]);
-        }
-}
-
-/* The panels of x are [n_cols, LANES] each, with zeros for rows that there are not. */
-static void several_rows(const Piece *piece, int64_t start, int64_t stop, const float *panels, int64_t n_x,
-                         int64_t n_cols) {
-    float wide[STRIP * DEPTH] = {0}, sums[STRIP * WIDTH];
-    int64_t panel = n_cols * LANES;
-    for (int64_t first = 0; first < n_x; first += WIDTH, panels += WIDTH / LANES * panel) {
-        int64_t width = n_x - first < WIDTH ? n_x - first : WIDTH, n_panels = (width + LANES - 1) / LANES;
-        for (int64_t i = start; i < stop; i += STRIP) {
-            int64_t n = stop - i < STRIP ? stop - i : STRIP;
-            memset(sums, 0, sizeof sums);
-            for (int64_t at = 0; at < n_cols; at += DEPTH) {
-                int64_t depth = n_cols - at < DEPTH ? n_cols - at : DEPTH, p;
-                widen_strip(piece, i, n, n_cols, at, at + depth, wide);
-                const float *x = panels + at * LANES;
-                for (p = 0; p + PANELS <= n_panels; p += PANELS)
-                    for (int k = 0; k < STRIP; k += ROWS) /* meanwhile the panels stay in the cache */
-                        tile(PANELS, wide + k * DEPTH, x + p * panel, panel, depth, sums + k * WIDTH + p * LANES);
-                if (p < n_panels)
-                    for (int k = 0; k < STRIP; k += ROWS)
-                        tile(1, wide + k * DEPTH, x + p * panel, panel, depth, sums + k * WIDTH + p * LANES);
-            }
-            for (int64_t t = 0; t < width; t++) {
-                float *out = piece->out + (first + t) * piece->out_stride + i;
-                for (int64_t k = 0; k < n; k++) out[k] = sums[k * WIDTH + t];
-            }
-        }
-    }
-}
-
-/* ---- threads ---- */
-
-/* Threads of the caller's, which do what is to be done in `products_multiply` together with the one that calls it.
- *
- * They wait awake for a while, since a processor that has gone to sleep takes as long to come back as a small
- * product does: within a pass they hardly ever sleep, and for the network they do. */
-#define AWAKE_NS 100000
 #define UNIT_BYTES 32768 /* of weights: the least that a thread takes */
 
-typedef struct Pool {
-    int64_t n_threads;
-    /* What is being done: units 0 to n_units - 1, taken from the front in ever smaller runs. */
-    void (*work)(struct Pool *pool, int64_t start, int64_t stop);
-    int64_t n_units;
-    _Atomic int64_t n_left, n_undone; /* that nobody has taken; that are not done */
-    /* A product. */
+/* What `products_multiply_pieces` is called for. */
+typedef struct {
+    MultiplyBlocks *multiply_blocks;
     const Piece *pieces;
     int64_t n_x, n_cols;
     const float *x;
     float *panels;
-    /* Who waits asleep, and how often all were called back. */
-    pthread_mutex_t mutex;
-    pthread_cond_t changed;
-    _Atomic int64_t n_asleep, n_recalls;
-} Pool;
+} Products;
 
-Pool *products_new_pool(int64_t n_threads) {
-    Pool *pool = calloc(1, sizeof *pool);
-    if (pool) {
-        pool->n_threads = n_threads;
-        pthread_mutex_init(&pool->mutex, NULL);
-        pthread_cond_init(&pool->changed, NULL);
-    }
-    return pool;
+/* How blocks are multiplied here: with wider vectors where they are there and allowed. */
+static MultiplyBlocks *of_blocks(int allow_avx512) {
+#if defined(__x86_64__)
+    if (allow_avx512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl"))
+        return products_multiply_blocks_avx512;
+#endif
+    (void)allow_avx512;
+    return multiply_blocks;
 }
 
-/* No thread may be in `products_serve` any more. */
-void products_free_pool(Pool *pool) {
-    pthread_mutex_destroy(&pool->mutex);
-    pthread_cond_destroy(&pool->changed);
-    free(pool);
-}
-
-static int take(Pool *pool, int64_t *start, int64_t *stop) {
-    int64_t left = atomic_load(&pool->n_left), n;
-    do {
-        if (left == 0) return 0;
-        n = left / (2 * pool->n_threads);
-        n = n ? n : 1;
-    } while (!atomic_compare_exchange_weak(&pool->n_left, &left, left - n));
-    /* What is being done does not change before this run is done. */
-    *start = pool->n_units - left;
-    *stop = *start + n;
-    return 1;
-}
-
-static void take_part(Pool *pool) {
-    int64_t start, stop;
-    while (take(pool, &start, &stop)) {
-        pool->work(pool, start, stop);
-        atomic_fetch_sub(&pool->n_undone, stop - start);
-    }
-}
-
-static void wake(Pool *pool) {
-    if (atomic_load(&pool->n_asleep)) {
-        pthread_mutex_lock(&pool->mutex);
-        pthread_cond_broadcast(&pool->changed);
-        pthread_mutex_unlock(&pool->mutex);
-    }
-}
-
-static void share_out(Pool *pool, void (*work)(Pool *, int64_t, int64_t), int64_t n_units) {
-    pool->work = work;
-    pool->n_units = n_units;
-    atomic_store(&pool->n_undone, n_units);
-    atomic_store(&pool->n_left, n_units);
-    if (n_units > 1) wake(pool);
-    take_part(pool);
-    for (int i = 0; atomic_load(&pool->n_undone); i++)
-        if (i < 1000)
-            PAUSE();
-        else
-            sched_yield(); /* the other thread may have no processor */
-}
-
-static int64_t now_ns(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return now.tv_sec * 1000000000LL + now.tv_nsec;
-}
-
-/* Takes part until there have been other than `n_recalls` calls back; how many there have been. */
-int64_t products_serve(Pool *pool, int64_t n_recalls) {
-    int64_t awake_until = now_ns() + AWAKE_NS;
-    while (atomic_load(&pool->n_recalls) == n_recalls) {
-        if (atomic_load(&pool->n_left)) {
-            take_part(pool);
-            awake_until = now_ns() + AWAKE_NS;
-        } else if (now_ns() < awake_until) {
-            for (int i = 0; i < 16; i++) PAUSE();
-        } else {
-            pthread_mutex_lock(&pool->mutex);
-            atomic_fetch_add(&pool->n_asleep, 1);
-            while (!atomic_load(&pool->n_left) && atomic_load(&pool->n_recalls) == n_recalls)
-                pthread_cond_wait(&pool->changed, &pool->mutex);
-            atomic_fetch_sub(&pool->n_asleep, 1);
-            pthread_mutex_unlock(&pool->mutex);
-        }
-    }
-    return atomic_load(&pool->n_recalls);
-}
-
-/* Brings every thread back from `products_serve`. */
-void products_recall(Pool *pool) {
-    atomic_fetch_add(&pool->n_recalls, 1);
-    wake(pool);
-}
-
-/* ---- products ---- */
-
-static void lay_out(Pool *pool, int64_t start, int64_t stop) {
+static void lay_out(const void *job, int64_t start, int64_t stop) {
+    const Products *products = job;
+    int64_t n_x = products->n_x, n_cols = products->n_cols;
     enum { COLUMNS = 64 }; /* at a time: both sides stay in the cache */
     for (int64_t p = start; p < stop; p++) {
-        const float *x = pool->x + p * LANES * pool->n_cols;
-        float *panel = pool->panels + p * LANES * pool->n_cols;
-        int64_t n = pool->n_x - p * LANES < LANES ? pool->n_x - p * LANES : LANES;
-        if (n < LANES) memset(panel, 0, sizeof(float) * LANES * pool->n_cols);
-        for (int64_t first = 0; first < pool->n_cols; first += COLUMNS)
+        const float *x = products->x + p * LANES * n_cols;
+        float *panel = products->panels + p * LANES * n_cols;
+        int64_t n = n_x - p * LANES < LANES ? n_x - p * LANES : LANES;
+        if (n < LANES) memset(panel, 0, sizeof(float) * LANES * n_cols);
+        for (int64_t first = 0; first < n_cols; first += COLUMNS)
             for (int64_t t = 0; t < n; t++)
-                for (int64_t j = first; j < first + COLUMNS && j < pool->n_cols; j++)
-                    panel[j * LANES + t] = x[t * pool->n_cols + j];
+                for (int64_t j = first; j < first + COLUMNS && j < n_cols; j++)
+                    panel[j * LANES + t] = x[t * n_cols + j];
     }
 }
 
 /* Rows in a unit of a piece: whole strips. */
 static int64_t unit_rows(const Piece *piece, int64_t n_cols) {
-    int64_t strip_bytes = row_of(piece, STRIP, n_cols) - piece->rows;
+    int64_t strip_bytes =
+        piece->dtype > PACKED ? STRIP * piece->row_bytes : row_of(piece, STRIP, n_cols) - piece->rows;
     return STRIP * (strip_bytes && strip_bytes < UNIT_BYTES ? UNIT_BYTES / strip_bytes : 1);
 }
 
@@ -566,36 +88,41 @@ static int64_t units_of(const Piece *piece, int64_t n_cols) {
     return (piece->n_rows + n - 1) / n;
 }
 
-static void multiply(Pool *pool, int64_t start, int64_t stop) {
-    for (const Piece *piece = pool->pieces; start < stop; piece++) {
-        int64_t n_units = units_of(piece, pool->n_cols), n = unit_rows(piece, pool->n_cols);
-        if (start < n_units) {
-            int64_t end = stop < n_units ? stop * n : piece->n_rows;
-            if (pool->n_x == 1)
-                one_row(piece, start * n, end, pool->x, pool->n_cols);
-            else if (pool->n_x <= FEW)
-                few_rows(piece, start * n, end, pool->x, pool->n_x, pool->n_cols);
-            else
-                several_rows(piece, start * n, end, pool->panels, pool->n_x, pool->n_cols);
-        }
+static void multiply_rows(const Products *products, const Piece *piece, int64_t start, int64_t stop) {
+    int64_t n_x = products->n_x, n_cols = products->n_cols;
+    if (piece->dtype > PACKED)
+        products->multiply_blocks(piece, start, stop, products->x, n_x, n_cols);
+    else if (n_x == 1)
+        one_row(piece, start, stop, products->x, n_cols);
+    else if (n_x <= FEW)
+        few_rows(piece, start, stop, products->x, n_x, n_cols);
+    else
+        several_rows(piece, start, stop, products->panels, n_x, n_cols);
+}
+
+static void multiply(const void *job, int64_t start, int64_t stop) {
+    const Products *products = job;
+    for (const Piece *piece = products->pieces; start < stop; piece++) {
+        int64_t n_units = units_of(piece, products->n_cols), n = unit_rows(piece, products->n_cols);
+        if (start < n_units)
+            multiply_rows(products, piece, start * n, stop < n_units ? stop * n : piece->n_rows);
         start = start < n_units ? 0 : start - n_units;
         stop -= n_units;
     }
 }
 
 /* The products of x [n_x, n_cols] with all pieces. `panels` has room for x with its rows rounded up to LANES; it
- * is not used for a few. Threads in `products_serve` help. */
-void products_multiply(Pool *pool, const Piece *pieces, int64_t n_pieces, const float *x, int64_t n_x,
-                       int64_t n_cols, float *panels) {
-    int64_t n_units = 0;
-    pool->pieces = pieces;
-    pool->x = x;
-    pool->n_x = n_x;
-    pool->n_cols = n_cols;
-    pool->panels = panels;
-    if (n_x > FEW) share_out(pool, lay_out, (n_x + LANES - 1) / LANES);
-    for (int64_t i = 0; i < n_pieces; i++) n_units += units_of(pieces + i, n_cols);
-    share_out(pool, multiply, n_units);
+ * is not used for a few, nor for blocks. Threads in `products_serve` help. */
+void products_multiply_pieces(Pool *pool, const Piece *pieces, int64_t n_pieces, const float *x, int64_t n_x,
+                              int64_t n_cols, float *panels, int allow_avx512) {
+    Products products = {of_blocks(allow_avx512), pieces, n_x, n_cols, x, panels};
+    int64_t n_units = 0, n_of_floats = 0;
+    for (int64_t i = 0; i < n_pieces; i++) {
+        n_units += units_of(pieces + i, n_cols);
+        n_of_floats += pieces[i].dtype <= PACKED;
+    }
+    if (n_x > FEW && n_of_floats) share_out(pool, lay_out, &products, (n_x + LANES - 1) / LANES);
+    share_out(pool, multiply, &products, n_units);
 }
 
 #if defined(__x86_64__) && defined(__clang__)

@@ -11,12 +11,16 @@ from pathlib import Path
 import numpy as np
 
 from tpilite.arrays import Array
+from tpilite.linear.matrix import Blocks, Weights
 from tpilite.linear.packing import Packed
 from tpilite.linear.products import Product
 from tpilite.native.bindings import FOLDER, Unavailable, address, load_library
 
 _DTYPES = {np.dtype(np.uint16): 0, np.dtype(np.float16): 1, np.dtype(np.float32): 2}
 _PACKED = 3
+_OF_32 = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL")
+_OF_256 = ("Q4_K", "Q5_K", "Q6_K", "IQ4_XS")
+BLOCK_TYPES = {name: _PACKED + 1 + place for place, name in enumerate(_OF_32 + _OF_256)}
 
 # The rows of x are laid out in groups of this many, or of less.
 _GROUP = 8
@@ -34,6 +38,7 @@ class _Piece(ctypes.Structure):
         ("n_rows", _Int),
         ("out_stride", _Int),
         ("dtype", _Int),
+        ("row_bytes", _Int),
         ("scale", ctypes.c_float),
         ("places", _Address),
         ("firsts", _Address),
@@ -47,7 +52,7 @@ _FUNCTIONS = {
     "products_free_pool": (None, _Pool),
     "products_recall": (None, _Pool),
     "products_serve": (_Int, _Pool, _Int),
-    "products_multiply": (None, _Pool, _Pieces, _Int, _Address, _Int, _Int, _Address),
+    "products_multiply_pieces": (None, _Pool, _Pieces, _Int, _Address, _Int, _Int, _Address, ctypes.c_int),
 }
 
 
@@ -60,10 +65,14 @@ def load(folder: Path = FOLDER) -> ctypes.CDLL:
 
 
 class CompiledProducts:
-    """`Products` by a loaded library, for `n_threads` threads."""
+    """`Products` by a loaded library, for `n_threads` threads.
 
-    def __init__(self, library: ctypes.CDLL, n_threads: int) -> None:
+    Blocks are multiplied with AVX-512 where the processor has it; whether it may be used is for tests to say.
+    """
+
+    def __init__(self, library: ctypes.CDLL, n_threads: int, allow_avx512: bool = True) -> None:
         self._library = library
+        self._allow_avx512 = allow_avx512
         self._pool = library.products_new_pool(n_threads)
         if not self._pool:
             raise MemoryError
@@ -81,6 +90,10 @@ class CompiledProducts:
         """Gives the memory back. No thread may be in `serve`, nor call anything here again."""
         self._library.products_free_pool(self._pool)
 
+    def takes(self, rows: Weights) -> bool:
+        """Whether `multiply` knows rows of this kind."""
+        return not isinstance(rows, Blocks) or rows.type.name in BLOCK_TYPES
+
     def multiply(self, x: Array, products: Sequence[Product]) -> None:  # [T, D]
         """Each product's `out` = x rows^T."""
         n_x, n_cols = x.shape
@@ -88,17 +101,25 @@ class CompiledProducts:
         if self._panels.size < n_panels:
             self._panels = np.empty(n_panels, np.float32)
         pieces = (_Piece * len(products))(*(_piece(product) for product in products))
-        self._library.products_multiply(
-            self._pool, pieces, len(pieces), address(x), n_x, n_cols, address(self._panels)
+        self._library.products_multiply_pieces(
+            self._pool,
+            pieces,
+            len(pieces),
+            address(x),
+            n_x,
+            n_cols,
+            address(self._panels),
+            self._allow_avx512,
         )
 
 
 def _piece(product: Product) -> _Piece:
     rows, out = product
-    where, stride = address(out), out.strides[0] // 4
+    where, stride, n_rows = address(out), out.strides[0] // 4, rows.shape[0]
     if isinstance(rows, Packed):
         stored_apart = address(rows.places), address(rows.firsts), address(rows.values)
-        return _Piece(
-            address(rows.words), where, rows.shape[0], stride, _PACKED, 2.0**rows.gap, *stored_apart
-        )
-    return _Piece(address(rows), where, rows.shape[0], stride, _DTYPES[rows.dtype], 1.0)
+        return _Piece(address(rows.words), where, n_rows, stride, _PACKED, 0, 2.0**rows.gap, *stored_apart)
+    if isinstance(rows, Blocks):
+        row_bytes = rows.bytes.strides[0]
+        return _Piece(address(rows.bytes), where, n_rows, stride, BLOCK_TYPES[rows.type.name], row_bytes)
+    return _Piece(address(rows), where, n_rows, stride, _DTYPES[rows.dtype])
