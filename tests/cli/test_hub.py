@@ -1,5 +1,6 @@
 """Models found on the machine, and fetched by name with a stand-in for the Hub's library."""
 
+import fnmatch
 import sys
 import types
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 from checkpoints import tiny_config, write_checkpoint
+from gguf_files import write_gguf
 
 from tpilite.cli.hub import find_models, is_hub_name, model_name, resolve
 from tpilite.errors import ConfigError
@@ -63,12 +65,89 @@ def test_a_name_is_fetched_with_what_the_engine_reads(hub: Any, tmp_path: Path) 
         asked.append((name, allow_patterns))
         return str(tmp_path)
 
-    hub.snapshot_download = download
+    hub.snapshot_download, hub.list_repo_files = download, lambda name: ["config.json"]
     assert resolve("owner/model") == tmp_path
     ((name, patterns),) = asked
     assert name == "owner/model"
     assert {"config.json", "model-*.safetensors", "tokenizer.model"} <= set(patterns)
     assert not any(Path("pytorch_model.bin").match(pattern) for pattern in patterns)
+
+
+def downloads_of(hub: Any, folder: Path, *names: str) -> list[str]:
+    """Has a snapshot hold those of the Hub's files that are asked for, and gives what was asked for."""
+    asked = []
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        asked.append(name)
+        for path in names:
+            if any(fnmatch.fnmatch(path, pattern) for pattern in allow_patterns):
+                (folder / path).parent.mkdir(parents=True, exist_ok=True)
+                (folder / path).unlink(missing_ok=True)
+                write_gguf(folder / path, {}, {})
+        return str(folder)
+
+    hub.snapshot_download, hub.list_repo_files = download, lambda name: list(names)
+    return asked
+
+
+KINDS = [
+    "x-Q4_K_M.gguf",
+    "x-Q4_K_S.gguf",
+    "x-q8_0.gguf",
+    "mmproj-x-F16.gguf",
+    "BF16/x-BF16-00001-of-00002.gguf",
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("Q4_K_M", "x-Q4_K_M.gguf"),
+        ("q4_k_s", "x-Q4_K_S.gguf"),
+        ("Q8_0", "x-q8_0.gguf"),
+        ("bf16", "BF16/x-BF16-00001-of-00002.gguf"),
+    ],
+)
+def test_a_gguf_is_fetched_alone_by_its_kind(hub: Any, kind: str, name: str, tmp_path: Path) -> None:
+    asked = downloads_of(hub, tmp_path, *KINDS, "BF16/x-BF16-00002-of-00002.gguf")
+    assert is_hub_name(f"owner/model:{kind}")
+    assert resolve(f"owner/model:{kind}") == tmp_path / name
+    assert asked == ["owner/model"]
+    fetched = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.gguf")}
+    assert fetched == {name, name.replace("00001-of", "00002-of")}
+
+
+@pytest.mark.parametrize("name", ["owner/model", "owner/model:Q5_0", "owner/model:F16"])
+def test_a_gguf_that_the_hub_has_not_is_an_error_that_names_those_there(
+    hub: Any, name: str, tmp_path: Path
+) -> None:
+    downloads_of(hub, tmp_path, *KINDS, "README.md")
+    expected = r"on the Hugging Face Hub has .*; name one as in .* of these: BF16, Q4_K_M, Q4_K_S, q8_0$"
+    with pytest.raises(ConfigError, match=expected):
+        resolve(name)
+
+
+def test_ggufs_are_found_in_the_cache_and_here(tmp_path: Path) -> None:
+    cache, here = tmp_path / "cache", tmp_path / "here"
+    snapshot = cache / "models--owner--x-GGUF" / "snapshots" / "aaa"
+    for path in (
+        snapshot / "x-Q4_K_M.gguf",
+        snapshot / "BF16" / "x-BF16-00001-of-00002.gguf",
+        snapshot / "BF16" / "x-BF16-00002-of-00002.gguf",
+        snapshot / "mmproj-x-F16.gguf",
+        here / "mine.gguf",
+        here / "sub" / "other.gguf",
+    ):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_gguf(path, {}, {})
+    (here / "damaged.gguf").write_bytes(b"GG")
+    assert find_models(here, cache) == {
+        "mine.gguf": here / "mine.gguf",
+        "sub/other.gguf": here / "sub" / "other.gguf",
+        "owner/x-GGUF:Q4_K_M": snapshot / "x-Q4_K_M.gguf",
+        "owner/x-GGUF:BF16": snapshot / "BF16" / "x-BF16-00001-of-00002.gguf",
+    }
+    assert model_name(here / "mine.gguf") == "mine"
 
 
 @pytest.mark.parametrize("kind", [OSError, ConnectionError, "HFValidationError"])

@@ -1,16 +1,19 @@
 """Models that others brought: those on this machine, and those of the Hugging Face Hub by their names."""
 
+import itertools
 import json
 import os
 import re
 from pathlib import Path
 
 from tpilite.errors import ConfigError
-from tpilite.formats.model_files import ModelFiles
+from tpilite.formats.model_files import ModelFiles, ggufs_in
 
 _CACHE = "~/.cache/huggingface/hub"
 _MAX_FOLDERS = 2000  # looked into, so that a start in a huge folder stays a start
-_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_HUB_NAME = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(:(?P<kind>[\w-]+))?")
+# How a GGUF's name ends, after what publishers call the kind of its weights: "Q4_K_M", "f16".
+_KIND = re.compile(r"(?:.*[-._])?(?P<kind>I?Q\d\w*|B?F16|F32)(-\d{5}-of-\d{5})?\.gguf", re.IGNORECASE)
 # What the engine reads; other formats of the same weights would double the download.
 _WANTED = [
     "config.json",
@@ -28,19 +31,21 @@ _WANTED = [
 
 
 def find_models(current: Path | None = None, cache: Path | None = None) -> dict[str, Path]:
-    """The Llama models in Hugging Face's cache, in the current folder and in the folders of it, by name."""
+    """The models in Hugging Face's cache, in the current folder and in the folders of it, by name."""
     current = current or _current_folder()
-    found = {
-        folder.resolve(): (str(folder.relative_to(current)), folder)
-        for folder in (current, *_folders(current))
-        if _is_llama(folder)
-    }
+    folders = (current, *_folders(current))
+    here = [*filter(_is_llama, folders), *itertools.chain(*map(ggufs_in, folders))]
+    found = {path.resolve(): (str(path.relative_to(current)), path) for path in here}
     # Other than a Path's, this one leaves the name as it is for a user without a home.
     for repository in _folders(cache or Path(os.path.expanduser(_CACHE))):
         if repository.name.startswith("models--"):
-            folder = next(filter(_is_llama, _snapshots(repository)), None)
+            snapshots = _snapshots(repository)
+            folder = next(filter(_is_llama, snapshots), None)
             if folder is not None:
                 found.setdefault(folder.resolve(), (model_name(folder), folder))
+            for path in _ggufs_below(snapshots[0]) if snapshots else ():
+                name, kind = model_name(snapshots[0]), _KIND.fullmatch(path.name)
+                found.setdefault(path.resolve(), (f"{name}:{kind['kind']}" if kind else path.name, path))
     return dict(sorted(found.values()))
 
 
@@ -56,16 +61,19 @@ def model_name(folder: Path) -> str:
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether this is how a model on the Hub is called, "owner/name", and no folder here."""
+    """Whether this is no path here and what the Hub calls a model, "owner/name" or "owner/name:Q4_K_M"."""
     return _HUB_NAME.fullmatch(name) is not None and not Path(name).exists()
 
 
 def resolve(name: str) -> Path:
-    """The folder of the model that the Hub has under this name, downloaded where it is not here.
+    """The folder, or the GGUF, that the Hub has under this name, downloaded where it is not here.
 
-    What was cut off goes on where it ended. Raises `ConfigError` without huggingface_hub (the `hub` extra)
-    and where the Hub refuses or does not answer.
+    What was cut off goes on where it ended. Raises `ConfigError` without huggingface_hub (the `hub` extra),
+    where the Hub refuses or does not answer, and where it has no such GGUF, or nothing but GGUFs.
     """
+    match = _HUB_NAME.fullmatch(name)
+    assert match, name
+    repository, kind = match["repository"], match["kind"]
     try:
         import huggingface_hub
         from huggingface_hub.errors import HFValidationError
@@ -74,13 +82,54 @@ def resolve(name: str) -> Path:
             f"{name} is no folder here; to fetch it from the Hugging Face Hub: pip install 'tpilite[hub]'"
         ) from None
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=_WANTED))
+        wanted = _WANTED if kind is None else _patterns(kind)
+        folder = Path(huggingface_hub.snapshot_download(repository, allow_patterns=wanted))
+        found = [path for path in _ggufs_below(folder) if _is_of_kind(path, kind)]
+        if found:
+            return found[0] if len(found) == 1 else found[0].parent  # where the user is told of several
+        if kind is None and any(folder.glob("*.safetensors")):
+            return folder
+        there = {
+            match["kind"]
+            for path in huggingface_hub.list_repo_files(repository)
+            if (match := _KIND.fullmatch(path)) and not _is_for_pictures(path)
+        }
     # The errors of the Hub and of the connection to it are OSErrors.
     except (OSError, HFValidationError) as error:
         reason = str(error).strip().splitlines()
         raise ConfigError(
             f"{name} cannot be fetched from the Hugging Face Hub: {reason[0] if reason else error!r}"
         ) from error
+    if kind is None and not there:
+        return folder
+    has = f"has no GGUF of kind {kind}" if kind else "has GGUF files only"
+    raise ConfigError(
+        f"{repository} on the Hugging Face Hub {has}; name one as in {repository}:Q4_K_M, of these: "
+        f"{', '.join(sorted(there)) or 'none'}"
+    )
+
+
+def _patterns(kind: str) -> list[str]:
+    """The names that the GGUF of a kind may have on the Hub, in any case, with its parts."""
+    any_case = "".join(f"[{c.upper()}{c.lower()}]" if c.isalpha() else c for c in kind)
+    endings = (".gguf", "-?????-of-?????.gguf")
+    return [before + any_case + ending for before in ("*[-._/]", "") for ending in endings]
+
+
+def _is_of_kind(path: Path, kind: str | None) -> bool:
+    ending = r"(-\d{5}-of-\d{5})?\.gguf"
+    return kind is not None and bool(re.fullmatch(f"(.*[-._])?{kind}{ending}", path.name, re.IGNORECASE))
+
+
+def _ggufs_below(folder: Path) -> list[Path]:
+    """The GGUF models in a snapshot of the Hub's and in the folders of it."""
+    found = itertools.chain(*map(ggufs_in, (folder, *_folders(folder))))
+    return [path for path in found if not _is_for_pictures(path.name)]
+
+
+def _is_for_pictures(name: str) -> bool:
+    """Whether a GGUF is no language model, but what gives one its eyes."""
+    return name.rpartition("/")[2].startswith("mmproj")
 
 
 def _current_folder() -> Path:

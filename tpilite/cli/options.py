@@ -77,7 +77,7 @@ def _add_model(group: _Group) -> None:
     add(
         "--model_path",
         metavar="PATH",
-        help="a model's Hugging Face folder or GGUF file, or 'fable', which ships",
+        help="a model's Hugging Face folder or GGUF file, its name on the Hub, or 'fable', which ships",
     )
     add("--model_type", metavar="TYPE", help="llama, the only type there is")
     add("--use_gpu", action="store_true", help="refused: tpilite computes on the CPU")
