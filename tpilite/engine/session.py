@@ -83,7 +83,9 @@ class Session(Closing):
     ) -> None:
         self.files, self.config = files, config
         self._rank = rank
-        self.defaults = GenerationDefaults.from_folder(files.folder)
+        self.defaults = (
+            GenerationDefaults() if files.gguf_paths else GenerationDefaults.from_folder(files.folder)
+        )
         self._tokenizer = load_tokenizer(files, config.vocab_size)
         # How messages become a prompt; None for a model that was not made for chat.
         self.chat_format: ChatFormat | None = None
