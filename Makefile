@@ -2,9 +2,13 @@
 PYTHON ?= python3
 BIN = .venv/bin
 MINUTES ?= 20
+CHAT_MODEL = .venv/real/SmolLM2-135M-Instruct.Q4_1.gguf
 
 demo: .venv/installed
 	$(BIN)/tpilite-node --local 2 --model_path fable --prompt "Once upon a time" --temperature 0 --echo
+
+chat: .venv/installed $(CHAT_MODEL)
+	$(BIN)/tpilite-node --local 2 --model_path $(CHAT_MODEL) --temperature 0.2
 
 test: .venv/tested
 	$(BIN)/python -m pytest
@@ -30,6 +34,9 @@ lint: .venv/linted
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+$(CHAT_MODEL): | .venv/bin/python
+	$(BIN)/python tools/fetch_chat_model.py $(@D)
+
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
@@ -48,4 +55,4 @@ lint: .venv/linted
 clean:
 	rm -rf .venv build *.egg-info
 
-.PHONY: demo test coverage pythons chaos fuzz soak lint clean
+.PHONY: demo chat test coverage pythons chaos fuzz soak lint clean
