@@ -40,6 +40,20 @@ def test_a_client_that_waits_in_line_and_leaves_was_never_served(session: LLM) -
         assert figures(server)["new_tokens"] == 2
 
 
+def test_who_has_the_whole_answer_finds_it_counted(session: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    put, found = Job.put, []
+
+    def look(job: Job, item: Any) -> None:
+        found.append(figures(server))
+        put(job, item)
+
+    monkeypatch.setattr(Job, "put", look)
+    with served(session, CONFIG) as server, client_of(server) as client:
+        client.completions.create(model="tiny", prompt="Once", max_tokens=3)
+    assert [each["new_tokens"] for each in found] == [1, 2, 3]
+    assert [each["requests_finished"] for each in found] == [0, 0, 1]
+
+
 def test_past_the_time_out_streams_end_with_an_error_and_health_says_what_is_missing(
     session: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -119,21 +119,22 @@ class Running:
         job.n_running = len(choices)
         self._choices.update({id(choice.sequence): choice for choice in choices})
 
-    def deliver(self, outputs: list[Output]) -> list[Job]:
-        """Gives what came of a pass to the jobs, and says which of them are complete."""
-        complete = []
+    def deliver(self, outputs: list[Output], complete: Callable[[Job], None]) -> None:
+        """Gives what came of a pass to the jobs; `complete` is told of a job before its last is given.
+
+        So who has the whole answer finds it among what was served.
+        """
         for output in outputs:
             choice = self._choices.get(id(output.sequence))
             if choice is None:
                 continue
             job = choice.job
-            job.put(choice.delta(output))
             if output.finished:
                 del self._choices[id(output.sequence)]
                 job.n_running -= 1
                 if not job.n_running:
-                    complete.append(job)
-        return complete
+                    complete(job)
+            job.put(choice.delta(output))
 
     def take_failed(self) -> list[Job]:
         """The jobs of which a sequence has ended with an error.

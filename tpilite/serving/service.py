@@ -236,7 +236,7 @@ class Service(Closing):
 
     def _loop(self) -> None:
         running = Running(self.session.engine)
-        usage = self.session.usage
+        usage, delivery_s = self.session.usage, 0.0
         while (taken := self._take(running)) is not None:
             started, cancelled = taken
             if not running:
@@ -251,14 +251,14 @@ class Service(Closing):
             except Exception as error:
                 self._fail(error, running)
                 continue
-            pass_s = time.perf_counter() - before_s
-            for job in running.deliver(outputs):
-                self._close_job(job)
+            after_s = time.perf_counter()
             previous, usage = usage, self.session.usage
             with self._changed:
                 self._failure = None
-                rest_s = time.perf_counter() - began_s - pass_s
-                self._figures.count(len(outputs), pass_s, rest_s, previous, usage)
+                rest_s = delivery_s + before_s - began_s
+                self._figures.count(len(outputs), after_s - before_s, rest_s, previous, usage)
+            running.deliver(outputs, self._close_job)
+            delivery_s = time.perf_counter() - after_s
         running.cancel_all()
 
     def _take(self, running: Running) -> tuple[list[Job], list[Job]] | None:
