@@ -1,10 +1,13 @@
 """The waiting line before the engine: full, left, failed, drained."""
 
+from typing import Any
+
 import pytest
 from servers import CONFIG, Gate, client_of, eventually, figures, get, health, lossy, post, served
 
 from tpilite import LLM
 from tpilite.errors import CheckpointError, NotFinite, PeerLost
+from tpilite.serving.jobs import Job
 
 openai = pytest.importorskip("openai", reason="needs OpenAI's client: pip install openai")
 
