@@ -99,8 +99,7 @@ def test_a_folder_without_chat_answers_no_conversation(tmp_path: Path) -> None:
 def test_what_the_user_leaves_out_is_as_the_models_publisher_says(tmp_path: Path) -> None:
     folder = write_model(tmp_path)
     path = folder / "generation_config.json"
-    said = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps(said | {"temperature": 0.6, "top_k": 7, "repetition_penalty": 1.3}))
+    path.write_text(json.dumps({"temperature": 0.6, "top_k": 7, "repetition_penalty": 1.3}))
     with LLM(folder, threads=1) as llm:
         prompt = llm.encode("Once")
         found = llm.prepare(prompt).params
