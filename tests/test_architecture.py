@@ -45,7 +45,7 @@ _INSIDE = {
     "host worker",
     "serving": "config errors openai_fields openai_requests openai_responses figures jobs service access "
     "answer page routes server",
-    "cli": "streams memory_report local terminal hub configs options clean main __main__",
+    "cli": "streams memory_report local terminal hub configs options clean slicing main __main__",
     "shipped": "",
 }
 # `local` hands its own environment on to the ranks that it starts; `compiled` asks whether compiled code is

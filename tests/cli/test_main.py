@@ -52,6 +52,16 @@ def test_stdin_is_the_prompt_and_hyphens_are_underscores() -> None:
     assert len(lines) == 2
 
 
+def test_fewer_bits_give_the_same_text_on_any_number_of_ranks(tmp_path: Path) -> None:
+    options = [*STORY, "--quantize", "q8_0", "--save_dir", str(tmp_path)]
+    alone, again, together = node(*options), node(*options), node(*options, "--local", "2")
+    assert alone.returncode == together.returncode == 0, alone.stderr + together.stderr
+    assert alone.stdout == again.stdout == together.stdout != ""
+    manifests = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("**/manifest.json"))]
+    assert [manifest["quantized"]["kind"] for manifest in manifests] == ["q8_0"] * 3
+    assert node(*STORY, "--quantize", "q3_k").returncode == 2
+
+
 def test_statistics_as_json(tmp_path: Path) -> None:
     file = tmp_path / "stats.json"
     assert node(*STORY, "--stats", str(file)).returncode == 0

@@ -102,7 +102,7 @@ def test_a_worker_with_another_file_is_told_so(nodes: Nodes, story: Story) -> No
     write_gguf_model(nodes.folder / "other.gguf", CONFIG, "Q8_0", metadata=vocabulary())
     worker = cluster.start_worker("a", "--model_path", nodes.folder / "other.gguf")
     assert worker.finish() == 2
-    assert "it is another model: take away --model_path" in worker.err
+    assert "it is another model, or has another --quantize: take away --model_path" in worker.err
     cluster.host.kill()
 
 

@@ -17,6 +17,7 @@ from tpilite.cluster import splits
 from tpilite.cluster.splits import Split, find_split, folders_in, split_id
 from tpilite.cluster.terms import terms_of
 from tpilite.errors import SliceError
+from tpilite.quantize.recipe import Recipe
 from tpilite.weights.checkpoint import Checkpoint
 from tpilite.weights.partition import Partition
 from tpilite.weights.slices import Manifest, SliceFolder
@@ -63,6 +64,20 @@ def assert_whole(folder: Path, n: int) -> None:
         with SliceFolder(folder / f"node_{rank}") as slices:
             slices.verify()
             assert (slices.rank, slices.partition.world_size) == (rank, n)
+
+
+def test_a_model_in_fewer_bits_stands_beside_itself(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    save_dir = tmp_path / "split"
+    assert make(checkpoint, 2, save_dir, replace=True) == save_dir
+    for kind in ("q8_0", "q4_0"):
+        with Checkpoint(checkpoint.path, recipe=Recipe(kind)) as quantized:
+            for _ in range(2):
+                folder = make(quantized, 2, save_dir, replace=True)
+                assert folder == save_dir / identity(quantized, 2)
+            assert_whole(folder, 2)
+    assert make(checkpoint, 2, save_dir, replace=True) == save_dir
+    assert len(list(folders_in(save_dir))) == 3
+    assert_whole(save_dir, 2)
 
 
 def test_partitions_stand_side_by_side(checkpoint: Checkpoint, tmp_path: Path) -> None:

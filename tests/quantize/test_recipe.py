@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
+from checkpoints import store, write_tensor_file
 
-from tests.checkpoints import store, write_tensor_file
 from tpilite.dtypes import DTYPES
 from tpilite.errors import CheckpointError, ConfigError
 from tpilite.formats.safetensors import TensorFile

@@ -16,11 +16,11 @@ def clean(args: argparse.Namespace, files: ModelFiles | None) -> int:
     found = [] if cache is None else list(unneeded_of_cache(cache))
     save_dir = None if files is None else own_save_dir(args, files)
     if files is not None and save_dir is not None:
-        fingerprint = None
+        origin = None
         if files.has_weights or not save_dir.is_dir():
             with Checkpoint(files, save_dir) as checkpoint:
-                fingerprint = checkpoint.fingerprint if save_dir.is_dir() else None
-        found += unneeded_of_model(save_dir, fingerprint, own=args.save_dir is None)
+                origin = checkpoint.origin if save_dir.is_dir() else None
+        found += unneeded_of_model(save_dir, origin, own=args.save_dir is None)
     for one in found:
         print(f"{format_size(one.nbytes, fine=True)}  {one.folder}: {one.reason}")
     if not found:

@@ -32,13 +32,15 @@ from tpilite.cli.hub import find_models, is_hub_name, model_name, resolve
 from tpilite.cli.local import LocalWorkers, end_with_stdin, share_of, worker_options
 from tpilite.cli.memory_report import MemoryReport, paging_columns
 from tpilite.cli.options import parse
+from tpilite.cli.slicing import recipe_of, split, whole_slice
 from tpilite.cli.streams import PROGRAM, set_up_streams
 from tpilite.cli.terminal import Interrupt, answer, converse, interruptible, progress_bar
 from tpilite.cluster.config import ClusterConfig
 from tpilite.cluster.host import Host, own_address
-from tpilite.cluster.splits import Split
 from tpilite.cluster.worker import Worker, WorkerOptions
+from tpilite.collective import Solo
 from tpilite.engine.config import EngineConfig
+from tpilite.engine.rank import Rank
 from tpilite.engine.sampling import SamplingParams, taken_from
 from tpilite.engine.session import Completion, Session
 from tpilite.errors import ConfigError, TpiliteError
@@ -48,7 +50,6 @@ from tpilite.net.address import format_address, parse_address
 from tpilite.serving.server import serve
 from tpilite.serving.service import Recovery
 from tpilite.shipped import find_model
-from tpilite.weights.checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -134,6 +135,8 @@ def run(args: argparse.Namespace) -> int:
     params, files = sampling_params(args), _files_of(args.model_path)
     if args.split_only:
         return split(args, files, world_size)
+    if world_size == 1 and args.quantize is not None:
+        return run_quantized(args, files, params)
     if world_size == 1:
         return run_alone(args, files, params)
     return run_as_rank_0(args, files, params, world_size)
@@ -154,6 +157,7 @@ def work(args: argparse.Namespace, rank: int | None) -> int:
             save_dir=save_dir,
             cache=save_dir or in_cache("slices"),
             model=files,
+            recipe=recipe_of(args),
             rank=rank,
             force_download=args.force_download,
             verify=args.verify,
@@ -168,6 +172,16 @@ def run_alone(args: argparse.Namespace, files: ModelFiles, params: SamplingParam
     """The whole model in this process."""
     with LLM(files, **same_named(EngineConfig, args)) as llm:
         return answer_all(llm, args, params)
+
+
+def run_quantized(args: argparse.Namespace, files: ModelFiles, params: SamplingParams) -> int:
+    """The whole model in this process, from a slice that holds all of it in fewer bits."""
+    with ExitStack() as stack:
+        whole = whole_slice(args, files, stack)
+        rank = stack.enter_context(Rank(whole.config, whole.tensors, 0, Solo(), engine_config(args)))
+        session = stack.enter_context(Session(files, whole.config, rank))
+        session.open()
+        return answer_all(session, args, params)
 
 
 def run_as_rank_0(
@@ -200,6 +214,7 @@ def hosted(args: argparse.Namespace, files: ModelFiles, world_size: int, stack: 
         force=args.split_bin,
         replace=args.save_dir is None,
         verify=args.verify,
+        recipe=recipe_of(args),
     )
     stack.enter_context(host)
     host.listen()
@@ -219,27 +234,6 @@ def hosted(args: argparse.Namespace, files: ModelFiles, world_size: int, stack: 
     with progress_bar("slicing the model") as bar:
         host.start(bar)
     return host
-
-
-def split(args: argparse.Namespace, files: ModelFiles, world_size: int) -> int:
-    """Makes the slices of all ranks, to be carried to their machines, and nothing else."""
-    save_dir = save_dir_of(args, files, world_size)
-    with (
-        Checkpoint(files, save_dir, trust=not args.verify) as checkpoint,
-        progress_bar("slicing the model") as bar,
-    ):
-        partition = checkpoint.partition(world_size, args.ratio)
-        with Split.of(
-            checkpoint, partition, save_dir, force=args.split_bin, replace=args.save_dir is None
-        ) as slices:
-            slices.make(checkpoint, partition, verify=args.verify, progress=bar)
-    print(
-        "tpilite: carry each node_I to the machine of rank I, into the folder named there with --save_dir",
-        file=sys.stderr,
-    )
-    for rank in range(world_size):
-        print(slices.node(rank))
-    return 0
 
 
 def answer_all(

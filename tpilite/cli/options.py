@@ -12,6 +12,7 @@ from tpilite.engine.sampling import DEFAULTS
 from tpilite.errors import ConfigError
 from tpilite.net.codecs import CODECS
 from tpilite.net.sums import ALGORITHMS
+from tpilite.quantize.recipe import KINDS
 from tpilite.serving.config import ServerConfig
 from tpilite.version import __version__
 
@@ -122,6 +123,11 @@ def _add_slices(group: _Group) -> None:
         type=Path,
         metavar="DIR",
         help="where slices are, from the model's folder (split; NAME.split for a GGUF)",
+    )
+    add(
+        "--quantize",
+        choices=tuple(KINDS),
+        help="slice the model into blocks of fewer bits (as it is stored)",
     )
     add("--split_bin", action="store_true", help="slice the model anew")
     add("--split_only", action="store_true", help="slice the model for --world_size ranks, and end")

@@ -55,18 +55,18 @@ class Unneeded:
         return True
 
 
-def unneeded_of_model(save_dir: Path, fingerprint: str | None, *, own: bool) -> Iterator[Unneeded]:
+def unneeded_of_model(save_dir: Path, origin: str | None, *, own: bool) -> Iterator[Unneeded]:
     """What is not needed in the folder for a model's slices.
 
-    `fingerprint` is that of the model's weights; None where there are none, and nothing can be made again.
+    `origin` is the hash of the model's weights; None where there are none, and nothing can be made again.
     `own` says that the folder is for this model's slices alone.
     """
     folders = []
     for folder in folders_in(save_dir):
         found = manifests_in(folder)
-        if not found or fingerprint in {manifest.fingerprint for manifest in found}:
+        if not found or origin in {manifest.origin for manifest in found}:
             folders.append(folder)
-        elif own and fingerprint is not None and not _is_in_use(folder):
+        elif own and origin is not None and not _is_in_use(folder):
             yield _unneeded(folder, "made from other weights than those that the model has now")
     yield from _not_used_last(folders)
 

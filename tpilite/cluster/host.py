@@ -24,6 +24,7 @@ from tpilite.formats.model_files import ModelFiles
 from tpilite.formats.stored import StoredTensor
 from tpilite.net.group import RankLost, RootGroup
 from tpilite.net.rendezvous import Rendezvous
+from tpilite.quantize.recipe import Recipe
 from tpilite.weights.checkpoint import Checkpoint
 from tpilite.weights.partition import EMBEDDING
 from tpilite.weights.slices import MANIFEST_NAME, Manifest, Progress, SliceFolder, node_folder
@@ -32,7 +33,8 @@ logger = logging.getLogger(__name__)
 
 # What a user of a worker changes where it has not what rank 0 has.
 _ADVICE = {
-    "model": "it is another model: take away --model_path, or replace its slices with --force_download",
+    "model": "it is another model, or has another --quantize: take away --model_path, or replace its slices "
+    "with --force_download",
     "partition": "its slices are of another world size or ratio: replace them with --force_download",
 }
 
@@ -61,9 +63,10 @@ class Host(Closing):
         force: bool = False,
         replace: bool = False,
         verify: bool = False,
+        recipe: Recipe | None = None,
     ) -> None:
         self._files, self._save_dir, self._cluster, self._engine = files, save_dir, cluster, engine
-        self._force, self._replace, self._verify = force, replace, verify
+        self._force, self._replace, self._verify, self._recipe = force, replace, verify, recipe
         self._stack = ExitStack()
         self._given_up: TpiliteError | None = None
         self.formed_s = 0.0  # when the last group formed, by the monotonic clock
@@ -73,8 +76,17 @@ class Host(Closing):
         with ExitStack() as stack:
             cluster = self._cluster
             security = security_of(cluster)
-            source = _Source(self._files, self._save_dir, cluster, self._force, self._replace, self._verify)
-            self._source = stack.enter_context(source)
+            self._source = source = stack.enter_context(
+                _Source(
+                    self._files,
+                    self._save_dir,
+                    cluster,
+                    self._force,
+                    self._replace,
+                    self._verify,
+                    self._recipe,
+                )
+            )
             self.config, self.partition = source.config, source.partition
             terms = terms_of(source.fingerprint, source.partition)
             self._others = [r for r in range(1, cluster.world_size) if source.makes or source.has(r)]
@@ -215,6 +227,7 @@ class _Source(Closing):
         force: bool,
         replace: bool,
         verify: bool,
+        recipe: Recipe | None,
     ) -> None:
         self._verify = verify
         self._checkpoint: Checkpoint | None = None
@@ -225,7 +238,7 @@ class _Source(Closing):
             self.config, self.partition = manifest.config, manifest.partition
             self.fingerprint = manifest.fingerprint
             return
-        self._checkpoint = Checkpoint(files, save_dir, trust=not verify)
+        self._checkpoint = Checkpoint(files, save_dir, trust=not verify, recipe=recipe)
         try:
             self.config = self._checkpoint.config
             self.partition = self._checkpoint.partition(cluster.world_size, cluster.ratio)
@@ -254,7 +267,11 @@ class _Source(Closing):
         """Makes the slices that are missing, if there is a checkpoint to make them from."""
         if self._checkpoint is not None:
             self.split.make(
-                self._checkpoint, self.partition, embedding=False, verify=self._verify, progress=progress
+                self._checkpoint,
+                self.partition,
+                embedding=self._checkpoint.recipe is not None,  # else it is read where the model is
+                verify=self._verify,
+                progress=progress,
             )
             self._verify = False
 

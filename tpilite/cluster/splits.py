@@ -276,7 +276,7 @@ def _misfit(save_dir: Path, checkpoint: Checkpoint, partition: Partition) -> tup
         if found.rank != rank:
             misfit = f"made for rank {found.rank} where those of rank {rank} belong"
         if misfit:
-            return misfit, found.fingerprint != checkpoint.fingerprint
+            return misfit, found.origin != checkpoint.origin
     return "", False
 
 

@@ -21,6 +21,7 @@ from tpilite.formats.model_files import ModelFiles
 from tpilite.net.address import Address
 from tpilite.net.group import GroupEnded
 from tpilite.net.membership import Membership, join
+from tpilite.quantize.recipe import Recipe
 from tpilite.weights.checkpoint import Checkpoint
 from tpilite.weights.slices import MANIFEST_NAME, Manifest, Progress, SliceFolder, node_folder
 
@@ -41,6 +42,7 @@ class WorkerOptions:
     cache: Path  # where what is known of the weights of `model` is kept, and slices where no place is given
     save_dir: Path | None = None  # None: a folder of its own for every model and partition, below `cache`
     model: ModelFiles | None = None  # which may have weights, and is then to be that of rank 0
+    recipe: Recipe | None = None  # what becomes of `model`, as rank 0 makes it
     rank: int | None = None
     force_download: bool = False
     verify: bool = False
@@ -215,7 +217,9 @@ def _known_terms(options: WorkerOptions) -> dict[str, Any]:
     """What this node knows of rank 0's terms before it joins: which model it is, where it has one itself."""
     if options.model is None or not options.model.has_weights:
         return {}
-    with Checkpoint(options.model, options.cache, trust=not options.verify) as checkpoint:
+    with Checkpoint(
+        options.model, options.cache, trust=not options.verify, recipe=options.recipe
+    ) as checkpoint:
         return {"model": checkpoint.fingerprint}
 
 

@@ -2,9 +2,10 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, NoReturn
 
 import numpy as np
@@ -40,6 +41,45 @@ _VERSION = 1
 _PIECE = 1 << 18
 
 
+_HASH = re.compile(r"[0-9a-f]{64}")
+_ROLE, _DTYPES = re.compile(r"[a-z0-9_]{1,32}"), {*DTYPES, *BLOCK_SIZES}
+_MAX_ROLES = 32
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What a quantized model was made from, and what its matrices are in, by the last part of their names."""
+
+    of: str  # `Checkpoint.origin`
+    kind: str
+    calibration: str  # a hash of the importance of columns, empty where there was none
+    types: Mapping[str, str]
+
+    @property
+    def how(self) -> str:
+        return f"with --quantize {self.kind}" + (" and --calibrate" if self.calibration else "")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, value: Any) -> "Quantized":
+        """What `to_dict` gave, in a file or from a peer. Raises `ConfigError` for anything else."""
+        if not isinstance(value, dict) or set(value) != {field.name for field in fields(cls)}:
+            raise ConfigError(f"expected the keys {', '.join(field.name for field in fields(cls))}")
+        hashes, types = (value["of"], value["calibration"] or value["of"]), value["types"]
+        if not all(isinstance(one, str) and _HASH.fullmatch(one) for one in hashes):
+            raise ConfigError("expected hashes of 64 digits as of and calibration")
+        if not isinstance(value["kind"], str) or value["kind"] not in KINDS:
+            raise ConfigError(f"found the kind {value['kind']!r:.40}; expected one of {', '.join(KINDS)}")
+        if not isinstance(types, dict) or len(types) > _MAX_ROLES:
+            raise ConfigError(f"expected an object of at most {_MAX_ROLES} types")
+        for role, dtype in types.items():
+            if not _ROLE.fullmatch(role) or not isinstance(dtype, str) or dtype not in _DTYPES:
+                raise ConfigError(f"found {dtype!r:.40} as the type of {role!r:.40}")
+        return cls(value["of"], value["kind"], value["calibration"], types)
+
+
 @dataclass(frozen=True, eq=False)
 class Recipe:
     """How the matrices of a model become blocks. Raises `ConfigError` for a kind that is not known.
@@ -69,10 +109,25 @@ class Recipe:
 
     def identity(self, of: str) -> str:
         """A hash that tells a model that is made so from the one `of` which it is made, and from others."""
-        digest = hashlib.sha256(json.dumps([of, "quantized", _VERSION, self.kind]).encode())
-        for name, importance in sorted((self.importance or {}).items()):
+        said = json.dumps([of, "quantized", _VERSION, self.kind, self.calibration])
+        return hashlib.sha256(said.encode()).hexdigest()
+
+    @property
+    def calibration(self) -> str:
+        """A hash of all importance; empty where there is none."""
+        if self.importance is None:
+            return ""
+        digest = hashlib.sha256()
+        for name, importance in sorted(self.importance.items()):
             digest.update(name.encode() + importance.tobytes())
         return digest.hexdigest()
+
+    def described(self, of: str, tensors: Mapping[str, StoredTensor]) -> Quantized:
+        """What the model `of` becomes by it: the types of all `tensors` that are matrices."""
+        types = {
+            name.split(".")[-2]: tensor.dtype for name, tensor in tensors.items() if len(tensor.shape) == 2
+        }
+        return Quantized(of, self.kind, self.calibration, types)
 
     def _applied_to(self, name: str, tensor: StoredTensor, is_table: bool) -> StoredTensor:
         if len(tensor.shape) != 2:

@@ -23,6 +23,7 @@ from tpilite.formats.json_file import read_json
 from tpilite.formats.model_files import ModelFiles
 from tpilite.formats.safetensors import TensorFile
 from tpilite.formats.stored import StoredFile, StoredTensor
+from tpilite.quantize.recipe import Quantized, Recipe
 from tpilite.weights import gguf_tensors
 from tpilite.weights.content import CONTENT_NAME, content_hash
 from tpilite.weights.partition import EMBEDDING, LM_HEAD, Partition, tensor_shapes
@@ -48,10 +49,19 @@ class Checkpoint(Closing):
     `config`, whatever the files have before these names. Where they have no `lm_head.weight`, it is the
     embedding's own `StoredTensor`. What else they hold is ignored.
 
+    With a `recipe`, its matrices are in blocks that are made as they are read, for slices and files.
+
     The hash of its weights is kept in the folder `notes`, if there is one to be, and trusted from there.
     """
 
-    def __init__(self, model: ModelFiles | Path, notes: Path | None = None, *, trust: bool = True) -> None:
+    def __init__(
+        self,
+        model: ModelFiles | Path,
+        notes: Path | None = None,
+        *,
+        trust: bool = True,
+        recipe: Recipe | None = None,
+    ) -> None:
         self.files = model if isinstance(model, ModelFiles) else ModelFiles.find(model)
         self.path = self.files.path
         self._known = None if notes is None else KnownHashes(notes / CONTENT_NAME, trust=trust)
@@ -61,8 +71,11 @@ class Checkpoint(Closing):
             # The file's own head counts, whatever the flag says (merged adapters are published so); and some
             # published folders leave lm_head out without saying that it is tied.
             self.config = replace(config, tie_word_embeddings=LM_HEAD not in found)
-            self.tensors: Mapping[str, StoredTensor] = {LM_HEAD: found[EMBEDDING]} | found
-            _check_shapes(self.config, self.tensors, "metadata" if self.files.gguf_paths else "config.json")
+            self._stored: Mapping[str, StoredTensor] = {LM_HEAD: found[EMBEDDING]} | found
+            _check_shapes(self.config, self._stored, "metadata" if self.files.gguf_paths else "config.json")
+            self.recipe, self.tensors = recipe, self._stored
+            if recipe is not None:
+                self.tensors = recipe.applied(self._stored, (EMBEDDING, LM_HEAD))
         except BaseException:
             self.close()
             raise
@@ -83,21 +96,31 @@ class Checkpoint(Closing):
         widest = max(block_size(tensor.dtype).n_weights for tensor in down)
         return Partition.of(self.config, world_size, ratio, ffn_block=widest)
 
-    @functools.cached_property
+    @property
     def fingerprint(self) -> str:
-        """A hash that tells this model from any other: of its configuration and of every byte of its weights.
+        """A hash that tells this model from any other, quantized as it is. It takes what `origin` takes."""
+        return self.origin if self.recipe is None else self.recipe.identity(self.origin)
+
+    @property
+    def quantized(self) -> Quantized | None:
+        """What became of the weights by the recipe, if there is one."""
+        return None if self.recipe is None else self.recipe.described(self.origin, self.tensors)
+
+    @functools.cached_property
+    def origin(self) -> str:
+        """A hash of the model in its files: of its configuration and of every byte of its weights.
 
         It takes a reading of all weights where it is not known, so who needs no slices does not ask for it.
         """
         digest = self._config_hash()
-        digest.update(content_hash(self.path, self._open_files.values(), self.tensors, self._known).encode())
+        digest.update(content_hash(self.path, self._open_files.values(), self._stored, self._known).encode())
         return digest.hexdigest()
 
     @functools.cached_property
     def sampled_fingerprint(self) -> str:
         """The fingerprint that slices of earlier versions bear: of a few KiB of each tensor."""
         digest = self._config_hash()
-        for name, tensor in self.tensors.items():
+        for name, tensor in self._stored.items():
             digest.update(json.dumps([name, tensor.dtype, tensor.shape]).encode())
             n_bytes = min(_SAMPLE_BYTES, tensor.nbytes)
             for start in (0, (tensor.nbytes - n_bytes) // 2, tensor.nbytes - n_bytes):

@@ -218,6 +218,7 @@ class _Slicer:
             self._checkpoint.config,
             files,
             version_for(self._checkpoint.config, self._checkpoint.tensors.values()),
+            self._checkpoint.quantized,
         )
         temporary = folder / TEMPORARY_NAME
         with open(temporary, "xb") as file:

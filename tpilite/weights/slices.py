@@ -28,6 +28,7 @@ The manifest is one JSON object of exactly these keys:
     config       `LlamaConfig.to_dict()`: version 1 has the first 16 fields, version 2 also those of the
                  others that are not as a Llama has them
     files        for each file of the folder its "size" in bytes and its "sha256"
+    quantized    in version 2 and only where the model was quantized: `Quantized.to_dict()`
 
 A folder is a slice once its manifest is there. The manifest is written last, by renaming, after everything
 that it names has reached the disk; and it is removed first when a slice is made anew. What a killed
@@ -50,6 +51,7 @@ from tpilite.dtypes import BLOCK_SIZES, DTYPES, block_size
 from tpilite.errors import CheckpointError, ConfigError, SliceError
 from tpilite.formats.safetensors import TensorFile
 from tpilite.formats.stored import StoredTensor
+from tpilite.quantize.recipe import Quantized
 from tpilite.weights.checkpoint import Checkpoint
 from tpilite.weights.disk import sync_folder
 from tpilite.weights.partition import (
@@ -101,6 +103,12 @@ class Manifest:
     config: LlamaConfig
     files: Mapping[str, FileEntry]
     version: int = _VERSIONS[0]
+    quantized: Quantized | None = None
+
+    @property
+    def origin(self) -> str:
+        """The fingerprint of the model as its files hold it, whether it was quantized or not."""
+        return self.quantized.of if self.quantized else self.fingerprint
 
     @property
     def nbytes(self) -> int:
@@ -116,6 +124,8 @@ class Manifest:
             "config": self.config.to_dict(),
             "files": {name: asdict(entry) for name, entry in self.files.items()},
         }
+        if self.quantized is not None:
+            value["quantized"] = self.quantized.to_dict()
         return json.dumps(value, indent=1).encode()
 
     @classmethod
@@ -138,7 +148,7 @@ class Manifest:
                 "use the same version of tpilite everywhere"
             )
         keys = {"format", "version", "rank", "partition", "fingerprint", "config", "files"}
-        if set(value) != keys:
+        if set(value) - ({"quantized"} if version > 1 else set()) != keys:
             raise SliceError(f"the manifest must have exactly the keys {', '.join(sorted(keys))}")
         config = _config(value["config"])
         try:
@@ -146,6 +156,10 @@ class Manifest:
             partition.check(config)
         except ConfigError as error:
             raise SliceError(f"the manifest's partition is wrong: {error}") from error
+        try:
+            quantized = Quantized.from_dict(value["quantized"]) if "quantized" in value else None
+        except ConfigError as error:
+            raise SliceError(f"the manifest's quantized is wrong: {error}") from error
         rank = value["rank"]
         if type(rank) is not int or not 0 <= rank < partition.world_size:
             raise SliceError(
@@ -153,9 +167,8 @@ class Manifest:
             )
         if not _is_sha256(value["fingerprint"]):
             raise SliceError(f"the manifest has fingerprint {value['fingerprint']!r:.80}; expected 64 digits")
-        return cls(
-            rank, partition, value["fingerprint"], config, _files(value["files"], config, rank), version
-        )
+        files = _files(value["files"], config, rank)
+        return cls(rank, partition, value["fingerprint"], config, files, version, quantized)
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
@@ -192,6 +205,9 @@ class Manifest:
             is_set, expected = getattr(self.config, field.name), getattr(checkpoint.config, field.name)
             if is_set != expected:
                 return f"made with {field.name} = {is_set}, and the model has {expected}"
+        how = [one.how if one else "without --quantize" for one in (self.quantized, checkpoint.quantized)]
+        if how[0] != how[1] and self.origin == checkpoint.origin:
+            return f"made {how[0]}, and this start is {how[1]}"
         if found != asked:
             return f"made for the ratio {_joined(found.ratio)}, and this start is for {_joined(asked.ratio)}"
         if self.fingerprint == checkpoint.fingerprint:

@@ -1,0 +1,52 @@
+"""Slices that the options ask for: made to be carried, or to be used here in fewer bits."""
+
+import argparse
+import sys
+from contextlib import ExitStack
+
+from tpilite.cli.configs import save_dir_of
+from tpilite.cli.terminal import progress_bar
+from tpilite.cluster.splits import Split
+from tpilite.formats.model_files import ModelFiles
+from tpilite.quantize.recipe import Recipe
+from tpilite.weights.checkpoint import Checkpoint
+from tpilite.weights.slices import SliceFolder
+
+
+def recipe_of(args: argparse.Namespace) -> Recipe | None:
+    """What becomes of the model's weights by the options; None where they stay as they are."""
+    return None if args.quantize is None else Recipe(args.quantize)
+
+
+def split(args: argparse.Namespace, files: ModelFiles, world_size: int) -> int:
+    """Makes the slices of all ranks, to be carried to their machines, and nothing else."""
+    save_dir = save_dir_of(args, files, world_size)
+    with (
+        Checkpoint(files, save_dir, trust=not args.verify, recipe=recipe_of(args)) as checkpoint,
+        progress_bar("slicing the model") as bar,
+    ):
+        partition = checkpoint.partition(world_size, args.ratio)
+        with Split.of(
+            checkpoint, partition, save_dir, force=args.split_bin, replace=args.save_dir is None
+        ) as slices:
+            slices.make(checkpoint, partition, verify=args.verify, progress=bar)
+    print(
+        "tpilite: carry each node_I to the machine of rank I, into the folder named there with --save_dir",
+        file=sys.stderr,
+    )
+    for rank in range(world_size):
+        print(slices.node(rank))
+    return 0
+
+
+def whole_slice(args: argparse.Namespace, files: ModelFiles, stack: ExitStack) -> SliceFolder:
+    """The slice of the only rank there is, made where it is missing, and open until the end of `stack`."""
+    save_dir = save_dir_of(args, files, 1)
+    with Checkpoint(files, save_dir, trust=not args.verify, recipe=recipe_of(args)) as checkpoint:
+        partition = checkpoint.partition(1)
+        split = stack.enter_context(
+            Split.of(checkpoint, partition, save_dir, force=args.split_bin, replace=args.save_dir is None)
+        )
+        with progress_bar("quantizing the model") as bar:
+            split.make(checkpoint, partition, verify=args.verify, progress=bar)
+    return stack.enter_context(SliceFolder(split.node(0)))
