@@ -125,7 +125,7 @@ def test_a_sum_larger_than_the_kernels_buffers(algorithm: str, new: NewSum) -> N
 
 @both
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize(("payload", "tolerance"), [("f16", 2e-3), ("bf16", 1.6e-2)])
+@pytest.mark.parametrize(("payload", "tolerance"), [("f16", 2e-3), ("bf16", 1.6e-2), ("q8", 2e-2)])
 def test_a_narrower_payload_is_near_and_the_same_on_all_ranks(
     algorithm: str, payload: str, tolerance: float, new: NewSum
 ) -> None:
@@ -156,6 +156,32 @@ def test_bfloat16_rounds_to_the_nearest_and_ties_to_even() -> None:
     with Ranks(2, payload="bf16") as ranks:
         results = ranks.run(lambda group: group.all_reduce(values.copy() * np.float32(group.rank)))
     np.testing.assert_array_equal(results[0], expected)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    n=st.integers(1, 200),
+    world_size=st.integers(2, 5),
+    algorithm=st.sampled_from(ALGORITHMS),
+    seed=st.integers(0, 9),
+    damaged=st.none() | st.tuples(st.integers(0, 199), st.sampled_from([np.nan, np.inf, -np.inf])),
+)
+def test_eight_bits_are_the_same_on_all_ranks_and_hide_nothing_that_is_not_finite(
+    n: int, world_size: int, algorithm: str, seed: int, damaged: tuple[int, float] | None
+) -> None:
+    arrays = parts(world_size, (n,), seed)
+    expected = sum_in_rank_order([array.astype(np.float64) for array in arrays])
+    if damaged is not None:
+        arrays[seed % world_size][damaged[0] % n] = damaged[1]
+    with Ranks(world_size, allreduce=algorithm, payload="q8") as ranks:
+        results = ranks.run(lambda group: group.all_reduce(arrays[group.rank]))
+    for result in results:
+        np.testing.assert_array_equal(bits(result), bits(results[0]))
+    found = np.isfinite(results[0])
+    assert np.abs(results[0] - expected)[found].max(initial=0) <= 0.1 * world_size
+    lost = [] if damaged is None else [damaged[0] % n]
+    assert not found[lost].any()
+    assert np.count_nonzero(~found) <= 32 * len(lost)
 
 
 @both
@@ -268,6 +294,17 @@ def test_a_lost_rank_ends_the_sum_on_all_others(algorithm: str, lost: int, new: 
             assert f"rank {error.rank} closed the connection" in str(error) or "broke" in str(error)
 
 
+@both
+@pytest.mark.parametrize("found", [33, 35, 67, 102])
+def test_a_frame_of_another_number_of_blocks_ends_the_group(found: int, new: NewSum) -> None:
+    hub, leaf = local_groups(2, payload="q8", new_sum=new)
+    leaf.channel(0)._sock.sendall(wire.encode(messages.Reduce("q8"), found) + bytes(found))
+    with pytest.raises(PeerLost, match=rf"payload='q8'\) with 68 bytes .* with {found} bytes"):
+        hub.all_reduce(np.zeros(33, np.float32))
+    hub.close()
+    leaf.close()
+
+
 def frame_of_a_sum(n: int) -> bytes:
     return wire.encode(messages.Reduce("f32"), 4 * n) + np.ones(n, np.float32).tobytes()
 
@@ -327,11 +364,11 @@ def test_an_array_that_does_not_fit_its_shape(header: messages.Gather, payload: 
 
 
 def test_options_are_checked() -> None:
-    for allreduce, payload in itertools.product((*ALGORITHMS, "auto"), ("f32", "f16", "bf16")):
+    for allreduce, payload in itertools.product((*ALGORITHMS, "auto"), ("f32", "f16", "bf16", "q8")):
         check_options(allreduce, payload)
     with pytest.raises(ConfigError, match="star, direct, scatter or auto, found 'ring'"):
         check_options("ring", "f32")
-    with pytest.raises(ConfigError, match="one of f32, f16, bf16, found 'int8'"):
+    with pytest.raises(ConfigError, match="one of f32, f16, bf16, q8, found 'int8'"):
         check_options("star", "int8")
 
 

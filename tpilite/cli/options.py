@@ -160,7 +160,7 @@ def _add_network(group: _Group) -> None:
         "--payload",
         default=defaults.payload,
         choices=tuple(CODECS),
-        help="numbers on the wire (%(default)s)",
+        help="numbers on the wire; q8 sends 0.27 of the bytes of f32 (%(default)s)",
     )
     add("--protect", action="store_true", help="protect sums, too, against changes on their way")
     add("--encrypt", action="store_true", help="TLS by the token on all connections; Python 3.13 or newer")

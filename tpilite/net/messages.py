@@ -97,7 +97,7 @@ class Start(Header):
     epoch: int
     peers: list[Any]
     allreduce: str  # "star", or an algorithm for which workers connect to each other too
-    payload: str  # "f32", "f16" or "bf16"
+    payload: str  # a name of `codecs.CODECS`
     protect: bool  # whether a tag follows each Reduce, too
 
 

@@ -7,7 +7,7 @@ For n ranks' parts of S bytes, a latency a and an inverse bandwidth b:
     scatter  rank r sums the r-th chunk of all parts, then sends it to all    2 a + 2 (n - 1) / n S b
 
 All three add up in rank order, so they give the same bits, on every rank. With a narrower payload (f16,
-bf16) the algorithms differ in their last bits, but all ranks still agree: who sends a rounded value also
+bf16, q8) the algorithms differ in their last bits, but all ranks still agree: who sends a rounded value also
 keeps the rounded one.
 """
 
@@ -58,9 +58,10 @@ class Sum:
 
     def frames(self, n_frames: int, n: int) -> Frames:
         """Frames of `n` numbers, which `self.codec` narrows and widens, all of them at once too."""
-        self.codec = CODECS[self.payload](n_frames * n)
-        dtype = self.codec.dtype
-        return Frames(wire.encode(messages.Reduce(self.payload), n * dtype.itemsize), n_frames, n, dtype)
+        self.codec = CODECS[self.payload](n_frames, n)
+        width, dtype = self.codec.width, self.codec.dtype
+        head = wire.encode(messages.Reduce(self.payload), width * dtype.itemsize)
+        return Frames(head, n_frames, width, dtype)
 
 
 class _StarHub(Sum):
@@ -128,9 +129,9 @@ class ScatterSum(Sum):
     def prepare(self) -> None:
         size = -(-self.n // self.world_size)
         parts, chunks = self.frames(self.world_size, size), self.frames(self.world_size, size)
-        self.parts = parts.payloads  # [world_size, size]: this rank's chunk of every rank's x
-        self.chunks = chunks.payloads  # [world_size, size]: all of this rank's x, then of the sum
-        self.padded = np.zeros(parts.payloads.size if self.n % self.world_size else 0, np.float32)
+        self.parts = parts.payloads  # [world_size, width]: this rank's chunk of every rank's x
+        self.chunks = chunks.payloads  # [world_size, width]: all of this rank's x, then of the sum
+        self.padded = np.zeros(size * self.world_size if self.n % self.world_size else 0, np.float32)
         self.scatter = self.new_exchange(
             [(channel, chunks[r]) for r, channel in self.targets],
             [(channel, parts[r]) for r, channel in self.sources],
@@ -146,7 +147,7 @@ class ScatterSum(Sum):
         codec, rank = self.codec, self.rank
         if self.padded.size:
             self.padded[: x.size] = x
-        rows = (self.padded if self.padded.size else x).reshape(self.chunks.shape)
+        rows = (self.padded if self.padded.size else x).reshape(self.world_size, -1)
         codec.narrow(rows, self.chunks)
         np.copyto(self.parts[rank], self.chunks[rank])
         self.scatter()
