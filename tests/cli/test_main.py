@@ -82,7 +82,7 @@ def test_statistics_as_json(tmp_path: Path) -> None:
     ("args", "text"),
     [
         (["--prompt", "x"], "--model_path is missing"),
-        (["--model_path", "/no/such"], "/no/such is not a folder"),
+        (["--model_path", "/no/such"], "/no/such does not exist"),
         (["--model_path", "fable", "--prompt", "x", "--temperature", "nan"], "temperature must be"),
         (["--model_path", "fable", "--prompt", "x", "--p", "0"], "p must be above 0"),
         (["--model_path", "fable", "--prompt", "x", "--threads", "0"], "threads must be"),

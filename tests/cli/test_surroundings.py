@@ -78,8 +78,8 @@ def test_neither_the_folder_it_is_in_nor_a_temporary_one_is_needed(
     ("args", "text"),
     [
         ([], "--model_path is missing"),
-        (["--model_path", "relative", "--prompt", "x"], "relative is not a folder"),
-        (["--model_path", "relative", "--clean"], "relative is not a folder"),
+        (["--model_path", "relative", "--prompt", "x"], "relative does not exist"),
+        (["--model_path", "relative", "--clean"], "relative does not exist"),
     ],
 )
 def test_mistakes_in_a_folder_that_is_gone_are_told_as_elsewhere(
@@ -111,7 +111,7 @@ def test_nobody_needs_a_home_to_run_a_model() -> None:
         ([*STORY, "--world_size", "2"], "give one with --token, or set HOME"),
         (["--join", "127.0.0.1:1"], "the cluster's token is missing"),
         (["--join", "127.0.0.1:1", "--token", "of-this-test-alone"], "give --save_dir, or set HOME"),
-        (["--model_path", "~/x", "--prompt", "x"], "~/x is not a folder"),
+        (["--model_path", "~/x", "--prompt", "x"], "~/x does not exist"),
         ([], "--model_path is missing"),
     ],
 )

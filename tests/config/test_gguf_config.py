@@ -1,5 +1,7 @@
 """GGUF metadata as llama.cpp's converters write it, and as it should never be."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -18,13 +20,15 @@ _SIZES = {
     "rope.freq_base": 10000.0,
 }
 _TIED = {"token_embd.weight": (97, 64)}
+_YARN = {"rope__scaling__type": "yarn", "rope__scaling__factor": 2.0}
 
 
 def _config(architecture, shapes=_TIED, plain=None, **changes):
     """The configuration by `_SIZES` but for the changes; None leaves a key out."""
     values = _SIZES | {key.replace("__", "."): value for key, value in changes.items()}
     metadata = {f"{architecture}.{key}": value for key, value in values.items() if value is not None}
-    return config_from_gguf({"general.architecture": architecture, **metadata, **(plain or {})}, shapes)
+    metadata |= {"general.architecture": architecture, **(plain or {})}
+    return config_from_gguf(Path("x.gguf"), metadata, shapes)
 
 
 def _llama(**differs):
@@ -117,53 +121,71 @@ def test_yarn_is_read():
 @pytest.mark.parametrize(
     ("architecture", "changes", "message"),
     [
-        ("gemma2", {}, r'architecture "gemma2", which is not supported; expected llama, qwen2, qwen3'),
-        ("qwen3moe", {}, r'architecture "qwen3moe"'),
-        ("mistral3", {}, r'architecture "mistral3"'),
-        ("llama", {"block_count": None}, r"no llama\.block_count, which a Llama model needs"),
+        (
+            "gemma2",
+            {},
+            r'general\.architecture is "gemma2", which is not supported; expected llama, qwen2, qwen3',
+        ),
+        ("qwen3moe", {}, r'architecture is "qwen3moe"'),
+        ("mistral3", {}, r'architecture is "mistral3"'),
+        ("llama", {"block_count": None}, r"x\.gguf has no llama\.block_count, which a Llama model needs"),
         ("llama", {"block_count": "8"}, r'llama\.block_count must be a whole number .* found "8"'),
-        ("smollm3", {"block_count": 2**31 - 1}, r"num_hidden_layers must be at most"),
-        ("llama", {"embedding_length": 1.5}, r"embedding_length .* found 1\.5"),
-        ("llama", {"attention__head_count": 0}, r"attention\.head_count .* found 0"),
+        ("smollm3", {"block_count": 2**31 - 1}, r"smollm3\.block_count is 2147483647, .* at most 10000"),
+        ("llama", {"feed_forward_length": 0}, r"llama\.feed_forward_length must .* found 0"),
+        ("llama", {"embedding_length": 1.5}, r"llama\.embedding_length .* found 1\.5"),
+        ("llama", {"embedding_length": 36}, r"heads of 9 \(by llama\.embedding_length .* expected an even"),
+        (
+            "llama",
+            {"attention__key_length": 5},
+            r"heads of 5 .* or attention\.key_length\); expected an even",
+        ),
+        ("llama", {"attention__head_count": 0}, r"llama\.attention\.head_count .* found 0"),
+        ("llama", {"attention__head_count": 3}, r"llama\.attention\.head_count is 3, .* a multiple of .*, 2"),
+        ("llama", {"attention__head_count_kv": "x"}, r'llama\.attention\.head_count_kv must .* found "x"'),
         (
             "llama",
             {"attention__head_count_kv": np.array([1, 2])},
-            r"an array as llama\.attention\.head_count_kv",
+            r"llama\.attention\.head_count_kv is an array",
         ),
-        ("llama", {"feed_forward_length": [96, 80]}, r"an array as llama\.feed_forward_length"),
-        ("llama", {"rope__scaling__type": ["yarn"]}, r"an array as llama\.rope\.scaling\.type"),
-        ("llama", {"attention__key_length": True}, r"attention\.key_length .* found true"),
+        ("llama", {"feed_forward_length": [96, 80]}, r"llama\.feed_forward_length is an array"),
+        ("llama", {"rope__scaling__type": ["yarn"]}, r"llama\.rope\.scaling\.type is an array"),
+        ("llama", {"attention__key_length": True}, r"llama\.attention\.key_length .* found true"),
         (
             "llama",
             {"attention__value_length": 8},
-            r"value_length = 8, which is not supported; expected .* 16",
+            r"llama\.attention\.value_length is 8, which is not supported; expected .* 16",
         ),
-        ("llama", {"rope__dimension_count": 8}, r"rope\.dimension_count = 8, which is not supported"),
-        ("llama", {"expert_count": 8}, r"llama\.expert_count = 8, which is not supported; expected 0"),
-        ("llama", {"attention__causal": False}, r"attention\.causal = false, which is not supported"),
-        ("llama", {"rope__scaling__type": "longrope"}, r'scaling\.type = "longrope", which is not supported'),
+        ("llama", {"attention__layer_norm_rms_epsilon": 0.0}, r"layer_norm_rms_epsilon must .* found 0\.0"),
+        ("llama", {"rope__freq_base": -1.0}, r"llama\.rope\.freq_base must be a number above 0"),
+        ("llama", {"rope__dimension_count": 8}, r"rope\.dimension_count is 8, which is not supported"),
+        ("llama", {"expert_count": 8}, r"llama\.expert_count is 8, which is not supported; expected 0"),
+        ("llama", {"attention__causal": False}, r"attention\.causal is false, which is not supported"),
+        ("llama", {"rope__scaling__type": "longrope"}, r'scaling\.type is "longrope", .* "linear" or "yarn"'),
+        ("llama", {"rope__scaling__type": "dynamic"}, r'rope\.scaling\.type is "dynamic"'),
         ("llama", {"rope__scaling__factor": -1.0}, r"rope\.scaling\.factor must be a number above 0"),
         ("llama", {"rope__scaling__factor": "x"}, r'rope\.scaling\.factor .* found "x"'),
+        ("llama", {"rope__scaling__factor": 0.5}, r"llama\.rope\.scaling\.factor is 0\.5, .* from 1"),
+        ("llama", {"rope__scale_linear": 0.5}, r"llama\.rope\.scale_linear is 0\.5, .* from 1"),
+        ("llama", _YARN | {"rope__freq_base": 1.0}, r"rope\.freq_base is 1\.0, .* above 1 for yarn"),
+        ("llama", _YARN | {"rope__scaling__yarn_beta_slow": 64.0}, r"yarn_beta_slow is 64\.0, .* at most"),
+        ("llama", _YARN | {"rope__scaling__original_context_length": 0}, r"original_context_length must"),
+        ("llama", _YARN | {"rope__scaling__attn_factor": "x"}, r'attn_factor .* above 0, found "x"'),
+        ("llama", _YARN | {"rope__scaling__yarn_log_multiplier": "x"}, r'yarn_log_multiplier .* found "x"'),
         (
             "llama",
-            {"rope__scaling__type": "yarn", "rope__scaling__factor": 2.0, "rope__scaling__attn_factor": "x"},
-            r'attn_factor must be a number above 0, found "x"',
+            {"rope__scaling__yarn_ext_factor": 0.5},
+            r"yarn_ext_factor is 0\.5, which is not supported",
         ),
-        (
-            "llama",
-            {"rope__scaling__type": "yarn", "rope__scaling__yarn_log_multiplier": "x"},
-            r'yarn_log_multiplier must be a number above 0, found "x"',
-        ),
-        ("llama", {"rope__scaling__yarn_ext_factor": 0.5}, r"yarn_ext_factor = 0\.5, which is not supported"),
-        ("granite", {"rope__scaling__finetuned": False}, r"a model without rotary embedding"),
-        ("granite", {"logit_scale": -1.0}, r"logits_scaling must be a number above 0, found -1\.0"),
-        ("llama", {"attention__sliding_window": -4}, r"sliding_window must be a whole number from 1"),
+        ("granite", {"rope__scaling__finetuned": False}, r"scaling\.finetuned is false, .* with rotary"),
+        ("granite", {"logit_scale": -1.0}, r"granite\.logit_scale must be a number above 0, found -1\.0"),
+        ("llama", {"attention__sliding_window": -4}, r"attention\.sliding_window must be a whole number"),
         ("llama", {"context_length": "x", "rope__scaling__type": "yarn"}, r'context_length .* found "x"'),
     ],
 )
 def test_what_is_wrong_or_not_supported_is_named(architecture, changes, message):
     with pytest.raises(ConfigError, match=message) as raised:
         _config(architecture, **changes)
+    assert str(raised.value).startswith("x.gguf")
     assert "\n" not in str(raised.value)
 
 
@@ -173,7 +195,16 @@ def test_tensors_that_change_the_maths_are_named(name):
         _config("llama", _TIED | {name: (1,)})
 
 
-def test_arrays_in_the_place_of_tokens_are_refused():
-    for key in ("bos_token_id", "eot_token_id"):
-        with pytest.raises(ConfigError, match=f"an array as tokenizer.ggml.{key}"):
-            _config("llama", plain={f"tokenizer.ggml.{key}": [1, 2]})
+@pytest.mark.parametrize("key", ["bos_token_id", "eot_token_id"])
+@pytest.mark.parametrize(
+    ("value", "words"), [([1, 2], "an array"), (-1, "-1; expected the id"), (1.0, "1.0; expected the id")]
+)
+def test_what_is_no_token_is_named(key, value, words):
+    with pytest.raises(ConfigError, match=f"x.gguf: tokenizer.ggml.{key} is {words}"):
+        _config("llama", plain={f"tokenizer.ggml.{key}": value})
+
+
+def test_tokens_beyond_the_vocabulary_are_none():
+    values = {"bos_token_id": 97, "eos_token_id": 2**32 - 1, "eot_token_id": 96}
+    config = _config("llama", plain={f"tokenizer.ggml.{key}": value for key, value in values.items()})
+    assert (config.bos_token_id, config.eos_token_ids) == (None, (96,))

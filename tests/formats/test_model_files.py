@@ -68,6 +68,9 @@ def test_parts_are_found_from_the_first(tmp_path: Path) -> None:
     paths[1].unlink()
     with pytest.raises(CheckpointError, match=r"2 of 3 parts .* lacks big-00002-of-00003.gguf; download"):
         ModelFiles.find(tmp_path)
+    paths[0].unlink()
+    with pytest.raises(CheckpointError, match=r"1 of 3 parts .* lacks big-00001-of-00003.gguf; download"):
+        ModelFiles.find(tmp_path)
 
 
 def test_a_count_of_parts_that_is_none_is_refused(tmp_path: Path) -> None:
@@ -81,3 +84,30 @@ def test_another_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"xxxxxxxx")
     with pytest.raises(CheckpointError, match="is not a folder and no GGUF file; expected one"):
         ModelFiles.find(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"", "found b''; the file is damaged: download"), (b"version https://git-lfs", "run `git lfs pull`")],
+)
+def test_what_is_called_a_gguf_and_is_none_says_why(tmp_path: Path, content: bytes, words: str) -> None:
+    path = tmp_path / "x.gguf"
+    path.write_bytes(content)
+    for named in (path, tmp_path):
+        with pytest.raises(CheckpointError, match=words):
+            _ = ModelFiles.find(named).gguf
+
+
+def test_what_gives_a_model_its_eyes_is_no_model(tmp_path: Path) -> None:
+    gguf(tmp_path / "mmproj-x.gguf")
+    assert ModelFiles.find(tmp_path).gguf_paths == ()
+    path = gguf(tmp_path / "x.gguf")
+    assert ModelFiles.find(tmp_path).path == path
+
+
+def test_text_is_decoded_once(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "x.gguf", WEIGHTS, {"general.name": "a", "some.list": ["a", "b"]})
+    metadata = ModelFiles.find(path).gguf
+    assert metadata is not None
+    assert metadata["some.list"] == ["a", "b"]
+    assert metadata["some.list"] is metadata["some.list"]

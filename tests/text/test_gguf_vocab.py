@@ -137,7 +137,7 @@ def test_a_file_that_does_not_say_how_it_splits_is_warned_of(caplog: pytest.LogC
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"model": "bert"}, "kind 'bert'"),
+        ({"model": "bert"}, r"kind 'bert' \(tokenizer\.ggml\.model\)"),
         ({"model": 7}, "tokenizer.ggml.model to be text"),
         ({"pre": "no-such"}, r"as 'no-such' \(tokenizer.ggml.pre\), which is not known here; known are a.x"),
         ({"pre": 7}, "pre to be text"),
@@ -149,13 +149,19 @@ def test_a_file_that_does_not_say_how_it_splits_is_warned_of(caplog: pytest.LogC
         ({"token_type": "x"}, "token_type to be a number for each token"),
         ({"token_type": 3}, "token_type to be a number for each token"),
         ({"merges": None}, "merges to be a list of text"),
-        ({"merges": ["zz qq"]}, "the merge 'zz qq', which does not make one token"),
+        (
+            {"merges": ["zz qq"]},
+            r"its tokenizer\.ggml\.merges has the merge 'zz qq', which does",
+        ),
         ({"bos_token_id": -1}, "bos_token_id to be the id of a token"),
         ({"bos_token_id": "1"}, "bos_token_id to be the id of a token"),
         ({"add_bos_token": 1}, "add_bos_token to be true or false"),
         ({"model": "llama"}, "scores to be a number for each token"),
         ({"model": "llama", "scores": [float("nan")] * 431}, "scores to be a number for each token"),
-        ({"model": "llama", "scores": [0.0] * 431, "tokens": ["a"] * 431}, "damaged"),
+        (
+            {"model": "llama", "scores": [0.0] * 431, "tokens": ["a"] * 431},
+            "are not a sentencepiece",
+        ),
     ],
 )
 def test_damage_is_told_in_one_line(values: dict[str, Any], words: str) -> None:
@@ -169,7 +175,7 @@ def test_damage_is_told_in_one_line(values: dict[str, Any], words: str) -> None:
 
 
 def test_a_vocabulary_smaller_than_its_ids_is_refused() -> None:
-    with pytest.raises(CheckpointError, match=r"has 431 tokens, but config.json says vocab_size = 400"):
+    with pytest.raises(CheckpointError, match=r"has 431 tokenizer\.ggml\.tokens, but a vocabulary of 400"):
         from_gguf(_PATH, of_pairs(_JSON["gpt2"], "gpt-2"), 400)
 
 

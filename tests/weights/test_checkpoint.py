@@ -196,7 +196,7 @@ def write_index(folder: Path, shard: object) -> None:
 
 Breakage = Callable[[Path], object]
 BROKEN: list[tuple[Breakage, str]] = [
-    (shutil.rmtree, "is not a folder"),
+    (shutil.rmtree, "does not exist; expected a model folder"),
     (lambda f: (f / "config.json").unlink(), "config.json does not exist"),
     (lambda f: (f / "model.safetensors").unlink(), "has neither model.safetensors nor"),
     (

@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 
 from tpilite.errors import ConfigError
-from tpilite.formats.model_files import ModelFiles, ggufs_in
+from tpilite.formats.gguf import is_gguf
+from tpilite.formats.model_files import ModelFiles, ggufs_in, is_for_pictures
 
 _CACHE = "~/.cache/huggingface/hub"
 _MAX_FOLDERS = 2000  # looked into, so that a start in a huge folder stays a start
@@ -34,7 +35,7 @@ def find_models(current: Path | None = None, cache: Path | None = None) -> dict[
     """The models in Hugging Face's cache, in the current folder and in the folders of it, by name."""
     current = current or _current_folder()
     folders = (current, *_folders(current))
-    here = [*filter(_is_llama, folders), *itertools.chain(*map(ggufs_in, folders))]
+    here = [*filter(_is_llama, folders), *filter(is_gguf, itertools.chain(*map(ggufs_in, folders)))]
     found = {path.resolve(): (str(path.relative_to(current)), path) for path in here}
     # Other than a Path's, this one leaves the name as it is for a user without a home.
     for repository in _folders(cache or Path(os.path.expanduser(_CACHE))):
@@ -92,7 +93,7 @@ def resolve(name: str) -> Path:
         there = {
             match["kind"]
             for path in huggingface_hub.list_repo_files(repository)
-            if (match := _KIND.fullmatch(path)) and not _is_for_pictures(path)
+            if (match := _KIND.fullmatch(path)) and not is_for_pictures(path)
         }
     # The errors of the Hub and of the connection to it are OSErrors.
     except (OSError, HFValidationError) as error:
@@ -123,13 +124,7 @@ def _is_of_kind(path: Path, kind: str | None) -> bool:
 
 def _ggufs_below(folder: Path) -> list[Path]:
     """The GGUF models in a snapshot of the Hub's and in the folders of it."""
-    found = itertools.chain(*map(ggufs_in, (folder, *_folders(folder))))
-    return [path for path in found if not _is_for_pictures(path.name)]
-
-
-def _is_for_pictures(name: str) -> bool:
-    """Whether a GGUF is no language model, but what gives one its eyes."""
-    return name.rpartition("/")[2].startswith("mmproj")
+    return [*itertools.chain(*map(ggufs_in, (folder, *_folders(folder))))]
 
 
 def _current_folder() -> Path:

@@ -4,8 +4,10 @@ Keys that would change the maths and are not supported are errors; keys that do 
 ignored.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
 
 from tpilite.checks import check_number, check_whole, short
 from tpilite.config.llama import (
@@ -38,132 +40,174 @@ _ONLY_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "rope.scaling.type": ("none", "linear", "yarn"),
     "rope.scaling.yarn_ext_factor": (1, -1),
 }
-_EOS = ("eos_token_id", "eot_token_id", "eom_token_id")
+_BOS, _EOS = "bos_token_id", ("eos_token_id", "eot_token_id", "eom_token_id")
+_EMBEDDING = "token_embd.weight"
 
-_Value = Callable[..., Any]
+
+@dataclass(frozen=True)
+class _Values:
+    """What a file says under its architecture's name, checked. `path` is for messages."""
+
+    path: Path
+    architecture: str
+    metadata: Mapping[str, Any]
+
+    def name(self, key: str) -> str:
+        """How messages call a value."""
+        return f"{self.path}: {self.architecture}.{key}"
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """A number or a text. Raises `ConfigError` where there is none, and no default."""
+        found = _plain(self.path, self.metadata, f"{self.architecture}.{key}")
+        if found is None and default is None:
+            raise ConfigError(f"{self.path} has no {self.architecture}.{key}, which a Llama model needs")
+        return default if found is None else found
+
+    def whole(self, key: str, default: int | None = None, *, least: int = 1) -> int:
+        found = self.get(key, default)
+        check_whole(self.name(key), found, least)
+        return int(found)
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A number above 0."""
+        found = self.get(key, default)
+        check_number(self.name(key), found)
+        return float(found)
+
+    def number_or_0(self, key: str) -> float:
+        """A number above 0, or the 0 that stands for none, as llama.cpp has it."""
+        return self.number(key) if self.get(key, 0.0) != 0 else 0.0
+
+    def refuse(self, key: str, expected: str) -> NoReturn:
+        """Raises `ConfigError` for a value that is not supported."""
+        found = short(self.get(key))
+        raise ConfigError(f"{self.name(key)} is {found}, which is not supported; expected {expected}")
 
 
-def config_from_gguf(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> LlamaConfig:
+def config_from_gguf(
+    path: Path, metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+) -> LlamaConfig:
     """The configuration that a GGUF's metadata describes; `shapes` are those of its tensors, by its names.
 
-    Raises `ConfigError` for an architecture that is not supported, and for what is missing or changes the
-    maths. The factors of the rotary frequencies are a tensor, and not looked at here.
+    `path` is for messages. Raises `ConfigError` for an architecture that is not supported, and for what is
+    missing or changes the maths. The factors of the rotary frequencies are a tensor, and not looked at here.
     """
     architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str) or architecture not in _INTERLEAVED:
         raise ConfigError(
-            f"the GGUF file is of architecture {short(architecture)}, which is not supported; "
+            f"{path}: general.architecture is {short(architecture)}, which is not supported; "
             f"expected {', '.join(_INTERLEAVED)}"
         )
-
-    def value(key: str, default: Any = None) -> Any:
-        found = _plain(metadata, f"{architecture}.{key}")
-        if found is None and default is None:
-            raise ConfigError(f"the GGUF file has no {architecture}.{key}, which a Llama model needs")
-        return default if found is None else found
-
-    _check_supported(architecture, value, shapes)
-    n_layers, num_heads = value("block_count"), value("attention.head_count")
-    check_whole(f"{architecture}.block_count", n_layers, least=1)
-    context = value("context_length")
-    check_whole(f"{architecture}.context_length", context, least=1)
-    scaling = _rope_scaling(architecture, value)
+    values = _Values(path, architecture, metadata)
+    _check_supported(values, shapes)
+    n_layers = values.whole("block_count")
+    if n_layers > MAX_LAYERS:
+        values.refuse("block_count", f"at most {MAX_LAYERS}")
+    num_heads = values.whole("attention.head_count")
+    num_kv_heads = values.whole("attention.head_count_kv", num_heads)
+    if num_heads % num_kv_heads:
+        values.refuse("attention.head_count", f"a multiple of attention.head_count_kv, {num_kv_heads}")
+    context, theta = values.whole("context_length"), values.number("rope.freq_base", 10000.0)
+    scaling = _rope_scaling(values)
     if isinstance(scaling, YarnScaling):
         context = max(context, scaling.context)
-    found = [_plain(metadata, f"tokenizer.ggml.{name}") for name in _EOS]
+        if theta <= 1:
+            values.refuse("rope.freq_base", "a number above 1 for yarn")
+    vocab_size = shapes[_EMBEDDING][0] if _EMBEDDING in shapes else values.whole("vocab_size")
     return LlamaConfig(
-        hidden_size=value("embedding_length"),
-        intermediate_size=value("feed_forward_length"),
+        hidden_size=values.whole("embedding_length"),
+        intermediate_size=values.whole("feed_forward_length"),
         num_hidden_layers=n_layers,
         num_attention_heads=num_heads,
-        num_key_value_heads=value("attention.head_count_kv", num_heads),
-        head_dim=_head_dim(architecture, value),
-        vocab_size=shapes["token_embd.weight"][0] if "token_embd.weight" in shapes else value("vocab_size"),
+        num_key_value_heads=num_kv_heads,
+        head_dim=_head_dim(values, num_heads),
+        vocab_size=vocab_size,
         max_position_embeddings=context,
-        rms_norm_eps=value("attention.layer_norm_rms_epsilon"),
-        rope_theta=value("rope.freq_base", 10000.0),
+        rms_norm_eps=values.number("attention.layer_norm_rms_epsilon"),
+        rope_theta=theta,
         rope_scaling=scaling,
         rope_interleaved=_INTERLEAVED[architecture],
         layers_without_rope=_layers_without_rope(architecture, n_layers),
-        sliding_window=value("attention.sliding_window", 0) or None,
+        sliding_window=values.whole("attention.sliding_window", 0, least=0) or None,
         tie_word_embeddings="output.weight" not in shapes,
         attention_bias="blk.0.attn_output.bias" in shapes,
         qkv_bias="blk.0.attn_q.bias" in shapes and "blk.0.attn_output.bias" not in shapes,
         qk_norm="blk.0.attn_q_norm.weight" in shapes,
         mlp_bias="blk.0.ffn_down.bias" in shapes,
-        bos_token_id=_plain(metadata, "tokenizer.ggml.bos_token_id"),
-        eos_token_ids=tuple(dict.fromkeys(token for token in found if token is not None)),
-        **_multipliers(architecture, value),
+        bos_token_id=next(_tokens(path, metadata, vocab_size, _BOS), None),
+        eos_token_ids=tuple(dict.fromkeys(_tokens(path, metadata, vocab_size, *_EOS))),
+        **_multipliers(values),
     )
 
 
-def _plain(metadata: Mapping[str, Any], key: str) -> Any:
+def _plain(path: Path, metadata: Mapping[str, Any], key: str) -> Any:
     """A number, a text or None. Raises `ConfigError` for an array, as for sizes that differ by layer."""
     found = metadata.get(key)
     if not isinstance(found, str | bool | int | float | None):
-        raise ConfigError(f"the GGUF file has an array as {key}, which is not supported; expected one value")
+        raise ConfigError(f"{path}: {key} is an array, which is not supported; expected one value")
     return found
 
 
-def _check_supported(architecture: str, value: _Value, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _tokens(path: Path, metadata: Mapping[str, Any], vocab_size: int, *names: str) -> Iterator[int]:
+    """The ids that stand under some names. Those beyond the vocabulary are none, as in llama.cpp."""
+    for key in (f"tokenizer.ggml.{name}" for name in names):
+        found = _plain(path, metadata, key)
+        if found is not None and (type(found) is not int or found < 0):
+            raise ConfigError(f"{path}: {key} is {short(found)}; expected the id of a token")
+        if found is not None and found < vocab_size:
+            yield found
+
+
+def _check_supported(values: _Values, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raises `ConfigError` for the first key or tensor that changes the maths and is not supported."""
     for key, supported in _ONLY_SUPPORTED.items():
-        found = value(key, supported[0])
-        if found not in supported:
-            raise ConfigError(
-                f"the GGUF file has {architecture}.{key} = {short(found)}, which is not supported; "
-                f"expected {' or '.join(map(repr, supported))}"
-            )
+        if values.get(key, supported[0]) not in supported:
+            values.refuse(key, " or ".join(map(short, supported)))
     # By this key llama.cpp leaves Granite's rotary embedding out of all layers.
-    if architecture == "granite" and value("rope.scaling.finetuned", True) is not True:
-        raise ConfigError(
-            "the GGUF file has granite.rope.scaling.finetuned = false, a model without rotary embedding, "
-            "which is not supported"
-        )
+    if values.architecture == "granite" and values.get("rope.scaling.finetuned", True) is not True:
+        values.refuse("rope.scaling.finetuned", "a model with rotary embedding")
     for name in ("output.bias", "rope_factors_long.weight", "blk.0.ffn_gate_exps.weight"):
         if name in shapes:
-            raise ConfigError(f"the GGUF file has a tensor {name}, which is not supported")
+            raise ConfigError(f"{values.path} has a tensor {name}, which is not supported")
 
 
-def _head_dim(architecture: str, value: _Value) -> int:
+def _head_dim(values: _Values, num_heads: int) -> int:
     """The size of a head, the same of all three kinds and rotated as a whole."""
-    hidden_size, num_heads = value("embedding_length"), value("attention.head_count")
-    check_whole(f"{architecture}.embedding_length", hidden_size, least=1)
-    check_whole(f"{architecture}.attention.head_count", num_heads, least=1)
-    head_dim = value("attention.key_length", hidden_size // num_heads)
-    check_whole(f"{architecture}.attention.key_length", head_dim, least=1)
+    head_dim = values.whole("attention.key_length", max(values.whole("embedding_length") // num_heads, 1))
     for key in ("attention.value_length", "rope.dimension_count"):
-        check_whole(f"{architecture}.{key}", value(key, head_dim), least=1)
-        if value(key, head_dim) != head_dim:
-            raise ConfigError(
-                f"the GGUF file has {architecture}.{key} = {short(value(key))}, which is not supported; "
-                f"expected the size of a head, {head_dim}"
-            )
-    return int(head_dim)
+        if values.whole(key, head_dim) != head_dim:
+            values.refuse(key, f"the size of a head, {head_dim}")
+    if head_dim % 2:
+        raise ConfigError(
+            f"{values.path} has heads of {head_dim} (by {values.architecture}.embedding_length and "
+            "attention.head_count, or attention.key_length); expected an even number, for rotary embedding"
+        )
+    return head_dim
 
 
-def _rope_scaling(architecture: str, value: _Value) -> RopeScaling | YarnScaling | None:
+def _rope_scaling(values: _Values) -> RopeScaling | YarnScaling | None:
     """How the rotary frequencies are stretched. What has a factor and no type is linear, as in llama.cpp."""
     key = "rope.scaling"
-    kind = value(f"{key}.type", "linear")
-    factor = value(f"{key}.factor", value("rope.scale_linear", 1.0)) or 1.0
+    kind = values.get(f"{key}.type", "linear")
+    factor_key = f"{key}.factor" if values.get(f"{key}.factor", 0.0) != 0 else "rope.scale_linear"
+    factor = values.number_or_0(factor_key) or 1.0
     if kind == "none" or (kind == "linear" and factor == 1):
         return None
-    check_number(f"{architecture}.{key}.factor", factor)
+    if factor < 1:
+        values.refuse(factor_key, "a number from 1")
     if kind == "linear":
         return RopeScaling("linear", factor)
-    log_multiplier = value(f"{key}.yarn_log_multiplier", 0.0)
-    if log_multiplier:
-        check_number(f"{architecture}.{key}.yarn_log_multiplier", log_multiplier)
-    attention_factor = value(f"{key}.yarn_attn_factor", yarn_attention_factor(factor, 1.0, log_multiplier))
-    for name in ("yarn_attn_factor", "attn_factor"):
-        check_number(f"{architecture}.{key}.{name}", value(f"{key}.{name}", 1.0))
+    log_multiplier = values.number_or_0(f"{key}.yarn_log_multiplier")
+    recommended = yarn_attention_factor(factor, 1.0, log_multiplier)
+    fast, slow = values.number(f"{key}.yarn_beta_fast", 32.0), values.number(f"{key}.yarn_beta_slow", 1.0)
+    if slow > fast:
+        values.refuse(f"{key}.yarn_beta_slow", f"at most yarn_beta_fast, {fast}")
     return YarnScaling(
         factor,
-        value(f"{key}.original_context_length", value("context_length")),
-        attention_factor * value(f"{key}.attn_factor", 1.0),
-        beta_fast=value(f"{key}.yarn_beta_fast", 32.0),
-        beta_slow=value(f"{key}.yarn_beta_slow", 1.0),
+        values.whole(f"{key}.original_context_length", values.whole("context_length")),
+        values.number(f"{key}.yarn_attn_factor", recommended) * values.number(f"{key}.attn_factor", 1.0),
+        beta_fast=fast,
+        beta_slow=slow,
     )
 
 
@@ -173,9 +217,9 @@ def _layers_without_rope(architecture: str, n_layers: int) -> tuple[int, ...]:
     return tuple(range(_SMOLLM3_ROPE_INTERVAL - 1, min(n_layers, MAX_LAYERS), _SMOLLM3_ROPE_INTERVAL))
 
 
-def _multipliers(architecture: str, value: _Value) -> dict[str, Any]:
+def _multipliers(values: _Values) -> dict[str, Any]:
     """Granite's multipliers; 0 is as if there were none, as in llama.cpp."""
-    if architecture != "granite":
+    if values.architecture != "granite":
         return {}
-    found = {name: value(key, 0.0) for name, key in _GRANITE.items()}
+    found = {name: values.number_or_0(key) for name, key in _GRANITE.items()}
     return {name: number for name, number in found.items() if number != 0}

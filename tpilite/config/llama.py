@@ -143,8 +143,7 @@ class LlamaConfig:
             check_whole(name, getattr(self, name), least=1)
         if self.num_hidden_layers > MAX_LAYERS:
             raise ConfigError(
-                f"num_hidden_layers must be at most {MAX_LAYERS}, found {self.num_hidden_layers}; "
-                "config.json seems damaged"
+                f"num_hidden_layers must be at most {MAX_LAYERS}, found {self.num_hidden_layers}"
             )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(

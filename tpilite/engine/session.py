@@ -108,11 +108,12 @@ class Session(Closing):
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer. Raises `ConfigError` where its folder has none."""
+        """The model's tokenizer. Raises `ConfigError` where its files hold none."""
         if self._tokenizer is None:
+            kinds = "tokenizer.ggml.model" if self.files.gguf_paths else "tokenizer.model or tokenizer.json"
             raise ConfigError(
-                f"{self.files.path} has no tokenizer (tokenizer.model or tokenizer.json): "
-                "download it, or give the prompt as a list of token ids"
+                f"{self.files.path} has no tokenizer ({kinds}): download one that has, or give the prompt as "
+                "a list of token ids"
             )
         return self._tokenizer
 

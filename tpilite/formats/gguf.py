@@ -72,20 +72,20 @@ _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 class GgufMetadata(Mapping[str, Any]):
     """What a GGUF file says of its model, by key: numbers, text, arrays of numbers, lists of text.
 
-    Text is decoded when it is asked for, which raises `CheckpointError` where it is no UTF-8.
+    Text is decoded when it is first asked for, which raises `CheckpointError` where it is no UTF-8.
     """
 
-    def __init__(self, file: StoredFile, values: Mapping[str, Any]) -> None:
+    def __init__(self, file: StoredFile, values: dict[str, Any]) -> None:
         self._file, self._values = file, values
 
     def __getitem__(self, key: str) -> Any:
         value = self._values[key]
         try:
-            if isinstance(value, bytes):
-                return value.decode()
-            return value.decoded() if isinstance(value, _Strings) else value
+            if isinstance(value, bytes | _Strings):
+                value = self._values[key] = value.decode()
         except UnicodeDecodeError as error:
             raise self._file.error(f"{key} is not valid UTF-8 ({error})") from error
+        return value
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)
@@ -177,7 +177,7 @@ class _Strings:
     def __init__(self, raw: bytes, n: int) -> None:
         self._raw, self._n = raw, n
 
-    def decoded(self) -> list[str]:
+    def decode(self) -> list[str]:
         raw, at, strings = self._raw, 0, []
         for _ in range(self._n):
             start = at + 8

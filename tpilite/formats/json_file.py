@@ -13,7 +13,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(
-            f"{path} does not exist; a model folder has config.json, *.safetensors and a tokenizer"
+            f"{path} does not exist; a model folder has config.json, *.safetensors and a tokenizer, or a GGUF"
         ) from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error

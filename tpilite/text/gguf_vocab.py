@@ -16,7 +16,7 @@ from tpilite.errors import CheckpointError
 from tpilite.text.added_tokens import TURN_ENDS, AddedToken, TokenizerSettings
 from tpilite.text.json_files import from_json
 from tpilite.text.pretokenizers import GPT2
-from tpilite.text.sentencepiece_files import from_sentencepiece
+from tpilite.text.sentencepiece_files import NOT_READ, read_model
 from tpilite.text.tiktoken_files import PATTERN as LLAMA3
 from tpilite.text.tokenizer import Tokenizer
 
@@ -116,13 +116,16 @@ def from_gguf(path: Path, metadata: Mapping[str, Any], vocab_size: int) -> Token
         return None
     vocab = _Vocab(path, metadata)
     kind = vocab.text("model")
-    if kind == "gpt2":
-        return _from_pairs(vocab, vocab_size)
-    if kind == "llama":
-        return from_sentencepiece(
-            path, _sentencepiece_model(vocab), _settings(vocab, add_bos=True), vocab_size
+    if kind not in ("gpt2", "llama"):
+        raise CheckpointError(
+            f"{path} has a tokenizer of the kind {kind[:40]!r} ({_KEY}model); supported are llama and gpt2"
         )
-    raise CheckpointError(f"{path} has a tokenizer of the kind {kind[:40]!r}; supported are llama and gpt2")
+    if len(vocab.tokens) > vocab_size:
+        raise CheckpointError(
+            f"{path} is damaged: it has {len(vocab.tokens)} {_KEY}tokens, but a vocabulary of {vocab_size}, "
+            "the rows of its token_embd.weight; download it again"
+        )
+    return _from_pairs(vocab, vocab_size) if kind == "gpt2" else _from_pieces(vocab, vocab_size)
 
 
 class _Vocab:
@@ -213,7 +216,8 @@ def _from_pairs(vocab: _Vocab, vocab_size: int) -> Tokenizer:
         "decoder": {"type": "ByteLevel"},
         "model": {"vocab": ids, "merges": vocab.texts("merges"), "ignore_merges": family in _WHOLE_TOKENS},
     }
-    return from_json(vocab.path, content, _settings(vocab, add_bos=family in _BOS_FIRST), vocab_size)
+    settings = _settings(vocab, add_bos=family in _BOS_FIRST)
+    return from_json(vocab.path, content, settings, vocab_size, model_name=f"{_KEY}merges")
 
 
 def _family(vocab: _Vocab) -> str:
@@ -228,6 +232,18 @@ def _family(vocab: _Vocab) -> str:
             f"known here; known are {', '.join(sorted(_FAMILIES))}"
         )
     return _FAMILIES[name]
+
+
+def _from_pieces(vocab: _Vocab, vocab_size: int) -> Tokenizer:
+    """The tokenizer of pieces and scores, by way of the sentencepiece model that says the same."""
+    model, settings = _sentencepiece_model(vocab), _settings(vocab, add_bos=True)
+    try:
+        return read_model(vocab.path, model, settings, vocab_size)
+    except NOT_READ:
+        raise CheckpointError(
+            f"{vocab.path} is damaged: its {_KEY}tokens, scores and token_type are not a sentencepiece "
+            "model's, whose pieces differ; download it again"
+        ) from None
 
 
 def _sentencepiece_model(vocab: _Vocab) -> bytes:

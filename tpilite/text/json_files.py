@@ -31,12 +31,19 @@ _BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
 def from_json(
-    path: Path, content: Mapping[str, Any], settings: TokenizerSettings, vocab_size: int
+    path: Path,
+    content: Mapping[str, Any],
+    settings: TokenizerSettings,
+    vocab_size: int,
+    model_name: str = "model",
 ) -> Tokenizer:
-    """The tokenizer that a tokenizer.json describes. Raises `CheckpointError` for damage and other kinds."""
+    """The tokenizer that a tokenizer.json describes. Raises `CheckpointError` for damage and other kinds.
+
+    `model_name` is how messages call its model.
+    """
     normalizer = _part(path, content, "normalizer")
     pre_tokenizer = PreTokenizer(_part(path, content, "pre_tokenizer"))
-    pairs = _read_model(Part.of(path, "model", content.get("model")), vocab_size)
+    pairs = _read_model(Part.of(path, model_name, content.get("model")), vocab_size)
     added = _placed(path, settings.added, pairs.vocab)
     around = _read_post_processor(_part(path, content, "post_processor"))
     needed = {*settings.ends, settings.bos, settings.eos}

@@ -13,19 +13,21 @@ from tpilite.text.tokenizer import Tokenizer
 _CONTROL, _USER_DEFINED = 3, 4
 _ADD_DUMMY_PREFIX, _REMOVE_EXTRA_WHITESPACES = 3, 4
 
+NOT_READ = (ValueError, IndexError, RuntimeError)  # ours, and sentencepiece's
+
 
 def from_sentencepiece(path: Path, raw: bytes, settings: TokenizerSettings, vocab_size: int) -> Tokenizer:
     """The tokenizer of a sentencepiece model. Raises `CheckpointError` where `raw` is no whole one."""
     try:
-        return _read(path, raw, settings, vocab_size)
-    except (ValueError, IndexError, RuntimeError):
+        return read_model(path, raw, settings, vocab_size)
+    except NOT_READ:
         raise CheckpointError(
             f"{path} is damaged, or neither a sentencepiece nor a tiktoken model; download it again"
         ) from None
 
 
-def _read(path: Path, raw: bytes, settings: TokenizerSettings, vocab_size: int) -> Tokenizer:
-    """The tokenizer. Raises `ValueError`, `IndexError` or `RuntimeError` where `raw` is no whole model."""
+def read_model(path: Path, raw: bytes, settings: TokenizerSettings, vocab_size: int) -> Tokenizer:
+    """The tokenizer. Raises one of `NOT_READ` where `raw` is no whole model."""
     records, rules = _records_and_rules(raw)
     processor = sentencepiece.SentencePieceProcessor(model_proto=raw)
     n_pieces = processor.get_piece_size()

@@ -39,7 +39,7 @@ def find_templates(files: ModelFiles, specials: Collection[str]) -> dict[str, st
     what is no template.
     """
     if files.gguf is not None:
-        return _of_gguf(files.gguf)
+        return _of_gguf(files.path, files.gguf)
     found = _of_files(files.folder)
     for name in (_CONFIG, "chat_template.json"):
         if DEFAULT not in found:
@@ -65,14 +65,14 @@ def find_token_names(files: ModelFiles) -> dict[str, str]:
     return names
 
 
-def _of_gguf(metadata: Mapping[str, Any]) -> dict[str, str]:
+def _of_gguf(path: Path, metadata: Mapping[str, Any]) -> dict[str, str]:
     named = {key: key.removeprefix(_GGUF_KEY + ".") for key in metadata if key.startswith(_GGUF_KEY + ".")}
     if _GGUF_KEY in metadata:
         named[_GGUF_KEY] = DEFAULT
-    found = {name: metadata[key] for key, name in named.items()}
-    if not all(isinstance(text, str) for text in found.values()):
-        raise CheckpointError(f"the file's {_GGUF_KEY} is no text; download it again")
-    return found
+    for key in named:
+        if not isinstance(metadata[key], str):
+            raise CheckpointError(f"{path} is damaged: its {key} is no text; download it again")
+    return {name: metadata[key] for key, name in named.items()}
 
 
 def _of_files(folder: Path) -> dict[str, str]:

@@ -141,8 +141,9 @@ class Checkpoint(Closing):
     def _of_folder(self) -> tuple[LlamaConfig, dict[str, StoredTensor]]:
         """The configuration and the tensors of a folder."""
         if not self.path.is_dir():
+            found = "is not a folder" if self.path.exists() else "does not exist"
             raise CheckpointError(
-                f"{self.path} is not a folder; expected a model folder with config.json, or a GGUF file"
+                f"{self.path} {found}; expected a model folder with config.json, or a GGUF file"
             )
         config = config_of_folder(self.path)
         return config, self._find(config)

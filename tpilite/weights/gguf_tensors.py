@@ -57,7 +57,8 @@ def config_of(parts: Sequence[GgufFile], stored: Mapping[str, StoredTensor]) -> 
 
     How Llama 3 stretches its rotary frequencies is no metadata: a tensor has what each is divided by.
     """
-    config = config_from_gguf(parts[0].metadata, {name: tensor.shape for name, tensor in stored.items()})
+    shapes = {name: tensor.shape for name, tensor in stored.items()}
+    config = config_from_gguf(parts[0].path, parts[0].metadata, shapes)
     divisors = stored.get(_DIVISORS)
     if divisors is None:
         return config
