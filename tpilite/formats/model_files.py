@@ -33,7 +33,7 @@ class ModelFiles:
         A folder is taken as it is, whatever it lacks, where it holds no GGUF or safetensors as well.
         """
         if path.is_file():
-            if not is_gguf(path):
+            if path.suffix != _SUFFIX and not is_gguf(path):
                 raise CheckpointError(f"{path} is not a folder and no GGUF file; expected one of them")
             return cls(path, _parts(path))
         found = [] if any(path.glob("*.safetensors")) else ggufs_in(path)
@@ -75,13 +75,27 @@ class ModelFiles:
 
 
 def ggufs_in(folder: Path) -> list[Path]:
-    """The GGUF models in a folder, of parts the first."""
+    """The GGUF models in a folder, of parts the first, whether it is there or not.
+
+    Where some begin as GGUF does, others are left out; so is what gives a model its eyes.
+    """
     try:
-        found = sorted(path for path in folder.iterdir() if path.suffix == _SUFFIX)
+        found = [path for path in folder.iterdir() if path.suffix == _SUFFIX]
     except OSError:
         return []
-    parts = {path: _PART.fullmatch(path.name) for path in found}
-    return [path for path, part in parts.items() if (not part or int(part["number"]) == 1) and is_gguf(path)]
+    firsts = sorted({_first(path) for path in found if not is_for_pictures(path.name)})
+    return [*filter(is_gguf, firsts)] or firsts
+
+
+def is_for_pictures(name: str) -> bool:
+    """Whether a GGUF is no language model, but what gives one its eyes."""
+    return name.rpartition("/")[2].startswith("mmproj")
+
+
+def _first(path: Path) -> Path:
+    """The first part of the model that a file belongs to, which may be the file itself."""
+    part = _PART.fullmatch(path.name)
+    return path.with_name(f"{part['name']}-00001-of-{part['count']}{_SUFFIX}") if part else path
 
 
 def _parts(path: Path) -> tuple[Path, ...]:
@@ -91,8 +105,9 @@ def _parts(path: Path) -> tuple[Path, ...]:
         return (path,)
     count = int(part["count"])
     if int(part["number"]) != 1:
-        first = f"{part['name']}-00001-of-{part['count']}{_SUFFIX}"
-        raise CheckpointError(f"{path} is not the first part of its model; give the path of {first}")
+        raise CheckpointError(
+            f"{path} is not the first part of its model; give the path of {_first(path).name}"
+        )
     paths = tuple(
         path.with_name(f"{part['name']}-{number:05}-of-{part['count']}{_SUFFIX}")
         for number in range(1, count + 1)
