@@ -1,7 +1,6 @@
 """Slices of a model in block types: blocks as they are, cut along the columns where they end."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,36 +8,17 @@ from checkpoints import hf_config
 from gguf_files import MIXED, WIDE, gguf_config, in_hugging_faces_order, write_gguf_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ranks import run_ranks
 from reference import logits as reference_logits
+from slice_logits import logits_of_slices
 
-from tpilite.collective import Collective
 from tpilite.dtypes import block_size
 from tpilite.errors import SliceError
-from tpilite.linear.linear import Linear
-from tpilite.model.llama import Llama, Segment
-from tpilite.weights.assemble import Embedding, assemble, mapped
 from tpilite.weights.checkpoint import Checkpoint
-from tpilite.weights.partition import EMBEDDING, Partition, held, whole_blocks
+from tpilite.weights.partition import Partition, held, whole_blocks
 from tpilite.weights.slicer import ensure_slices
 from tpilite.weights.slices import Manifest, SliceFolder, node_folder
 
-IDS = np.random.default_rng(7).integers(0, 50, 12)
-
-
-def logits_of_slices(folder: Path, world_size: int) -> np.ndarray:
-    """The scores of all ranks together, each on nothing but its own slice."""
-
-    def work(collective: Collective) -> np.ndarray:
-        with SliceFolder(node_folder(folder, collective.rank)) as part, Linear(1) as linear:
-            part.verify()
-            weights = assemble(part.tensors, part.config.num_hidden_layers, mapped)
-            llama = Llama(part.config, weights, collective, linear)
-            with SliceFolder(node_folder(folder, 0)) as first:
-                rows = Embedding(first.tensors[EMBEDDING])(IDS)
-            return llama.logits(llama.forward(rows, [Segment(llama.new_cache(), len(IDS))]))
-
-    return np.concatenate(run_ranks(world_size, work), axis=1)
+IDS = list(np.random.default_rng(7).integers(0, 50, 12))
 
 
 # A head of 16 columns is half a block of 32, and no number of ranks has whole blocks of 256 of 512.
@@ -70,8 +50,8 @@ def test_slices_of_blocks_give_the_logits_of_the_whole(dtypes, changes, ratio, t
             for part in (SliceFolder(node_folder(tmp_path / "split", rank)) for rank in range(len(ratio)))
         ]
         np.testing.assert_array_equal(np.concatenate(shares), rows)
-    expected = reference_logits(hf_config(config), in_hugging_faces_order(config, values), IDS)
-    found = logits_of_slices(tmp_path / "split", len(ratio))
+    expected = reference_logits(hf_config(config), in_hugging_faces_order(config, values), np.array(IDS))
+    found = logits_of_slices(tmp_path / "split", len(ratio), IDS)
     assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
 
 

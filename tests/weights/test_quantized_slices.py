@@ -1,20 +1,25 @@
 """Slices of a model whose matrices are made into blocks on the way."""
 
 import json
+import tracemalloc
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import random_tensors, tiny_config, write_checkpoint
+import reference
+from checkpoints import hf_config, random_tensors, tiny_config, write_checkpoint
+from slice_logits import logits_of_slices
 
 from tpilite.dtypes import BLOCK_SIZES
 from tpilite.errors import CheckpointError, SliceError
 from tpilite.formats.stored import StoredTensor
 from tpilite.linear.block_types import BLOCK_TYPES
 from tpilite.linear.matrix import Blocks, as_float32
+from tpilite.quantize import recipe
 from tpilite.quantize.quantizers import quantize_rows
-from tpilite.quantize.recipe import Quantized, Recipe
+from tpilite.quantize.recipe import KINDS, Quantized, Recipe
 from tpilite.weights.checkpoint import Checkpoint
 from tpilite.weights.partition import EMBEDDING
 from tpilite.weights.slicer import ensure_slices
@@ -24,6 +29,7 @@ from tpilite.weights.slices import Manifest, SliceFolder, node_folder
 CONFIG = tiny_config(
     hidden_size=256, intermediate_size=320, num_attention_heads=8, num_key_value_heads=4, head_dim=32
 )
+IDS = list(np.random.default_rng(7).integers(0, 50, 12))
 BY_COLUMNS = ("o_proj.weight", "down_proj.weight")
 
 
@@ -67,6 +73,38 @@ def test_ranks_hold_the_blocks_of_the_whole(world_size: int, checkpoint: Checkpo
             rows = quantize_rows(name, stored, kind)
             found = np.concatenate(held[name], axis=1 if name.endswith(BY_COLUMNS) else 0)
             np.testing.assert_array_equal(found, as_float32(Blocks(kind, rows, stored.shape[1])))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_scores_are_those_of_the_weights_values(kind: str, is_tied: bool, tmp_path: Path) -> None:
+    config = replace(CONFIG, tie_word_embeddings=is_tied)
+    write_checkpoint(tmp_path / "model", config)
+    with Checkpoint(tmp_path / "model", recipe=Recipe(kind)) as checkpoint:
+        for world_size in (1, 2, 3):
+            folder = tmp_path / str(world_size)
+            ensure_slices(checkpoint, checkpoint.partition(world_size), folder)
+    with SliceFolder(node_folder(tmp_path / "1", 0)) as whole:
+        weights = {name: values(tensor) for name, tensor in whole.tensors.items()}
+    expected = reference.logits(hf_config(config), weights, np.array(IDS))
+    for world_size in (1, 2, 3):
+        found = logits_of_slices(tmp_path / str(world_size), world_size, IDS)
+        assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max(), world_size
+
+
+def test_memory_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipe, "usable_cores", lambda: 2)
+    config = tiny_config(hidden_size=512, intermediate_size=4096, vocab_size=9000)
+    write_checkpoint(tmp_path / "model", config)
+    with Checkpoint(tmp_path / "model", recipe=Recipe("q4_0")) as checkpoint:
+        assert checkpoint.fingerprint
+        tracemalloc.start()
+        try:
+            ensure_slices(checkpoint, checkpoint.partition(1), tmp_path / "split")
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    assert peak < 12e6
 
 
 def test_the_manifest_says_what_became_of_what(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from checkpoints import random_tensors, tiny_config, write_checkpoint
 
 from tpilite.config.llama import LlamaConfig, RopeScaling
 from tpilite.errors import SliceError
+from tpilite.quantize.recipe import Recipe
 from tpilite.weights.checkpoint import Checkpoint
 from tpilite.weights.partition import Partition
 from tpilite.weights.slicer import ensure_slices
@@ -35,8 +36,11 @@ def checkpoint(tmp_path: Path) -> Iterator[Checkpoint]:
         yield opened
 
 
-def model(folder: Path, **changes: Any) -> Checkpoint:
-    return Checkpoint(write_checkpoint(folder, tiny_config(**changes)))
+def model(folder: Path, recipe: Recipe | None = None, **changes: Any) -> Checkpoint:
+    return Checkpoint(write_checkpoint(folder, tiny_config(**changes)), recipe=recipe)
+
+
+as_stored_and_quantized = pytest.mark.parametrize("recipe", [None, Recipe("q8_0")], ids=["stored", "q8_0"])
 
 
 def whole_again(save_dir: Path, world_size: int) -> dict[str, Any]:
@@ -283,11 +287,15 @@ def kill_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return arm
 
 
-def test_killed_at_any_moment_the_next_start_goes_on(kill_at: Callable[[int], None], tmp_path: Path) -> None:
+@as_stored_and_quantized
+def test_killed_at_any_moment_the_next_start_goes_on(
+    recipe: Recipe | None, kill_at: Callable[[int], None], tmp_path: Path
+) -> None:
     with (
         model(tmp_path / "old", num_hidden_layers=1, vocab_size=40) as old,
-        model(tmp_path / "new", num_hidden_layers=1) as new,
+        model(tmp_path / "new", recipe, num_hidden_layers=1) as new,
     ):
+        undisturbed = ensure_slices(new, Partition.of(new.config, 2), tmp_path / "undisturbed")
         for n in itertools.count():
             kill_at(10**9)
             split = tmp_path / f"split{n}"
@@ -307,8 +315,10 @@ def test_killed_at_any_moment_the_next_start_goes_on(kill_at: Callable[[int], No
                         is_old = part.config == old.config
                     if is_old:
                         (folder / "manifest.json").unlink()
-            ensure_slices(new, Partition.of(new.config, 2), split)
-            whole_again(split, 2)
+            assert ensure_slices(new, Partition.of(new.config, 2), split) == undisturbed
+            for rank in range(2):
+                with SliceFolder(node_folder(split, rank)) as part:
+                    part.verify()
         assert n > 30
 
 
@@ -343,8 +353,11 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     ("vocab_size", "needed"),
     [(2000, "what is missing takes"), (50, "all slices take about")],  # seen at once; only while writing
 )
-def test_a_disk_that_is_too_small(vocab_size: int, needed: str, tiny_disk: Path, tmp_path: Path) -> None:
-    with model(tmp_path / "m", vocab_size=vocab_size) as checkpoint:
+@as_stored_and_quantized
+def test_a_disk_that_is_too_small(
+    recipe: Recipe | None, vocab_size: int, needed: str, tiny_disk: Path, tmp_path: Path
+) -> None:
+    with model(tmp_path / "m", recipe, vocab_size=vocab_size) as checkpoint:
         with pytest.raises(SliceError, match=rf"is full: {needed} 0\.\d\d MB, and 0\.0\d MB is free"):
             ensure_slices(checkpoint, Partition.of(checkpoint.config, 3), tiny_disk)
         assert not files_of(tiny_disk)

@@ -177,9 +177,9 @@ def run_alone(args: argparse.Namespace, files: ModelFiles, params: SamplingParam
 def run_quantized(args: argparse.Namespace, files: ModelFiles, params: SamplingParams) -> int:
     """The whole model in this process, from a slice that holds all of it in fewer bits."""
     with ExitStack() as stack:
-        whole = whole_slice(args, files, stack)
-        rank = stack.enter_context(Rank(whole.config, whole.tensors, 0, Solo(), engine_config(args)))
-        session = stack.enter_context(Session(files, whole.config, rank))
+        config, tensors = whole_slice(args, files, stack)
+        rank = stack.enter_context(Rank(config, tensors, 0, Solo(), engine_config(args)))
+        session = stack.enter_context(Session(files, config, rank))
         session.open()
         return answer_all(session, args, params)
 

@@ -2,14 +2,18 @@
 
 import argparse
 import sys
+from collections.abc import Mapping
 from contextlib import ExitStack
 
 from tpilite.cli.configs import save_dir_of
 from tpilite.cli.terminal import progress_bar
 from tpilite.cluster.splits import Split
+from tpilite.config.llama import LlamaConfig
 from tpilite.formats.model_files import ModelFiles
+from tpilite.formats.stored import StoredTensor
 from tpilite.quantize.recipe import Recipe
 from tpilite.weights.checkpoint import Checkpoint
+from tpilite.weights.partition import EMBEDDING, LM_HEAD
 from tpilite.weights.slices import SliceFolder
 
 
@@ -39,14 +43,26 @@ def split(args: argparse.Namespace, files: ModelFiles, world_size: int) -> int:
     return 0
 
 
-def whole_slice(args: argparse.Namespace, files: ModelFiles, stack: ExitStack) -> SliceFolder:
-    """The slice of the only rank there is, made where it is missing, and open until the end of `stack`."""
+def whole_slice(
+    args: argparse.Namespace, files: ModelFiles, stack: ExitStack
+) -> tuple[LlamaConfig, Mapping[str, StoredTensor]]:
+    """The slice of the only rank there is, made where it is missing, and open until the end of `stack`.
+
+    Where embedding and lm_head are one, the slice has them once.
+    """
     save_dir = save_dir_of(args, files, 1)
     with Checkpoint(files, save_dir, trust=not args.verify, recipe=recipe_of(args)) as checkpoint:
-        partition = checkpoint.partition(1)
+        config, partition = checkpoint.config, checkpoint.partition(1)
         split = stack.enter_context(
             Split.of(checkpoint, partition, save_dir, force=args.split_bin, replace=args.save_dir is None)
         )
         with progress_bar("quantizing the model") as bar:
-            split.make(checkpoint, partition, verify=args.verify, progress=bar)
-    return stack.enter_context(SliceFolder(split.node(0)))
+            split.make(
+                checkpoint,
+                partition,
+                embedding=not config.tie_word_embeddings,
+                verify=args.verify,
+                progress=bar,
+            )
+    tensors = stack.enter_context(SliceFolder(split.node(0))).tensors
+    return config, {EMBEDDING: tensors[LM_HEAD], **tensors}
