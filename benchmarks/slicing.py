@@ -1,10 +1,11 @@
 """How fast a model is sliced, against how fast the same disk copies it in the same run.
 
     python benchmarks/slicing.py [--model tinyllama-1.1b --layers 8] [--world_size 3] [--folder DIR]
+    python benchmarks/slicing.py --quantize q4_k [--world_size 1]
 
 Copy and slicing take turns. Both begin with the source out of the page cache and end when what they wrote
-is on the disk of --folder; rates are of the checkpoint's bytes. The last column is the most memory that
-slicing took, beyond what the process had before.
+is on the disk of --folder; rates are of the checkpoint's bytes. "A core" is by the processor's time, all
+threads together. The last line is the most memory that slicing took, beyond what the process had before.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from pathlib import Path
 
 from models import add_model_options, model_of
 
+from tpilite.quantize.recipe import KINDS, Recipe
 from tpilite.weights.checkpoint import Checkpoint
 from tpilite.weights.partition import Partition
 from tpilite.weights.slicer import ensure_slices
@@ -36,19 +38,27 @@ def main() -> None:
     parser.set_defaults(model="tinyllama-1.1b")
     parser.add_argument("--world_size", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where copy and slices go; default: beside the model")
+    parser.add_argument(
+        "--quantize", choices=tuple(KINDS), help="into blocks of fewer bits (as it is stored)"
+    )
     parser.add_argument("--runs", type=int, default=5)
     args = parser.parse_args()
     model = model_of(args)
     source = model / "model.safetensors"
     print(f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}")
     print(f"{model.name}: {source.stat().st_size / 1e6:.0f} MB for {args.world_size} ranks")
-    rates: dict[str, list[float]] = {"copy": [], "slice": []}
+    recipe = None if args.quantize is None else Recipe(args.quantize)
+    rates: dict[str, list[float]] = {"copy": [], "slice": [], "slice, a core": []}
     with tempfile.TemporaryDirectory(dir=args.folder or model.parent) as temporary:
         target = Path(temporary)
         for _ in range(args.runs):
             rates["copy"].append(rate_of(lambda: copy(source, target / "copy"), source, target))
-            rates["slice"].append(rate_of(lambda: cut(model, args.world_size, target), source, target))
-        peak_bytes = in_a_process_of_its_own(model, args.world_size, target)
+            before_s = time.process_time()
+            rates["slice"].append(
+                rate_of(lambda: cut(model, args.world_size, target, recipe), source, target)
+            )
+            rates["slice, a core"].append(source.stat().st_size / 1e6 / (time.process_time() - before_s))
+        peak_bytes = in_a_process_of_its_own(model, args.world_size, target, recipe)
     for name, runs in rates.items():
         print(f"{name}: {statistics.median(runs):.0f} MB/s (from {min(runs):.0f} to {max(runs):.0f})")
     ratio = statistics.median(a / b for a, b in zip(rates["slice"], rates["copy"], strict=True))
@@ -76,16 +86,16 @@ def copy(source: Path, target: Path) -> None:
         os.fsync(writer.fileno())
 
 
-def cut(model: Path, world_size: int, target: Path) -> None:
-    with Checkpoint(model) as checkpoint:
+def cut(model: Path, world_size: int, target: Path, recipe: Recipe | None) -> None:
+    with Checkpoint(model, recipe=recipe) as checkpoint:
         ensure_slices(checkpoint, Partition.of(checkpoint.config, world_size), target / "split")
 
 
-def in_a_process_of_its_own(model: Path, world_size: int, target: Path) -> int:
+def in_a_process_of_its_own(model: Path, world_size: int, target: Path, recipe: Recipe | None) -> int:
     """The memory that slicing adds to a process that does nothing else."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=report_peak, args=(theirs, model, world_size, target))
+    process = context.Process(target=report_peak, args=(theirs, model, world_size, target, recipe))
     process.start()
     peak_bytes = int(ours.recv())
     process.join()
@@ -93,10 +103,14 @@ def in_a_process_of_its_own(model: Path, world_size: int, target: Path) -> int:
 
 
 def report_peak(
-    pipe: multiprocessing.connection.Connection, model: Path, world_size: int, target: Path
+    pipe: multiprocessing.connection.Connection,
+    model: Path,
+    world_size: int,
+    target: Path,
+    recipe: Recipe | None,
 ) -> None:
     before = peak_rss_bytes()
-    cut(model, world_size, target)
+    cut(model, world_size, target, recipe)
     pipe.send(peak_rss_bytes() - before)
 
 
