@@ -30,7 +30,7 @@ _INSIDE = {
     "config": "llama hugging_face gguf generation",
     "linear": "calls packing block_types matrix products plans chunks thread_pool linear",
     "quantize": "groups quantizers recipe",
-    "model": "ops kv_cache llama",
+    "model": "ops kept kv_cache llama",
     "text": "parts added_tokens tokenizer normalizers pretokenizers decoders bpe sentencepiece_files "
     "tiktoken_files json_files gguf_vocab load templates",
     "chat": "answers spelling template_runner template_process format",

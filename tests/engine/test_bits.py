@@ -7,6 +7,7 @@ from compiled_code import by_both, needs_products, new_linear
 
 from tpilite.collective import Solo
 from tpilite.linear.calls import blas_repeats
+from tpilite.model import kept as kept_module
 from tpilite.model import llama as model_module
 from tpilite.model.llama import Llama, Segment
 from tpilite.weights.assemble import Embedding
@@ -46,14 +47,14 @@ def scores(checkpoint, maker, n_threads, window, kv_dtype):
     return found
 
 
-@pytest.mark.parametrize("kv_dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("kv_dtype", ["f32", "f16", "q8_0"])
 @pytest.mark.parametrize("maker", by_both("bits", "compiled", needs_products))
 def test_threads_and_paging_change_no_bit(checkpoint, maker, kv_dtype, monkeypatch):
     if not blas_repeats():
         pytest.skip("this BLAS does not repeat its own bits")
     monkeypatch.setattr(model_module, "_SHARED_FROM", 0)  # attention, too, is shared out to the threads
     monkeypatch.setattr(model_module, "_SCORE_BYTES", 1 << 17)
-    monkeypatch.setattr(model_module, "_WIDENED_BYTES", 1 << 15)
+    monkeypatch.setattr(kept_module, "_WIDENED_BYTES", 1 << 15)
     expected = scores(checkpoint, maker, 1, None, kv_dtype)
     for n_threads, window in ((2, None), (3, 2), (1, 2), (4, 4)):
         assert scores(checkpoint, maker, n_threads, window, kv_dtype) == expected

@@ -50,6 +50,7 @@ def model(tmp_path_factory: pytest.TempPathFactory):
     [
         (195_000_000, 2, "f32", [[0.95], [0.85], [0.01]]),
         (170_000_000, 3, "f16", [[0.6, 0.5, 0.3], [0.9]]),
+        (170_000_000, 2, "q8_0", [[0.95], [0.6, 0.5]]),
         (203_000_000, 1, "f32", [[1.0], [0.95]]),  # whose caches would like to grow beyond the room
     ],
 )

@@ -123,6 +123,14 @@ def _copy(path):
     return other
 
 
+@pytest.mark.parametrize("n", [3, 1 << 16])
+@pytest.mark.parametrize("dtype", [(np.float32, (5,)), [("scales", "<f2", (2,)), ("codes", "i1", (7,))]])
+def test_arrays_of_rows_and_of_records_are_what_numpy_makes_of_them(n, dtype):
+    found, expected = empty((2, n), np.dtype(dtype)), np.empty((2, n), dtype)
+    assert (found.shape, found.dtype, found.nbytes) == (expected.shape, expected.dtype, expected.nbytes)
+    assert found.flags.writeable
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the C library is not glibc")
 def test_large_arrays_go_back_to_the_kernel_at_once():
     size = 24 << 20  # below what glibc keeps once it is told to

@@ -1,11 +1,13 @@
-"""Attention against float64, in tiles, by threads and over float16; what it and its cache take of memory."""
+"""Attention against float64, in tiles, by threads, over what fewer bits keep; the memory of its scores."""
 
 import numpy as np
 import pytest
 from tiny_model import SMALL, Tiny, assert_close, ids_of
 
 from tpilite.linear.linear import Linear
+from tpilite.model import kept as kept_module
 from tpilite.model import llama as model_module
+from tpilite.model.kept import keep, kept_dtype, widened
 from tpilite.model.llama import attend
 
 
@@ -36,7 +38,7 @@ def test_attention_is_that_of_float64_for_any_tile(monkeypatch, tile, n_heads, n
 
 @pytest.mark.parametrize("n_cached", [1, 15, 16, 300])
 def test_attention_over_float16_is_that_over_what_was_kept(monkeypatch, n_cached):
-    monkeypatch.setattr(model_module, "_WIDENED_BYTES", 4 * 2 * 6 * 64)
+    monkeypatch.setattr(kept_module, "_WIDENED_BYTES", 4 * 2 * 6 * 64)
     rng = np.random.RandomState(7)
     q = rng.standard_normal((1, 4, 6)).astype(np.float32) * 3
     kept = rng.standard_normal((2, 2, n_cached, 6)).astype(np.float16)
@@ -54,6 +56,25 @@ def test_attention_over_float16_is_that_over_what_was_kept(monkeypatch, n_cached
     np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
+@pytest.mark.parametrize("n_rows", [1, 40])
+@pytest.mark.parametrize("n_cached", [40, 300])
+def test_attention_over_eight_bits_is_that_over_what_was_kept(monkeypatch, n_cached, n_rows):
+    """Also for the rows of the pass itself: what is attended to does not depend on where a chunk ends."""
+    monkeypatch.setattr(kept_module, "_WIDENED_BYTES", 4 * 2 * 64 * 48)
+    rng = np.random.RandomState(7)
+    q = rng.standard_normal((n_rows, 4, 64)).astype(np.float32)
+    kept = np.zeros((2, 2, n_cached), kept_dtype("q8_0", 64))
+    keep(rng.standard_normal((4, n_cached, 64)).astype(np.float32), kept.reshape(4, n_cached))
+    plain = np.empty((2, 2, n_cached, 64), np.float32)
+    for given, out in zip(kept, plain, strict=True):
+        for part, lift, values in widened(given, 64, 2):
+            out[:, part] = values * lift
+    expected, found = np.empty_like(q), np.empty_like(q)
+    attend(q, *plain, expected)
+    attend(q, *kept, found)
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
 @pytest.mark.parametrize(("n_heads", "n_kv_heads"), [(4, 4), (6, 3), (8, 2), (3, 1)])
 def test_threads_share_the_heads_of_attention(monkeypatch, n_heads, n_kv_heads):
     monkeypatch.setattr(model_module, "_SHARED_FROM", 0)
@@ -63,17 +84,32 @@ def test_threads_share_the_heads_of_attention(monkeypatch, n_heads, n_kv_heads):
         assert_close(tiny.logits(tiny.llama(linear), ids, chunk=7), tiny.reference(ids))
 
 
-def test_float16_halves_the_cache_and_costs_what_is_said():
+@pytest.mark.parametrize(("name", "n_bytes", "most"), [("f16", 8, 2e-3), ("q8_0", 6, 3e-2)])
+def test_fewer_bits_take_and_cost_what_is_said(name, n_bytes, most):
     tiny, ids = Tiny(SMALL), ids_of(40)
     caches, logits = [], []
-    for dtype in (np.float32, np.float16):
+    for dtype in ("f32", name):
         llama = tiny.llama()
         llama.kv_dtype = dtype
         caches.append(llama.new_cache())
         logits.append(tiny.logits(llama, ids, cache=caches[-1], chunk=7))
-    assert caches[1].nbytes * 2 == caches[0].nbytes
+    assert caches[1].nbytes * 4 * 4 == caches[0].nbytes * n_bytes
     error = np.abs(logits[1] - logits[0]).max() / np.abs(logits[0]).max()
-    assert 0 < error < 2e-3
+    assert 0 < error < most
+
+
+@pytest.mark.parametrize(("name", "most"), [("f16", 1e-5), ("q8_0", 1e-2)])
+def test_fewer_bits_leave_the_choice_of_tokens_as_it_was(stories, name, most):
+    """The mean KL divergence from float32's, of a trained model, whatever the chunks."""
+    ids, logits = ids_of(200, 512), []
+    for dtype, chunk in (("f32", 200), (name, 200), (name, 1)):
+        llama = stories.llama()
+        llama.kv_dtype = dtype
+        scores = stories.logits(llama, ids, chunk=chunk).astype(np.float64)
+        logits.append(scores - np.log(np.exp(scores).sum(1, keepdims=True)))
+    for found in logits[1:]:
+        divergence = (np.exp(logits[0]) * (logits[0] - found)).sum(1).mean()
+        assert 0 < divergence < most
 
 
 def test_scores_of_a_long_prompt_stay_within_their_memory(monkeypatch):

@@ -7,9 +7,10 @@ from typing import NoReturn
 
 from tpilite.cluster.config import ClusterConfig
 from tpilite.engine.compiled import why_not
-from tpilite.engine.config import KV_DTYPES, EngineConfig
+from tpilite.engine.config import EngineConfig
 from tpilite.engine.sampling import DEFAULTS
 from tpilite.errors import ConfigError
+from tpilite.model.kept import KV_DTYPES
 from tpilite.net.codecs import CODECS
 from tpilite.net.sums import ALGORITHMS
 from tpilite.quantize.recipe import KINDS
@@ -94,8 +95,8 @@ def _add_model(group: _Group) -> None:
     add(
         "--kv_dtype",
         default=EngineConfig.kv_dtype,
-        choices=tuple(KV_DTYPES),
-        help="f16 halves the memory of a long text (%(default)s)",
+        choices=KV_DTYPES,
+        help="f16 halves the memory of a long text, q8_0 takes 0.27 of it (%(default)s)",
     )
 
 

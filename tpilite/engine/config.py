@@ -2,13 +2,11 @@
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from tpilite.checks import check_whole
 from tpilite.errors import ConfigError
 from tpilite.machine import parse_size
+from tpilite.model.kept import KV_DTYPES
 
-KV_DTYPES = {"f32": np.float32, "f16": np.float16}
 MAX_ROWS = 256  # of a pass; more gain little speed and cost activations of [T, F] floats
 
 
@@ -17,7 +15,7 @@ class EngineConfig:
     """How a rank works: what it may use of its machine."""
 
     threads: int | None = None  # None: one per physical core
-    kv_dtype: str = "f32"  # or "f16": half the memory of keys and values, rounded to 11 bits
+    kv_dtype: str = "f32"  # of keys and values: one of KV_DTYPES
     memory_budget: int | str = "auto"  # bytes for the process; "auto": what is free now; "unlimited"
     memory_window: int | None = None  # at most so many blocks in memory, none of them for longer than its use
 
@@ -25,7 +23,7 @@ class EngineConfig:
         if self.threads is not None:
             check_whole("threads", self.threads, least=1)
         if self.kv_dtype not in KV_DTYPES:
-            raise ConfigError(f"kv_dtype must be {' or '.join(KV_DTYPES)}, found {self.kv_dtype!r}")
+            raise ConfigError(f"kv_dtype must be one of {', '.join(KV_DTYPES)}, found {self.kv_dtype!r}")
         if isinstance(self.memory_budget, str):
             if self.memory_budget not in ("auto", "unlimited"):
                 raise ConfigError(

@@ -11,7 +11,7 @@ from tpilite.collective import Collective, Timed
 from tpilite.config.llama import LlamaConfig
 from tpilite.dtypes import DTYPES
 from tpilite.engine.compiled import new_products
-from tpilite.engine.config import KV_DTYPES, MAX_ROWS, EngineConfig
+from tpilite.engine.config import MAX_ROWS, EngineConfig
 from tpilite.engine.runner import Runner
 from tpilite.engine.usage import Usage, disk_read_bytes
 from tpilite.formats.stored import StoredTensor
@@ -73,7 +73,7 @@ class Rank(Closing):
         self._pager.start()
         self._n_rows = 0  # of the pass before
         self._network = Timed(collective)
-        model = Llama(config, self._pager.weights, self._network, linear, KV_DTYPES[engine.kv_dtype], empty)
+        model = Llama(config, self._pager.weights, self._network, linear, engine.kv_dtype, empty)
         self._position_bytes = model.new_cache().position_bytes
         longest = self._max_positions()
         if longest is not None:  # so that no cache grows ahead beyond what there is room for

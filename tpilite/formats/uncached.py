@@ -59,7 +59,7 @@ def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
     n_bytes = math.prod(shape) * dtype.itemsize
     if n_bytes < _OWN_MEMORY_BYTES:
         return np.empty(shape, dtype)
-    return np.frombuffer(allocate(n_bytes), dtype, math.prod(shape)).reshape(shape)
+    return np.ndarray(shape, dtype, allocate(n_bytes))
 
 
 class UncachedFile:

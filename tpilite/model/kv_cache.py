@@ -1,4 +1,4 @@
-"""The keys and values of one sequence, for the heads that this rank owns, as float32 or as float16.
+"""The keys and values of one sequence, for the heads that this rank owns.
 
 Memory grows with the text, never to the model's full context at once: `reserve` makes room in steps, a
 layer at a time, so that the copy of a growing cache is one layer's and not the whole.
@@ -8,11 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tpilite.arrays import Array
+from tpilite.model.kept import Kept, keep, kept_dtype
 
-Kept = NDArray[Any]  # float32 or float16
 Empty = Callable[[tuple[int, ...], np.dtype[Any]], Kept]
 
 # Each step costs a copy of what is there; a quarter more at a time keeps that near 4 copies per position
@@ -22,10 +21,9 @@ _GROWTH = 1.25
 
 
 class KVCache:
-    """Keys and values [K, S, d] of each layer, `length` positions of them valid in every layer.
+    """Keys and values [K, S] of each layer, `length` positions of them valid in every layer.
 
-    float16 halves the memory; it rounds each number to 11 bits (a relative error of 2**-12 at most, 65504
-    at the largest). `empty` makes the arrays, as `np.empty` does.
+    `dtype` is one of `kept.KV_DTYPES`. `empty` makes the arrays, as `np.empty` does.
     """
 
     def __init__(
@@ -34,13 +32,14 @@ class KVCache:
         n_kv_heads: int,
         head_dim: int,
         max_length: int,
-        dtype: type = np.float32,
+        dtype: str = "f32",
         empty: Empty = np.empty,
     ) -> None:
         self.length = 0
         self.max_length = max_length
         self._empty = empty
-        self._keys: list[Kept] = [np.zeros((n_kv_heads, 0, head_dim), dtype) for _ in range(n_layers)]
+        self._dtype = kept_dtype(dtype, head_dim)
+        self._keys: list[Kept] = [np.zeros((n_kv_heads, 0), self._dtype) for _ in range(n_layers)]
         self._values = [keys.copy() for keys in self._keys]
 
     @property
@@ -50,7 +49,7 @@ class KVCache:
     @property
     def position_bytes(self) -> int:
         """What one position takes."""
-        return sum(layer.itemsize * layer.shape[0] * layer.shape[2] for layer in (*self._keys, *self._values))
+        return sum(self._dtype.itemsize * layer.shape[0] for layer in (*self._keys, *self._values))
 
     def bytes_for(self, n_positions: int) -> int:
         """`nbytes` once there is room for `n_positions`."""
@@ -70,20 +69,18 @@ class KVCache:
             return
         for store in (self._keys, self._values):
             for layer, old in enumerate(store):
-                n_heads, _, head_dim = old.shape
-                new = self._empty((n_heads, capacity, head_dim), old.dtype)
+                new = self._empty((len(old), capacity), self._dtype)
                 new[:, : self.length] = old[:, : self.length]
                 store[layer] = new
 
-    def append(self, layer: int, keys: Array, values: Array) -> tuple[Kept, Kept]:  # [T, K, d] -> [K, S, d]
-        """This layer's keys and values up to and with the T new positions, as views.
+    def append(self, layer: int, keys: Array, values: Array) -> tuple[Kept, Kept]:  # [T, K, d] -> [K, S]
+        """This layer's keys and values up to and with the T new positions, as they are kept: views.
 
         `length` moves on once per pass, by `advance`, when every layer has its new positions.
         """
         end = self.length + keys.shape[0]
-        with np.errstate(over="ignore"):  # what float16 cannot hold is as large as it can
-            self._keys[layer][:, self.length : end] = keys.transpose(1, 0, 2)
-            self._values[layer][:, self.length : end] = values.transpose(1, 0, 2)
+        keep(keys.transpose(1, 0, 2), self._keys[layer][:, self.length : end])
+        keep(values.transpose(1, 0, 2), self._values[layer][:, self.length : end])
         return self._keys[layer][:, :end], self._values[layer][:, :end]
 
     def advance(self, n_positions: int) -> None:

@@ -10,7 +10,7 @@ together are the two `all_reduce` of each layer.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,16 +19,14 @@ import numpy as np
 from tpilite.arrays import Array
 from tpilite.collective import Collective
 from tpilite.config.llama import LlamaConfig
-from tpilite.linear.matrix import FLOAT16_LIFT, Matrix, float16_bits
-from tpilite.model.kv_cache import Empty, Kept, KVCache
+from tpilite.linear.matrix import Matrix
+from tpilite.model.kept import Kept, widened
+from tpilite.model.kv_cache import Empty, KVCache
 from tpilite.model.ops import is_finite, rms_norm, rope_frequencies, rope_table, rotate, softmax, swiglu
 
 # Scores are [H, T, S] floats; a tile of query rows keeps them within this, so that a long prompt costs
 # no more memory than a short one.
 _SCORE_BYTES = 8 << 20
-
-# float16 keys and values are widened in pieces that stay in any second-level cache.
-_WIDENED_BYTES = 256 << 10
 
 # Fewer products or elements than this are done before other threads have woken up for them.
 _SHARED_FROM = 1 << 19
@@ -89,7 +87,7 @@ class Llama:
         weights: LlamaWeights,
         collective: Collective,
         linear: Linear,
-        kv_dtype: type = np.float32,
+        kv_dtype: str = "f32",
         kv_empty: Empty = np.empty,
     ) -> None:
         self.config = config
@@ -216,7 +214,7 @@ def attend(
     out: Array,
     scale: float | None = None,
     n_shared: int | None = None,
-) -> None:  # [T, H, d], [K, S, d] x 2 -> [T, H, d]
+) -> None:  # [T, H, d], [K, S] x 2 -> [T, H, d]
     """Causal attention of the last T of S positions, written to `out`; G query heads share a KV head.
 
     Queries times keys are multiplied by `scale`, 1 / sqrt(d) if None.
@@ -224,7 +222,7 @@ def attend(
     threads share them changes no bit.
     """
     n_rows, n_heads, d = q.shape
-    n_kv_heads, n_cached, _ = keys.shape
+    n_kv_heads, n_cached = keys.shape[:2]
     if n_heads == 0:
         return
     n_groups, n_tiled = n_heads // n_kv_heads, n_shared or n_kv_heads
@@ -237,7 +235,7 @@ def attend(
         grouped = (q[start:stop] * lifted).reshape(t, n_kv_heads, n_groups, d)
         grouped = grouped.transpose(1, 2, 0, 3).reshape(n_kv_heads, n_groups * t, d)
         scores = np.empty((n_kv_heads, n_groups * t, seen), np.float32)
-        for part, lift, k in _widened(keys[:, :seen], n_tiled):
+        for part, lift, k in widened(keys[:, :seen], d, n_tiled):
             np.matmul(grouped * lift, k.transpose(0, 2, 1), out=scores[:, :, part])
         if t > 1:
             hidden = np.arange(seen) > np.arange(seen - t, seen)[:, None]  # [t, S]
@@ -245,23 +243,8 @@ def attend(
             np.copyto(each, np.float32(-np.inf), where=hidden)
         softmax(scores)
         mixed = np.zeros((n_kv_heads, n_groups * t, d), np.float32)
-        for part, lift, v in _widened(values[:, :seen], n_tiled):
+        for part, lift, v in widened(values[:, :seen], d, n_tiled):
             mixed += (scores[:, :, part] * lift) @ v
         out[start:stop] = (
             mixed.reshape(n_kv_heads, n_groups, t, d).transpose(2, 0, 1, 3).reshape(t, n_heads, d)
         )
-
-
-def _widened(
-    kept: Kept, n_tiled: int
-) -> Iterator[tuple[slice, np.float32, Array]]:  # [K, S, d] -> slice, [K, s, d]
-    """What was kept, as float32, in parts by position that fit the cache; each times `lift` is the value."""
-    n_heads, n_cached, d = kept.shape
-    if kept.dtype == np.float32:
-        yield slice(0, n_cached), np.float32(1), kept
-        return
-    size = max(16, _WIDENED_BYTES // (4 * n_tiled * d))
-    scratch = np.empty((n_heads, min(size, n_cached), d), np.float32)
-    for start in range(0, n_cached, size):
-        part = slice(start, min(start + size, n_cached))
-        yield part, FLOAT16_LIFT, float16_bits(kept[:, part], scratch[:, : part.stop - start])
