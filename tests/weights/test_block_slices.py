@@ -1,6 +1,8 @@
 """Slices of a model in block types: blocks as they are, cut along the columns where they end."""
 
 import json
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +13,8 @@ from hypothesis import strategies as st
 from reference import logits as reference_logits
 from slice_logits import logits_of_slices
 
-from tpilite.dtypes import block_size
+from tpilite import LLM
+from tpilite.dtypes import BLOCK_SIZES, block_size
 from tpilite.errors import SliceError
 from tpilite.weights.checkpoint import Checkpoint
 from tpilite.weights.partition import Partition, held, whole_blocks
@@ -31,6 +34,8 @@ CASES = [
     ("Q4_K", WIDE, (1, 1)),
     ("Q6_K", WIDE, (1, 1, 1)),
     (MIXED, WIDE | {"tie_word_embeddings": False}, (3, 2, 1)),
+    ("Q5_K", WIDE, (1,) * 6),
+    ("Q4_K", WIDE | {"num_key_value_heads": 8}, (1,) * 7),
     ("IQ4_XS", WIDE | {"attention_bias": True, "mlp_bias": True}, (1,) * 8),
 ]
 
@@ -53,6 +58,36 @@ def test_slices_of_blocks_give_the_logits_of_the_whole(dtypes, changes, ratio, t
     expected = reference_logits(hf_config(config), in_hugging_faces_order(config, values), np.array(IDS))
     found = logits_of_slices(tmp_path / "split", len(ratio), IDS)
     assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+@st.composite
+def models(draw):
+    """A configuration, the types of its matrices, and each rank's share."""
+    dtypes = draw(st.sampled_from([*BLOCK_SIZES, MIXED]))
+    is_wide = dtypes == MIXED or block_size(dtypes).n_weights == 256
+    sizes = {
+        "num_key_value_heads": draw(st.sampled_from([1, 2, 4])),
+        "intermediate_size": draw(st.integers(1, 3 if is_wide else 9)) * (256 if is_wide else 32),
+        "num_hidden_layers": 1,
+        "rope_interleaved": draw(st.booleans()),
+    }
+    config = gguf_config(**(WIDE | sizes if is_wide else sizes))
+    return config, dtypes, draw(st.lists(st.sampled_from([1, 2, 3, 5.5]), min_size=1, max_size=8))
+
+
+@given(model=models())
+@settings(deadline=None, max_examples=30, derandomize=True)
+def test_any_type_on_any_number_of_ranks_gives_the_logits_of_one(model):
+    config, dtypes, ratio = model
+    with tempfile.TemporaryDirectory() as folder:
+        path, split = Path(folder, "x.gguf"), Path(folder, "split")
+        write_gguf_model(path, config, dtypes)
+        with Checkpoint(path) as checkpoint:
+            ensure_slices(checkpoint, checkpoint.partition(len(ratio), ratio), split)
+        with LLM(path, threads=1, memory_budget="unlimited") as llm:
+            one = llm.logits(IDS)
+        found = logits_of_slices(split, len(ratio), IDS)
+    assert np.abs(found - one).max() <= 1e-5 * np.abs(one).max()
 
 
 def test_slices_of_numbers_stay_version_1_where_the_model_is_a_llama(tmp_path):
