@@ -102,6 +102,27 @@ def scaled(blocks: Blocks, factor: float) -> Blocks:
     return Blocks(blocks.type, rows.reshape(blocks.bytes.shape), blocks.n_cols)
 
 
+def vocab_keys(**values: Any) -> dict[str, Any]:
+    """Metadata about a tokenizer, but for what is None."""
+    return {f"tokenizer.ggml.{key}": value for key, value in values.items() if value is not None}
+
+
+def vocab_of_pairs(content: Mapping[str, Any], pre: str | None, **values: Any) -> dict[str, Any]:
+    """What a converter writes of a tokenizer.json."""
+    model = content["model"]
+    added = {token["id"]: token for token in content["added_tokens"]}
+    names = {i: token for token, i in model["vocab"].items()} | {i: t["content"] for i, t in added.items()}
+    tokens = [names.get(i, f"[PAD{i}]") for i in range(max(names) + 3)]
+    types = [
+        5 if i not in names else (3 if added[i]["special"] else 4) if i in added else 1
+        for i in range(len(tokens))
+    ]
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    return vocab_keys(
+        model="gpt2", pre=pre, tokens=tokens, token_type=np.array(types, np.int32), merges=merges
+    ) | vocab_keys(**values)
+
+
 def metadata_of(config: LlamaConfig) -> dict[str, Any]:
     """What a GGUF of a model says of itself, by the names of its architecture."""
     family = family_of(config)

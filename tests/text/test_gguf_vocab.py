@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import sentencepiece
+from gguf_files import vocab_keys, vocab_of_pairs
 from tokenizer_files import FIXTURES, loaded, train, write
 
 from tpilite.errors import CheckpointError
@@ -16,6 +17,7 @@ from tpilite.text.tokenizer import Tokenizer
 
 _GOLDEN = json.loads((FIXTURES.parent / "tokenizers.json").read_text(encoding="utf-8"))
 _JSON = {case["name"]: case["tokenizer.json"] for case in _GOLDEN["cases"]}
+_LLAMA_CPP = json.loads((FIXTURES.parent / "gguf_tokens.json").read_text())
 _PATH = Path("model.gguf")
 
 
@@ -23,26 +25,6 @@ def from_gguf(path: Path, metadata: dict[str, Any], vocab_size: int) -> Tokenize
     tokenizer = gguf_vocab.from_gguf(path, metadata, vocab_size)
     assert tokenizer is not None
     return tokenizer
-
-
-def keyed(**values: Any) -> dict[str, Any]:
-    return {f"tokenizer.ggml.{key}": value for key, value in values.items() if value is not None}
-
-
-def of_pairs(content: dict[str, Any], pre: str | None, **values: Any) -> dict[str, Any]:
-    """What a converter writes of a tokenizer.json."""
-    model = content["model"]
-    added = {token["id"]: token for token in content["added_tokens"]}
-    names = {i: token for token, i in model["vocab"].items()} | {i: t["content"] for i, t in added.items()}
-    tokens = [names.get(i, f"[PAD{i}]") for i in range(max(names) + 3)]
-    types = [
-        5 if i not in names else (3 if added[i]["special"] else 4) if i in added else 1
-        for i in range(len(tokens))
-    ]
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    return keyed(
-        model="gpt2", pre=pre, tokens=tokens, token_type=np.array(types, np.int32), merges=merges
-    ) | keyed(**values)
 
 
 @pytest.mark.parametrize(
@@ -70,12 +52,21 @@ def test_pairs_split_by_each_name_give_the_ids_of_tokenizer_json(
     for token in content["added_tokens"]:  # their flags are not in a GGUF
         token.update(lstrip=False, rstrip=False, single_word=False, normalized=False)
     (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
-    right, tokenizer = loaded(tmp_path, 1000), from_gguf(_PATH, of_pairs(content, pre), 1000)
+    right, tokenizer = loaded(tmp_path, 1000), from_gguf(_PATH, vocab_of_pairs(content, pre), 1000)
     for line in _GOLDEN["lines"]:
         for allowed in (True, False):
             ids = right.encode(line, bos=False, allow_special=allowed)
             assert tokenizer.encode(line, bos=False, allow_special=allowed) == ids, line
         assert tokenizer.decode(ids) == right.decode(ids)
+
+
+@pytest.mark.parametrize("pre", _LLAMA_CPP)
+def test_names_without_a_tokenizer_json_give_the_ids_of_llama_cpp(pre: str) -> None:
+    golden = _LLAMA_CPP[pre]
+    content = _JSON[golden["family"]] | {"added_tokens": []}
+    tokenizer = from_gguf(_PATH, vocab_of_pairs(content, pre), 1000)
+    for line, ids in zip(filter(None, _GOLDEN["lines"]), golden["ids"], strict=True):
+        assert tokenizer.encode(line, bos=False, allow_special=False) == ids, line
 
 
 def of_sentencepiece(model: bytes, **values: Any) -> dict[str, Any]:
@@ -87,9 +78,9 @@ def of_sentencepiece(model: bytes, **values: Any) -> dict[str, Any]:
     ]
     pieces = [processor.id_to_piece(i) for i in ids]
     scores = np.array([processor.get_score(i) for i in ids], np.float32)
-    return keyed(
+    return vocab_keys(
         model="llama", pre="default", tokens=pieces, scores=scores, token_type=np.array(types, np.int32)
-    ) | keyed(**values)
+    ) | vocab_keys(**values)
 
 
 @pytest.mark.parametrize("prefix", [True, False, None])
@@ -113,7 +104,7 @@ def test_types_that_are_missing_leave_the_unknown_piece_as_the_file_names_it() -
 
 
 def ends(**values: Any) -> Tokenizer:
-    return from_gguf(_PATH, of_pairs(_JSON["gpt2"], "gpt-2", **values), 1000)
+    return from_gguf(_PATH, vocab_of_pairs(_JSON["gpt2"], "gpt-2", **values), 1000)
 
 
 def test_bos_and_eos_are_those_of_the_file() -> None:
@@ -125,11 +116,11 @@ def test_bos_and_eos_are_those_of_the_file() -> None:
     assert tokenizer.encode("") == [start, 0]
     assert ends(eot_token_id=start, eom_token_id=10**9).eos_ids == {start, end}
     assert not ends(bos_token_id=start).add_bos
-    assert from_gguf(_PATH, of_pairs(_JSON["llama3"], "llama-bpe", bos_token_id=start), 1000).add_bos
+    assert from_gguf(_PATH, vocab_of_pairs(_JSON["llama3"], "llama-bpe", bos_token_id=start), 1000).add_bos
 
 
 def test_a_file_that_does_not_say_how_it_splits_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    tokenizer = from_gguf(_PATH, of_pairs(_JSON["gpt2"], None), 1000)
+    tokenizer = from_gguf(_PATH, vocab_of_pairs(_JSON["gpt2"], None), 1000)
     assert "does not say how its tokenizer splits" in caplog.text
     assert tokenizer.decode(tokenizer.encode("a 1234!? b")) == "a 1234!? b"
 
@@ -165,7 +156,7 @@ def test_a_file_that_does_not_say_how_it_splits_is_warned_of(caplog: pytest.LogC
     ],
 )
 def test_damage_is_told_in_one_line(values: dict[str, Any], words: str) -> None:
-    metadata = of_pairs(_JSON["gpt2"], "gpt-2")
+    metadata = vocab_of_pairs(_JSON["gpt2"], "gpt-2")
     for key, value in values.items():
         metadata[f"tokenizer.ggml.{key}"] = value
     with pytest.raises(CheckpointError, match=words) as caught:
@@ -176,7 +167,7 @@ def test_damage_is_told_in_one_line(values: dict[str, Any], words: str) -> None:
 
 def test_a_vocabulary_smaller_than_its_ids_is_refused() -> None:
     with pytest.raises(CheckpointError, match=r"has 431 tokenizer\.ggml\.tokens, but a vocabulary of 400"):
-        from_gguf(_PATH, of_pairs(_JSON["gpt2"], "gpt-2"), 400)
+        from_gguf(_PATH, vocab_of_pairs(_JSON["gpt2"], "gpt-2"), 400)
 
 
 @pytest.mark.parametrize("metadata", [{}, {"tokenizer.ggml.model": "no_vocab"}])

@@ -5,7 +5,9 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from gguf_files import vocab_of_pairs, write_gguf
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizer_files import FIXTURES, N_BPE, derandomized, loaded, refused, write
@@ -64,6 +66,32 @@ def test_damage_never_escapes_as_anything_else(
         load_tokenizer(ModelFiles(folder), 1000)
 
 
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json"])
+def test_a_file_that_cannot_be_read_is_named(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / name).write_text("{}")
+
+    def fails(self: Path) -> bytes:
+        if self.exists():
+            raise PermissionError(13, "Permission denied")
+        raise FileNotFoundError(self)
+
+    monkeypatch.setattr(Path, "read_bytes", fails)
+    refused(tmp_path, 1000, f"{name} cannot be read: Permission denied")
+
+
+def test_a_gguf_has_its_own(tmp_path: Path) -> None:
+    content = json.loads((FIXTURES / "tokenizer.json").read_text())
+    vocab = vocab_of_pairs(content, "llama-bpe")
+    path = write_gguf(tmp_path / "x.gguf", {"w": ("F32", (1,), np.zeros(1, np.float32))}, vocab)
+    (tmp_path / "tokenizer.json").write_text("another's")
+    tokenizer = load_tokenizer(ModelFiles.find(path), 1000)
+    assert tokenizer is not None
+    assert tokenizer.n_tokens == len(vocab["tokenizer.ggml.tokens"])
+    assert tokenizer.decode(tokenizer.encode("the fox", bos=False)) == "the fox"
+
+
 def changed_json(**changes: object) -> str:
     whole = json.loads((FIXTURES / "tokenizer.json").read_text())
     for path, value in changes.items():
@@ -111,6 +139,8 @@ def template(single: list[object], special_tokens: dict[str, list[int]]) -> dict
         (changed_json(pre_tokenizer={}), "type = 'None', no text"),
         (changed_json(pre_tokenizer=split_at(r"\h")), r"'\\\\h' in a pattern, which is not supported"),
         (changed_json(pre_tokenizer=split_at("(")), "a pattern that cannot be read"),
+        (changed_json(pre_tokenizer=split_at("[a[b]--c]")), "a pattern of sets inside sets"),
+        (changed_json(pre_tokenizer={**split_at("a"), "pattern": {"Glob": "a"}}), "the pattern .*Glob"),
         (changed_json(pre_tokenizer=split_at("a", behavior="Hidden")), "behavior 'Hidden', which is not"),
         (changed_json(pre_tokenizer=split_at("a", invert=1)), "invert = '1', no true or false"),
         (changed_json(model__vocab=None), "no vocabulary"),
