@@ -174,9 +174,11 @@ class _Vocab:
         return None if value is None or value >= len(self.tokens) else self.tokens[value]
 
     def damaged(self, key: str, expected: str) -> Any:
+        """Raises `CheckpointError` for a value that is missing, or is another than expected."""
+        value = self.get(key)
+        found = f"none of {_KEY}{key}" if value is None else f"{_KEY}{key} = {str(value)[:40]!r}"
         raise CheckpointError(
-            f"{self.path} is damaged: expected {_KEY}{key} to be {expected}, found "
-            f"{str(self.get(key))[:40]!r}; download it again"
+            f"{self.path} is damaged: it has {found}; expected {expected}: download it again"
         )
 
 
