@@ -147,6 +147,8 @@ def metadata_of(config: LlamaConfig) -> dict[str, Any]:
             "residual_scale": config.residual_multiplier,
             "logit_scale": config.logits_scaling,
         }
+    if config.sliding_window is not None:
+        values["attention.sliding_window"] = config.sliding_window
     scaling = config.rope_scaling
     if scaling is not None:
         values["rope.scaling.factor"] = scaling.factor
@@ -159,11 +161,9 @@ def metadata_of(config: LlamaConfig) -> dict[str, Any]:
             "rope.scaling.yarn_beta_fast": scaling.beta_fast,
             "rope.scaling.yarn_beta_slow": scaling.beta_slow,
         }
-    return {f"{family}.{key}": value for key, value in values.items()} | {
-        "general.architecture": family,
-        "tokenizer.ggml.bos_token_id": config.bos_token_id,
-        "tokenizer.ggml.eos_token_id": config.eos_token_ids[0],
-    }
+    ends = vocab_keys(bos_token_id=config.bos_token_id, eos_token_id=next(iter(config.eos_token_ids), None))
+    named = {f"{family}.{key}": value for key, value in values.items()}
+    return {"general.architecture": family, **named, **ends}
 
 
 def _dtype_of(name: str, dtypes: Mapping[str, str]) -> str:
@@ -174,9 +174,19 @@ def in_hugging_faces_order(
     config: LlamaConfig, values: Mapping[str, NDArray[np.float32]]
 ) -> dict[str, NDArray[np.float32]]:
     """The rows of queries and keys with the pairs of rotary embedding half a head apart."""
+    return _regrouped(config, values, (config.head_dim // 2, 2))
+
+
+def in_ggufs_order(config: LlamaConfig, values: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """The rows of queries and keys with these pairs side by side, where `config` has them so."""
+    return _regrouped(config, values, (2, config.head_dim // 2))
+
+
+def _regrouped(
+    config: LlamaConfig, values: Mapping[str, NDArray[Any]], groups: tuple[int, int]
+) -> dict[str, NDArray[Any]]:
     found = dict(values)
     for name, rows in values.items():
         if config.rope_interleaved and ("q_proj" in name or "k_proj" in name):
-            pairs = rows.reshape(-1, config.head_dim // 2, 2, *rows.shape[1:])
-            found[name] = pairs.swapaxes(1, 2).reshape(rows.shape)
+            found[name] = rows.reshape(-1, *groups, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
     return found

@@ -1,16 +1,31 @@
 """A GGUF as it lies gives the logits of its weights' values."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import reference
 from checkpoints import hf_config
-from gguf_files import MIXED, WIDE, gguf_config, in_hugging_faces_order, write_gguf_model
+from gguf_files import (
+    MIXED,
+    WIDE,
+    gguf_config,
+    in_ggufs_order,
+    in_hugging_faces_order,
+    metadata_of,
+    write_gguf,
+    write_gguf_model,
+)
+from random_weights import random_tensors
+from tiny_model import FAMILIES, GOLDEN
 
 from tpilite import LLM
+from tpilite.config.hugging_face import config_from_hf
 from tpilite.config.llama import RopeScaling
 from tpilite.dtypes import BLOCK_SIZES
+from tpilite.linear.matrix import as_float32
+from tpilite.weights.gguf_tensors import gguf_name
 
 IDS = list(np.random.default_rng(7).integers(0, 50, 20))
 
@@ -57,3 +72,26 @@ def test_paging_changes_nothing(tmp_path):
     with LLM(tmp_path, threads=2, memory_window=2) as llm:
         assert_close(llm.logits(IDS), expected_logits(config, values))
         assert llm.usage.paging.streaming_bytes > 0
+
+
+# Which layers rotate, and between which indices YaRN blends, a GGUF cannot say as freely.
+_IN_GGUF = sorted(set(FAMILIES) - {"smollm3_odd", "qwen3_yarn"})
+_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+@pytest.mark.parametrize("family", _IN_GGUF)
+def test_a_sister_family_gives_the_logits_of_transformers(family, tmp_path):
+    content = json.loads((GOLDEN / family / "config.json").read_text())
+    found = np.load(GOLDEN / family / "golden.npz")
+    interleaved = content["model_type"] not in ("qwen2", "qwen3")
+    config = replace(config_from_hf(content), rope_interleaved=interleaved)
+    stored = str(found["stored"])
+    rows = in_ggufs_order(config, random_tensors(content, int(found["seed"]), stored))
+    tensors = {
+        gguf_name(name): (_DTYPES[stored], t.shape, t) if t.ndim == 2 else ("F32", t.shape, as_float32(t))
+        for name, t in rows.items()
+    }
+    write_gguf(tmp_path / "x.gguf", tensors, metadata_of(config))
+    with LLM(tmp_path / "x.gguf", threads=1, memory_budget="unlimited") as llm:
+        assert llm.config.context == config.context
+        assert_close(llm.logits(found["ids"].tolist())[found["rows"]], found["logits"])
