@@ -1,5 +1,6 @@
 """What a worker makes of what it finds: a manifest that is damaged, a port that is blocked."""
 
+import logging
 import socket
 import time
 from collections.abc import Callable
@@ -57,10 +58,12 @@ def test_a_damaged_manifest_is_fetched_again(raw: bytes, tmp_path: Path) -> None
     assert found == Manifest.read(node) == Manifest.read(tmp_path / "split" / "node_1")
 
 
+@pytest.mark.parametrize("is_refused", [True, False], ids=["refused", "dropped"])
 def test_a_blocked_file_port_is_named_once(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, is_refused: bool
 ) -> None:
     monkeypatch.setattr(worker_module, "_PATIENCE_S", 0.2)
+    caplog.set_level(logging.INFO)
     n_checks = 0
 
     def check() -> None:
@@ -73,9 +76,12 @@ def test_a_blocked_file_port_is_named_once(
         full.bind(("127.0.0.1", 0))
         full.listen(0)
         port = full.getsockname()[1]
-        with socket.create_connection(("127.0.0.1", port)), pytest.raises(GroupEnded):
-            worker(tmp_path)._fetch(membership(port, check), tmp_path / "here")
-    lines = [record.getMessage() for record in caplog.records if "--file_port" in record.getMessage()]
+        with socket.create_connection(("127.0.0.1", port)):
+            if is_refused:
+                full.close()
+            with pytest.raises(GroupEnded):
+                worker(tmp_path)._fetch(membership(port, check), tmp_path / "here")
+    lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 1
     assert f"not on port {port}" in lines[0]
     assert f"Open TCP port {port} on 127.0.0.1" in lines[0]

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from tpilite.cluster.config import ClusterConfig
-from tpilite.cluster.slice_client import SliceClient
+from tpilite.cluster.slice_client import SliceClient, Unreachable
 from tpilite.cluster.slice_protocol import etag_of, folder_path
 from tpilite.errors import PeerLost, SliceError
 from tpilite.machine import format_size
@@ -198,7 +198,11 @@ class _Fetch:
                         f"lost {self._client.name} after {self._reached_bytes} {of}bytes of "
                         f"rank {self._rank}'s slices: {lost}; start again to go on from there"
                     ) from lost
-                _log.info("%s; trying again in %.1f s", lost, delay_s)
+                # Of several in a row the first is news; where a port is blocked, the worker tells it once.
+                is_news = delay_s == _FIRST_DELAY_S and not isinstance(lost, Unreachable)
+                _log.log(
+                    logging.INFO if is_news else logging.DEBUG, "%s; trying again in %.1f s", lost, delay_s
+                )
             time.sleep(delay_s)
             delay_s = min(delay_s * 2, _MAX_DELAY_S)
 
