@@ -133,6 +133,7 @@ def test_messages_of_parts_and_of_answers_sent_back() -> None:
 TOOL = {"type": "function", "function": {"name": "f"}}
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 NO_CALL = {"function": {"name": "f", "arguments": "[]"}}
+PART = {"type": "text", "text": "Hello", "id": "1", "index": 0, "cache_control": {"type": "ephemeral"}}
 
 
 @pytest.mark.parametrize(
@@ -153,14 +154,8 @@ NO_CALL = {"function": {"name": "f", "arguments": "[]"}}
         {"max_tokens": None, "max_completion_tokens": None},
         {"messages": [{**HELLO[0], "name": "Ann", "id": "1", "cache_control": {"type": "ephemeral"}}]},
         {"messages": [{**HELLO[0], "tool_calls": [], "function_call": None, "audio": None, "refusal": None}]},
-        {
-            "messages": [
-                {
-                    "role": "user",
-                    "content": [{"type": "text", "text": "Hello", "cache_control": {"type": "ephemeral"}}],
-                }
-            ]
-        },
+        {"messages": [{"role": "user", "content": [PART]}]},
+        {"logprobs": False, "top_logprobs": 0},
     ],
 )
 def test_what_clients_send_as_a_matter_of_course_changes_nothing(fields: dict[str, Any]) -> None:

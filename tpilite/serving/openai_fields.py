@@ -7,12 +7,19 @@ from typing import Any, NoReturn
 from tpilite.checks import short
 from tpilite.serving.errors import ApiError, Json
 
-# What comes with a message and is no part of what the model reads.
+# What comes with a message, or with a part of one, and is nothing that the model reads.
 _MESSAGE_HINTS: dict[str, type] = {
     "annotations": list,
     "cache_control": dict,
     "id": str,
     "name": str,
+}
+_PART_HINTS: dict[str, type] = {
+    "annotations": list,
+    "cache_control": dict,
+    "id": str,
+    "index": int,
+    "prompt_cache_breakpoint": dict,
 }
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -178,7 +185,7 @@ def _part(value: Any, where: str) -> str:
     if kind != "text":
         refuse(where + ".type", f"({short(kind)}): this model reads text only")
     text: str = fields.need("text", str)
-    fields.finish(hints={"annotations": list, "cache_control": dict, "prompt_cache_breakpoint": dict})
+    fields.finish(hints=_PART_HINTS)
     return text
 
 

@@ -121,7 +121,7 @@ def parse_chat(body: Mapping[str, Any], defaults: SamplingParams) -> Request:
     messages = read_messages(fields.need("messages", list))
     logprobs = fields.take("logprobs", bool)
     n_top = fields.whole("top_logprobs", 0, _MAX_TOP_CHAT)
-    if n_top is not None and not logprobs:
+    if n_top and not logprobs:
         wrong("top_logprobs", "needs 'logprobs' to be true")
     either, older = fields.whole("max_completion_tokens", 1), fields.whole("max_tokens", 1)
     if either is not None and older is not None and either != older:
