@@ -48,17 +48,37 @@ INLINE Bytes moved(Bytes bytes, int n) {
     return n > 0 ? (Bytes)((Shorts)bytes >> n) : (Bytes)((Shorts)bytes << -n);
 }
 
-/* The lower halves of the 16 bytes, then the upper ones. */
-INLINE Codes halves(const uint8_t *p) {
-    Bytes bytes = load_bytes(p);
-    return (Codes){{bytes & 15, moved(bytes, 4) & 15}};
+/* Where 16 codes of four bits lie, twice: in the lower halves of 16 bytes or in the upper ones. */
+typedef struct {
+    const uint8_t *bytes[2];
+    int upper[2];
+} Nibbles;
+
+INLINE Nibbles both_halves(const uint8_t *p) { return (Nibbles){{p, p}, {0, 1}}; }
+
+INLINE Nibbles one_half(const uint8_t *p, int upper) { return (Nibbles){{p, p + 16}, {upper, upper}}; }
+
+/* Four bits of each code, of all types but Q8_0. */
+INLINE Nibbles nibbles_of(int64_t type, const uint8_t *block, int group) {
+    switch (type) {
+    case Q4_1: return both_halves(block + 4);
+    case Q5_0: return both_halves(block + 6);
+    case Q5_1: return both_halves(block + 8);
+    case Q4_K: return one_half(block + 16 + group / 2 * 32, group % 2);
+    case Q5_K: return one_half(block + 48 + group / 2 * 32, group % 2);
+    case Q6_K: return one_half(block + group / 4 * 64 + group % 2 * 32, group % 4 / 2);
+    case IQ4_XS: return both_halves(block + 8 + group * 16);
+    default: return both_halves(block + 2);
+    }
 }
 
-/* The lower halves of the 32 bytes, or the upper ones. */
-INLINE Codes one_half(const uint8_t *p, int upper) {
-    Bytes first = load_bytes(p), second = load_bytes(p + 16);
-    if (upper) first = moved(first, 4), second = moved(second, 4);
-    return (Codes){{first & 15, second & 15}};
+INLINE Codes read_nibbles(Nibbles nibbles) {
+    Codes codes;
+    for (int i = 0; i < 2; i++) {
+        Bytes bytes = load_bytes(nibbles.bytes[i]);
+        codes.half[i] = (nibbles.upper[i] ? moved(bytes, 4) : bytes) & 15;
+    }
+    return codes;
 }
 
 /* `value` in the bytes whose bits under the mask are not zero. */
@@ -80,42 +100,41 @@ INLINE Codes less(Codes codes, int n) {
     return (Codes){{codes.half[0] - (uint8_t)n, codes.half[1] - (uint8_t)n}};
 }
 
+#define IQ4_VALUES -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113
+
 INLINE Codes from_table(Codes places) {
-    const Bytes table = {(uint8_t)-127, (uint8_t)-104, (uint8_t)-83, (uint8_t)-65, (uint8_t)-49, (uint8_t)-35,
-                         (uint8_t)-22,  (uint8_t)-10,  1,            13,           25,           38,
-                         53,            69,            89,           113};
+    typedef int8_t SignedBytes __attribute__((vector_size(16)));
+    const SignedBytes table = {IQ4_VALUES};
     return (Codes){{LOOK_UP(table, places.half[0]), LOOK_UP(table, places.half[1])}};
 }
 
-INLINE Codes q5_k_codes(const uint8_t *block, int group) {
-    Codes codes = one_half(block + 48 + group / 2 * 32, group % 2);
+INLINE Codes add_fifth_bits_of_group(Codes codes, const uint8_t *bytes, int group) {
     Bytes bit = (Bytes){0} + (uint8_t)(1 << group);
-    codes.half[0] |= where(load_bytes(block + 16), bit, 16);
-    codes.half[1] |= where(load_bytes(block + 32), bit, 16);
+    for (int i = 0; i < 2; i++) codes.half[i] |= where(load_bytes(bytes + 16 * i), bit, 16);
     return codes;
 }
 
-INLINE Codes q6_k_codes(const uint8_t *block, int group) {
+/* Two bits each into places 4 and 5. */
+INLINE Codes add_upper_bits(Codes codes, const uint8_t *block, int group) {
     const uint8_t *upper = block + 128 + group / 4 * 32;
-    Codes codes = one_half(block + group / 4 * 64 + group % 2 * 32, group % 4 / 2);
-    for (int i = 0; i < 2; i++) /* two bits into places 4 and 5 */
+    for (int i = 0; i < 2; i++)
         codes.half[i] |= moved(load_bytes(upper + 16 * i), group % 4 * 2 - 4) & 48;
-    return less(codes, 32);
+    return codes;
 }
 
 /* Of the weights of a group of 32, the first of the block if it has no others. */
 INLINE Codes codes_of(int64_t type, const uint8_t *block, int group) {
+    if (type == Q8_0) return (Codes){{load_bytes(block + 2), load_bytes(block + 18)}};
+    Codes codes = read_nibbles(nibbles_of(type, block, group));
     switch (type) {
-    case Q4_0: return less(halves(block + 2), 8);
-    case Q4_1: return halves(block + 4);
-    case Q5_0: return less(add_fifth_bits(halves(block + 6), block + 2), 16);
-    case Q5_1: return add_fifth_bits(halves(block + 8), block + 4);
-    case Q8_0: return (Codes){{load_bytes(block + 2), load_bytes(block + 18)}};
-    case IQ4_NL: return from_table(halves(block + 2));
-    case Q4_K: return one_half(block + 16 + group / 2 * 32, group % 2);
-    case Q5_K: return q5_k_codes(block, group);
-    case Q6_K: return q6_k_codes(block, group);
-    default: return from_table(halves(block + 8 + group * 16)); /* IQ4_XS */
+    case Q4_0: return less(codes, 8);
+    case Q5_0: return less(add_fifth_bits(codes, block + 2), 16);
+    case Q5_1: return add_fifth_bits(codes, block + 4);
+    case Q5_K: return add_fifth_bits_of_group(codes, block + 16, group);
+    case Q6_K: return less(add_upper_bits(codes, block, group), 32);
+    case IQ4_NL:
+    case IQ4_XS: return from_table(codes);
+    default: return codes;
     }
 }
 
@@ -139,11 +158,15 @@ INLINE void multiply_bytes(Bytes bytes, float first, float last, Scales *scales)
     }
 }
 
+/* Codes of six bits: of groups 0 to 3 in bytes 4 to 7, and their minima in 8 to 11; of groups 4 to 7 four bits are in
+ * the halves of bytes 12 to 15, and the upper two in the bytes before. */
 INLINE void q4_k_scales(const uint8_t *block, Scales *scales) {
-    uint32_t first, second, both; /* four of six bits in each; groups 4 to 7 have theirs in two places */
-    memcpy(&first, block + 4, 4), memcpy(&second, block + 8, 4), memcpy(&both, block + 12, 4);
-    FourWords codes = {first & 0x3f3f3f3f, (both & 0x0f0f0f0f) | (first >> 2 & 0x30303030), second & 0x3f3f3f3f,
-                       (both >> 4 & 0x0f0f0f0f) | (second >> 2 & 0x30303030)};
+    const Bytes lower = {4, 5, 6, 7, 12, 13, 14, 15, 8, 9, 10, 11, 12, 13, 14, 15};
+    const Bytes upper = {128, 128, 128, 128, 4, 5, 6, 7, 128, 128, 128, 128, 8, 9, 10, 11}; /* 128: zero */
+    const FourWords places = {0, 0, 0, 4}, bits = {0x3f3f3f3f, 0x0f0f0f0f, 0x3f3f3f3f, 0x0f0f0f0f};
+    Bytes bytes = load_bytes(block);
+    FourWords codes = (FourWords)LOOK_UP(bytes, lower) >> places & bits;
+    codes |= (FourWords)LOOK_UP(bytes, upper) >> 2 & 0x30303030;
     multiply_bytes((Bytes)codes, half_at(block), -half_at(block + 2), scales);
 }
 
@@ -179,18 +202,47 @@ INLINE void scales_of(int64_t type, const uint8_t *block, Scales *scales) {
 
 /* ---- weights ---- */
 
+/* scale * code + minimum, if the type has one. */
+INLINE Floats scaled(int64_t type, Floats codes, const Scales *scales, int group, int half) {
+    float scale = scales->of[type == Q6_K ? 2 * group + half : group];
+    return block_type(type).has_minimum ? MULTIPLY_ADD(codes, ALL(scale), ALL(scales->of[8 + group]))
+                                        : codes * ALL(scale);
+}
+
+#if VECTOR == 64
+/* The types that have no more than 16 different codes in a group: a register holds the weights of all of them, from
+ * which one instruction takes 16. */
+INLINE int has_16_codes(int64_t type) {
+    return type == Q4_0 || type == Q4_1 || type == Q4_K || type == IQ4_NL || type == IQ4_XS;
+}
+
+INLINE void look_up_weights(int64_t type, const uint8_t *block, const Scales *scales, int group, Floats out[2]) {
+    const Floats counted = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, iq4 = {IQ4_VALUES};
+    Floats codes = type == IQ4_NL || type == IQ4_XS ? iq4 : type == Q4_0 ? counted - ALL(8) : counted;
+    Floats weights = scaled(type, codes, scales, group, 0);
+    Nibbles nibbles = nibbles_of(type, block, group);
+    for (int i = 0; i < 2; i++) {
+        __m512i places = _mm512_cvtepu8_epi32((__m128i)load_bytes(nibbles.bytes[i]));
+        if (nibbles.upper[i]) places = _mm512_srli_epi32(places, 4);
+        out[i] = (Floats)_mm512_permutexvar_ps(places, (__m512)weights); /* by the last four bits of a place */
+    }
+}
+#endif
+
 /* Those of a group of 32. Each is rounded in the same way wherever this is called. */
 INLINE void weights_of(int64_t type, const uint8_t *block, const Scales *scales, int group,
                        Floats out[32 / LANES]) {
+#if VECTOR == 64
+    if (has_16_codes(type)) {
+        look_up_weights(type, block, scales, group, out);
+        return;
+    }
+#endif
     Codes codes = codes_of(type, block, group);
     for (int i = 0; i < 2; i++) {
-        float scale = scales->of[type == Q6_K ? 2 * group + i : group];
         Floats *half = out + i * 16 / LANES;
         widen_bytes(codes.half[i], half);
-        for (int v = 0; v < 16 / LANES; v++)
-            half[v] = block_type(type).has_minimum
-                          ? MULTIPLY_ADD(half[v], ALL(scale), ALL(scales->of[8 + group]))
-                          : half[v] * ALL(scale);
+        for (int v = 0; v < 16 / LANES; v++) half[v] = scaled(type, half[v], scales, group, i);
     }
 }
 

@@ -15,10 +15,7 @@
 
 /* ---- one row of x ---- */
 
-enum {
-    ROWS_OF_BLOCKS = 4,
-    AHEAD = 1024 /* bytes: several short rows at once are more than the processor brings by itself */
-};
+enum { ROWS_OF_BLOCKS = 4 };
 
 INLINE void add_group(int64_t type, int n, const uint8_t *block[], const Scales scales[], int group, const float *x,
                       Floats sums[]) {
@@ -36,11 +33,11 @@ INLINE void block_dots_of(int64_t type, int n, const Piece *piece, int64_t i, co
     Scales scales[ROWS_OF_BLOCKS];
     Floats sums[ROWS_OF_BLOCKS] = {{0}};
     for (int r = 0; r < n; r++) block[r] = (const uint8_t *)piece->rows + (i + r) * piece->row_bytes;
+    const uint8_t *next = block[0] + n * piece->row_bytes; /* several rows at once the processor does not fetch ahead */
     for (int64_t j = 0; j < n_cols; j += size.n_weights) {
-        for (int r = 0; r < n; r++) {
-            for (int at = 0; at < size.n_bytes; at += 64) __builtin_prefetch(block[r] + AHEAD + at);
-            scales_of(type, block[r], scales + r);
-        }
+        for (int at = 0; at < n * size.n_bytes; at += 64) __builtin_prefetch(next + at);
+        next += n * size.n_bytes;
+        for (int r = 0; r < n; r++) scales_of(type, block[r], scales + r);
         add_group(type, n, block, scales, 0, x + j, sums);
         if (size.n_weights > 32) {
             add_group(type, n, block, scales, 1, x + j, sums);
