@@ -20,7 +20,7 @@ _FLOORS = [
     "config collective machine",
     "model text net quantize",
     "weights native chat",
-    "engine",
+    "engine export",
     "llm cluster serving",
     "cli __init__",
 ]
@@ -38,6 +38,7 @@ _INSIDE = {
     "http body_memory http_server members rendezvous membership",
     "weights": "partition assemble trust content gguf_tensors checkpoint disk slices slicer "
     "residency part_table loader pager",
+    "export": "architecture vocabulary gguf_file",
     "native": "bindings products exchange",
     "engine": "compiled config sampling usage sequence scheduler stats step choice runner rank engine "
     "session",

@@ -1,9 +1,12 @@
 """A small Llama for tests of the model: random weights, the fewest words for a product, float64 beside it."""
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import reference
+from checkpoints import write_tensor_file
 from random_weights import random_tensors, widened
 
 from tpilite.collective import Solo
@@ -14,6 +17,7 @@ from tpilite.model.llama import LayerWeights, Llama, LlamaWeights, Segment
 GOLDEN = Path(__file__).parent / "fixtures" / "golden"
 _SISTERS = ("mistral", "qwen", "smollm", "granite", "yarn")
 FAMILIES = sorted(path.name for path in GOLDEN.iterdir() if path.name.startswith(_SISTERS))
+_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 SMALL = {
     "model_type": "llama",
     "hidden_size": 24,
@@ -27,6 +31,18 @@ SMALL = {
     "attention_bias": True,
     "mlp_bias": True,
 }
+
+
+def write_golden(folder, case):
+    """`folder` with the model of a golden case, and what transformers computes with it."""
+    shutil.copy(GOLDEN / case / "config.json", folder)
+    found = np.load(GOLDEN / case / "golden.npz")
+    config, stored = json.loads((folder / "config.json").read_text()), str(found["stored"])
+    tensors = random_tensors(config, int(found["seed"]), stored).items()
+    write_tensor_file(
+        folder / "model.safetensors", [(name, _DTYPES[stored], t.shape, [t]) for name, t in tensors]
+    )
+    return folder, found
 
 
 def plain_linear(x, *matrices):

@@ -1,16 +1,13 @@
 """Sister families as they are used: from a folder, paged, in slices; and how long their texts get."""
 
-import json
 import logging
-import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from checkpoints import tiny_config, write_checkpoint, write_tensor_file
-from random_weights import random_tensors
+from checkpoints import tiny_config, write_checkpoint
 from ranks import run_ranks
-from tiny_model import FAMILIES, GOLDEN, assert_close
+from tiny_model import FAMILIES, assert_close, write_golden
 
 from tpilite.collective import Solo
 from tpilite.config.llama import YarnScaling
@@ -26,21 +23,11 @@ from tpilite.weights.partition import EMBEDDING, Partition
 from tpilite.weights.slicer import ensure_slices
 from tpilite.weights.slices import SliceFolder, node_folder
 
-_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def golden(request, tmp_path_factory):
     """A family's model folder, and what transformers computes with it."""
-    folder, case = tmp_path_factory.mktemp(request.param), GOLDEN / request.param
-    shutil.copy(case / "config.json", folder)
-    found = np.load(case / "golden.npz")
-    config, stored = json.loads((case / "config.json").read_text()), str(found["stored"])
-    tensors = random_tensors(config, int(found["seed"]), stored).items()
-    write_tensor_file(
-        folder / "model.safetensors", [(name, _DTYPES[stored], t.shape, [t]) for name, t in tensors]
-    )
-    return folder, found
+    return write_golden(tmp_path_factory.mktemp(request.param), request.param)
 
 
 def _paged_logits(tensors, config, embed, ids, collective):

@@ -111,10 +111,10 @@ def test_a_message_cut_anywhere_has_no_more_fields_than_before_the_cut() -> None
     ends = {0: 0, 5: 1, 8: 2, 13: 3, 15: 4}
     for length in range(16):
         if length in ends:
-            assert list(sentencepiece_files._protobuf(message[:length])) == whole[: ends[length]]
+            assert list(sentencepiece_files.protobuf(message[:length])) == whole[: ends[length]]
         else:
             with pytest.raises((ValueError, IndexError)):
-                list(sentencepiece_files._protobuf(message[:length]))
+                list(sentencepiece_files.protobuf(message[:length]))
 
 
 def test_a_sentencepiece_model_cut_anywhere_is_refused(

@@ -32,7 +32,7 @@ from tpilite.cli.hub import find_models, is_hub_name, model_name, resolve
 from tpilite.cli.local import LocalWorkers, end_with_stdin, share_of, worker_options
 from tpilite.cli.memory_report import MemoryReport, paging_columns
 from tpilite.cli.options import parse
-from tpilite.cli.slicing import recipe_of, split, whole_slice
+from tpilite.cli.slicing import export, recipe_of, split, whole_slice
 from tpilite.cli.streams import PROGRAM, set_up_streams
 from tpilite.cli.terminal import Interrupt, answer, converse, interruptible, progress_bar
 from tpilite.cluster.config import ClusterConfig
@@ -133,6 +133,8 @@ def run(args: argparse.Namespace) -> int:
     if args.model_path is None:
         raise ConfigError(_no_model())
     params, files = sampling_params(args), _files_of(args.model_path)
+    if args.export is not None:
+        return export(args, files)
     if args.split_only:
         return split(args, files, world_size)
     if world_size == 1 and args.quantize is not None:

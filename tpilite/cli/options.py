@@ -130,6 +130,12 @@ def _add_slices(group: _Group) -> None:
         choices=tuple(KINDS),
         help="slice the model into blocks of fewer bits (as it is stored)",
     )
+    add(
+        "--export",
+        type=Path,
+        metavar="FILE.gguf",
+        help="write the model as one GGUF file, with --quantize in fewer bits, and end",
+    )
     add("--split_bin", action="store_true", help="slice the model anew")
     add("--split_only", action="store_true", help="slice the model for --world_size ranks, and end")
     add("--force_download", action="store_true", help="fetch this rank's slices anew")

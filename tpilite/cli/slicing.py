@@ -9,6 +9,8 @@ from tpilite.cli.configs import save_dir_of
 from tpilite.cli.terminal import progress_bar
 from tpilite.cluster.splits import Split
 from tpilite.config.llama import LlamaConfig
+from tpilite.errors import ConfigError
+from tpilite.export.gguf_file import export_gguf
 from tpilite.formats.model_files import ModelFiles
 from tpilite.formats.stored import StoredTensor
 from tpilite.quantize.recipe import Recipe
@@ -40,6 +42,16 @@ def split(args: argparse.Namespace, files: ModelFiles, world_size: int) -> int:
     )
     for rank in range(world_size):
         print(slices.node(rank))
+    return 0
+
+
+def export(args: argparse.Namespace, files: ModelFiles) -> int:
+    """Writes the model as a GGUF file, and nothing else."""
+    if files.gguf_paths and args.quantize is None:
+        raise ConfigError(f"{files.path} is a GGUF already: give --quantize to make one of fewer bits of it")
+    with Checkpoint(files, recipe=recipe_of(args)) as checkpoint, progress_bar("writing the model") as bar:
+        export_gguf(checkpoint, args.export, bar)
+    print(args.export)
     return 0
 
 

@@ -21,10 +21,10 @@ from tpilite.errors import ConfigError
 
 # How the rows of q and k lie is what llama.cpp's `llama_model_rope_type` says: of "norm" the pairs of rotary
 # embedding are neighbours, of "neox" half a head apart, as Hugging Face has them. Mistral and Yi are a llama.
-_INTERLEAVED = {"llama": True, "qwen2": False, "qwen3": False, "smollm3": True, "granite": True}
+INTERLEAVED = {"llama": True, "qwen2": False, "qwen3": False, "smollm3": True, "granite": True}
 
 _SMOLLM3_ROPE_INTERVAL = 4  # no key says so: llama.cpp leaves out rotary embedding in every fourth layer
-_GRANITE = {
+GRANITE = {
     "embedding_multiplier": "embedding_scale",
     "attention_multiplier": "attention.scale",
     "residual_multiplier": "residual_scale",
@@ -93,10 +93,10 @@ def config_from_gguf(
     missing or changes the maths. The factors of the rotary frequencies are a tensor, and not looked at here.
     """
     architecture = metadata.get("general.architecture")
-    if not isinstance(architecture, str) or architecture not in _INTERLEAVED:
+    if not isinstance(architecture, str) or architecture not in INTERLEAVED:
         raise ConfigError(
             f"{path}: general.architecture is {short(architecture)}, which is not supported; "
-            f"expected {', '.join(_INTERLEAVED)}"
+            f"expected {', '.join(INTERLEAVED)}"
         )
     values = _Values(path, architecture, metadata)
     _check_supported(values, shapes)
@@ -126,7 +126,7 @@ def config_from_gguf(
         rms_norm_eps=values.number("attention.layer_norm_rms_epsilon"),
         rope_theta=theta,
         rope_scaling=scaling,
-        rope_interleaved=_INTERLEAVED[architecture],
+        rope_interleaved=INTERLEAVED[architecture],
         layers_without_rope=_layers_without_rope(architecture, n_layers),
         sliding_window=values.whole("attention.sliding_window", 0, least=0) or None,
         tie_word_embeddings="output.weight" not in shapes,
@@ -221,5 +221,5 @@ def _multipliers(values: _Values) -> dict[str, Any]:
     """Granite's multipliers; 0 is as if there were none, as in llama.cpp."""
     if values.architecture != "granite":
         return {}
-    found = {name: values.number_or_0(key) for name, key in _GRANITE.items()}
+    found = {name: values.number_or_0(key) for name, key in GRANITE.items()}
     return {name: number for name, number in found.items() if number != 0}

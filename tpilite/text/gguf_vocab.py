@@ -22,12 +22,12 @@ from tpilite.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-_KEY = "tokenizer.ggml."
-_NO_VOCAB = "no_vocab"  # the model of a file that is converted without one
+KEY = "tokenizer.ggml."
+NO_VOCAB = "no_vocab"  # the model of a file that is converted without one
 _MAX_NUMBER = 1e38  # of 32 bits
 
 # Types of tokens, the same numbers as in sentencepiece_model.proto.
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
 # What ends a turn in chats, beside the file's own end tokens; as special tokens only.
 _CHAT_ENDS = (
@@ -101,8 +101,9 @@ _PATTERNS: dict[tuple[str, ...], list[str]] = {
 }
 _FAMILIES = {name: names[0] for names in _PATTERNS for name in names}
 _SPLITS = {names[0]: patterns for names, patterns in _PATTERNS.items()}
+FAMILIES = tuple(_SPLITS)  # by their first names
 # Pieces that are tokens stay whole, and texts begin with BOS where the file does not say otherwise.
-_WHOLE_TOKENS = _BOS_FIRST = {"llama-bpe", "tekken"}
+WHOLE_TOKENS = _BOS_FIRST = {"llama-bpe", "tekken"}
 _COMPOSED = {"qwen2", "qwen35"}  # their own normalizer is NFC
 
 
@@ -112,17 +113,17 @@ def from_gguf(path: Path, metadata: Mapping[str, Any], vocab_size: int) -> Token
     Raises `CheckpointError` for damage, for another kind than "llama" and "gpt2", for an unknown `pre`, and
     for tokens beyond `vocab_size`.
     """
-    if metadata.get(_KEY + "model", _NO_VOCAB) == _NO_VOCAB:
+    if metadata.get(KEY + "model", NO_VOCAB) == NO_VOCAB:
         return None
     vocab = _Vocab(path, metadata)
     kind = vocab.text("model")
     if kind not in ("gpt2", "llama"):
         raise CheckpointError(
-            f"{path} has a tokenizer of the kind {kind[:40]!r} ({_KEY}model); supported are llama and gpt2"
+            f"{path} has a tokenizer of the kind {kind[:40]!r} ({KEY}model); supported are llama and gpt2"
         )
     if len(vocab.tokens) > vocab_size:
         raise CheckpointError(
-            f"{path} is damaged: it has {len(vocab.tokens)} {_KEY}tokens, but a vocabulary of {vocab_size}, "
+            f"{path} is damaged: it has {len(vocab.tokens)} {KEY}tokens, but a vocabulary of {vocab_size}, "
             "the rows of its token_embd.weight; download it again"
         )
     return _from_pairs(vocab, vocab_size) if kind == "gpt2" else _from_pieces(vocab, vocab_size)
@@ -134,10 +135,10 @@ class _Vocab:
     def __init__(self, path: Path, metadata: Mapping[str, Any]) -> None:
         self.path, self._metadata = path, metadata
         self.tokens = self.texts("tokens")
-        self.types = self.numbers("token_type", default=_NORMAL)
+        self.types = self.numbers("token_type", default=NORMAL)
 
     def get(self, key: str) -> Any:
-        return self._metadata.get(_KEY + key)
+        return self._metadata.get(KEY + key)
 
     def text(self, key: str) -> str:
         value = self.get(key)
@@ -176,7 +177,7 @@ class _Vocab:
     def damaged(self, key: str, expected: str) -> Any:
         """Raises `CheckpointError` for a value that is missing, or is another than expected."""
         value = self.get(key)
-        found = f"none of {_KEY}{key}" if value is None else f"{_KEY}{key} = {str(value)[:40]!r}"
+        found = f"none of {KEY}{key}" if value is None else f"{KEY}{key} = {str(value)[:40]!r}"
         raise CheckpointError(
             f"{self.path} is damaged: it has {found}; expected {expected}: download it again"
         )
@@ -185,9 +186,9 @@ class _Vocab:
 def _settings(vocab: _Vocab, add_bos: bool) -> TokenizerSettings:
     """What tokenizer_config.json would say: the added tokens, and which of them begin and end texts."""
     added = {
-        i: AddedToken(text, special=kind != _USER_DEFINED)
+        i: AddedToken(text, special=kind != USER_DEFINED)
         for i, (text, kind) in enumerate(zip(vocab.tokens, vocab.types, strict=True))
-        if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED) and text
+        if kind in (UNKNOWN, CONTROL, USER_DEFINED) and text
     }
     said = vocab.flag("add_bos_token")
     return TokenizerSettings(
@@ -204,22 +205,27 @@ def _settings(vocab: _Vocab, add_bos: bool) -> TokenizerSettings:
 def _from_pairs(vocab: _Vocab, vocab_size: int) -> Tokenizer:
     """The tokenizer of byte-level pairs, by way of the tokenizer.json that says the same."""
     family = _family(vocab)
-    splits = [
-        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
-        for pattern in _SPLITS[family]
-    ]
-    level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
     ids = dict(zip(vocab.tokens, range(len(vocab.tokens)), strict=True))
     if len(ids) != len(vocab.tokens):
         vocab.damaged("tokens", "different tokens")
     content = {
         "normalizer": {"type": "NFC"} if family in _COMPOSED else None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*splits, level]},
+        "pre_tokenizer": splits_of(family),
         "decoder": {"type": "ByteLevel"},
-        "model": {"vocab": ids, "merges": vocab.texts("merges"), "ignore_merges": family in _WHOLE_TOKENS},
+        "model": {"vocab": ids, "merges": vocab.texts("merges"), "ignore_merges": family in WHOLE_TOKENS},
     }
     settings = _settings(vocab, add_bos=family in _BOS_FIRST)
-    return from_json(vocab.path, content, settings, vocab_size, model_name=f"{_KEY}merges")
+    return from_json(vocab.path, content, settings, vocab_size, model_name=f"{KEY}merges")
+
+
+def splits_of(family: str) -> dict[str, Any]:
+    """How texts are split in one of the `FAMILIES`, as a tokenizer.json says it."""
+    splits = [
+        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
+        for pattern in _SPLITS[family]
+    ]
+    level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+    return {"type": "Sequence", "pretokenizers": [*splits, level]}
 
 
 def _family(vocab: _Vocab) -> str:
@@ -230,7 +236,7 @@ def _family(vocab: _Vocab) -> str:
     name = vocab.text("pre")
     if name not in _FAMILIES:
         raise CheckpointError(
-            f"{vocab.path} has a tokenizer that splits texts as {name[:40]!r} ({_KEY}pre), which is not "
+            f"{vocab.path} has a tokenizer that splits texts as {name[:40]!r} ({KEY}pre), which is not "
             f"known here; known are {', '.join(sorted(_FAMILIES))}"
         )
     return _FAMILIES[name]
@@ -243,17 +249,17 @@ def _from_pieces(vocab: _Vocab, vocab_size: int) -> Tokenizer:
         return read_model(vocab.path, model, settings, vocab_size)
     except NOT_READ:
         raise CheckpointError(
-            f"{vocab.path} is damaged: its {_KEY}tokens, scores and token_type are not a sentencepiece "
+            f"{vocab.path} is damaged: its {KEY}tokens, scores and token_type are not a sentencepiece "
             "model's, whose pieces differ; download it again"
         ) from None
 
 
 def _sentencepiece_model(vocab: _Vocab) -> bytes:
     """The model in sentencepiece's own format: sentencepiece_model.proto."""
-    types = [int(kind) if _NORMAL <= kind <= _BYTE else _NORMAL for kind in vocab.types]
-    if _UNKNOWN not in types:
+    types = [int(kind) if NORMAL <= kind <= BYTE else NORMAL for kind in vocab.types]
+    if UNKNOWN not in types:
         unknown = vocab.token("unknown_token_id")
-        types[0 if unknown is None else vocab.tokens.index(unknown)] = _UNKNOWN
+        types[0 if unknown is None else vocab.tokens.index(unknown)] = UNKNOWN
     pieces = zip(vocab.tokens, vocab.numbers("scores"), types, strict=True)
     records = []
     for text, score, kind in pieces:
@@ -262,7 +268,7 @@ def _sentencepiece_model(vocab: _Vocab) -> bytes:
         )
         records.append(_field(1, fields))
     # The trainer's settings: BPE, bytes for what is no piece.
-    trainer = _field(3, 2) + _field(35, int(_BYTE in types))
+    trainer = _field(3, 2) + _field(35, int(BYTE in types))
     prefix = vocab.flag("add_space_prefix") is not False
     rules = _field(1, b"identity") + _field(3, int(prefix)) + _field(4, 0) + _field(5, 1)
     return b"".join(records) + _field(2, trainer) + _field(3, rules)

@@ -26,23 +26,30 @@ def load_tokenizer(files: ModelFiles, vocab_size: int) -> Tokenizer | None:
     """
     if files.gguf is not None:
         return from_gguf(files.path, files.gguf, vocab_size)
-    folder = files.folder
-    settings = TokenizerSettings.from_folder(folder)
-    for path in (folder / "tokenizer.model", folder / "original" / "tokenizer.model"):
-        if path.is_file():
-            return _from_model_file(path, settings, vocab_size)
-    path = folder / "tokenizer.json"
-    return from_json(path, read_json(path), settings, vocab_size) if path.is_file() else None
+    path = tokenizer_file(files.folder)
+    if path is None:
+        return None
+    settings = TokenizerSettings.from_folder(files.folder)
+    if path.suffix == ".json":
+        return from_json(path, read_json(path), settings, vocab_size)
+    raw = read_model_file(path)
+    if tiktoken_files.is_tiktoken(raw):
+        return tiktoken_files.from_tiktoken(path, raw, settings, vocab_size)
+    return sentencepiece_files.from_sentencepiece(path, raw, settings, vocab_size)
 
 
-def _from_model_file(path: Path, settings: TokenizerSettings, vocab_size: int) -> Tokenizer:
-    """The tokenizer of a tokenizer.model, which does not say of which kind it is."""
+def tokenizer_file(folder: Path) -> Path | None:
+    """The file of a folder that holds its tokenizer; None where there is none."""
+    names = ("tokenizer.model", "original/tokenizer.model", "tokenizer.json")
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def read_model_file(path: Path) -> bytes:
+    """A tokenizer.model, which does not say of which kind it is. Raises `CheckpointError`."""
     try:
         raw = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     if raw.startswith(b"version https://git-lfs"):
         raise CheckpointError(f"{path} is only Git LFS's pointer to the tokenizer; run: git lfs pull")
-    if tiktoken_files.is_tiktoken(raw):
-        return tiktoken_files.from_tiktoken(path, raw, settings, vocab_size)
-    return sentencepiece_files.from_sentencepiece(path, raw, settings, vocab_size)
+    return raw

@@ -28,7 +28,7 @@ def from_sentencepiece(path: Path, raw: bytes, settings: TokenizerSettings, voca
 
 def read_model(path: Path, raw: bytes, settings: TokenizerSettings, vocab_size: int) -> Tokenizer:
     """The tokenizer. Raises one of `NOT_READ` where `raw` is no whole model."""
-    records, rules = _records_and_rules(raw)
+    records, rules = records_and_rules(raw)
     processor = sentencepiece.SentencePieceProcessor(model_proto=raw)
     n_pieces = processor.get_piece_size()
     check_vocabulary(path, n_pieces, vocab_size)
@@ -77,15 +77,15 @@ def read_model(path: Path, raw: bytes, settings: TokenizerSettings, vocab_size: 
     )
 
 
-def _records_and_rules(raw: bytes) -> tuple[list[bytes], dict[int, int | bytes]]:
+def records_and_rules(raw: bytes) -> tuple[list[bytes], dict[int, int | bytes]]:
     """Each piece's protobuf message, in the order of their ids, and the fields of the normalizer."""
-    fields = list(_protobuf(raw))
+    fields = list(protobuf(raw))
     records = [value for number, value in fields if number == 1 and isinstance(value, bytes)]
     normalizer = b"".join(value for number, value in fields if number == 3 and isinstance(value, bytes))
     # The trainer's settings follow the pieces: a file without them ends too early.
     if not records or all(number != 2 for number, _ in fields):
         raise ValueError("no pieces or no settings")
-    return records, dict(_protobuf(normalizer))
+    return records, dict(protobuf(normalizer))
 
 
 def _special_ids(
@@ -94,7 +94,7 @@ def _special_ids(
     """The ids of control pieces, and of those that the model's maker defined as markup."""
     for token_id, piece in enumerate(pieces):
         if processor.is_control(token_id) or (
-            MARKUP.fullmatch(piece) and dict(_protobuf(records[token_id])).get(3) == _USER_DEFINED
+            MARKUP.fullmatch(piece) and dict(protobuf(records[token_id])).get(3) == _USER_DEFINED
         ):
             yield token_id
 
@@ -119,7 +119,7 @@ def _edited(raw: bytes, control: set[int], add_prefix: bool = True) -> bytes:
     """
     model = bytearray()
     token_id = 0
-    for number, value in _protobuf(raw):
+    for number, value in protobuf(raw):
         if not isinstance(value, bytes):
             raise ValueError(f"field {number} is no message")
         if number == 1:
@@ -140,7 +140,7 @@ def _varint(value: int) -> bytes:
     return bytes([*out, value])
 
 
-def _protobuf(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+def protobuf(message: bytes) -> Iterator[tuple[int, int | bytes]]:
     """The fields of a protobuf message, as number and value: an int for a varint, else the bytes.
 
     Raises `ValueError` or `IndexError` where the bytes are no such message.

@@ -50,7 +50,7 @@ def is_tiktoken(raw: bytes) -> bool:
 
 def from_tiktoken(path: Path, raw: bytes, settings: TokenizerSettings, vocab_size: int) -> Tokenizer:
     """The tokenizer of a tokenizer.model of BPE ranks, its special tokens named as Llama 3 was published."""
-    ranks = _read_ranks(path, raw)
+    ranks = read_ranks(path, raw)
     n = len(ranks)
     published = {n + i: name for i, name in _SPECIALS.items()}
     reserved = (i for i in range(n, n + _N_SPECIALS) if i not in published)
@@ -83,7 +83,7 @@ def from_tiktoken(path: Path, raw: bytes, settings: TokenizerSettings, vocab_siz
     )
 
 
-def _read_ranks(path: Path, raw: bytes) -> dict[bytes, int]:
+def read_ranks(path: Path, raw: bytes) -> dict[bytes, int]:
     """The BPE ranks of a tiktoken file: lines of a token in base64 and its rank, counted from 0."""
     columns = raw.split()
     try:

@@ -10,9 +10,10 @@ from tpilite.text.added_tokens import NameFinder, TokenNames
 class Tokenizer:
     """Text to ids and back, for one model.
 
-    `specials` holds the tokens that text never becomes unless `allow_special` asks for it, and that decoded
-    text does not show. `add_bos` and `add_eos` say whether the model's prompts begin with BOS and end with
-    EOS. `eos_id` is the token that the model's templates call EOS, one of `eos_ids`.
+    `added` are the tokens that are matched by name, `specials` those of them that text never becomes unless
+    `allow_special` asks for it, and that decoded text does not show. `add_bos` and `add_eos` say whether the
+    model's prompts begin with BOS and end with EOS. `eos_id` is the token that the model's templates call
+    EOS, one of `eos_ids`.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class Tokenizer:
         is_lossless: bool = True,  # the tokens of a text hold all of its bytes
     ) -> None:
         self.specials: Mapping[str, int] = names.specials
+        self.added = names.by_id
         self.bos_id = bos
         self.eos_id = eos
         self.eos_ids = frozenset([*more_eos] if eos is None else [eos, *more_eos])

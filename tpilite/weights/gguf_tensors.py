@@ -27,7 +27,7 @@ _LAYER_NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-_DIVISORS = "rope_freqs.weight"
+DIVISORS = "rope_freqs.weight"
 _OF_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
 
 
@@ -59,12 +59,12 @@ def config_of(parts: Sequence[GgufFile], stored: Mapping[str, StoredTensor]) -> 
     """
     shapes = {name: tensor.shape for name, tensor in stored.items()}
     config = config_from_gguf(parts[0].path, parts[0].metadata, shapes)
-    divisors = stored.get(_DIVISORS)
+    divisors = stored.get(DIVISORS)
     if divisors is None:
         return config
     if divisors.dtype != "F32" or divisors.shape != (config.head_dim // 2,):
         raise CheckpointError(
-            f"{divisors.file.path}: {_DIVISORS} is {divisors.dtype} of shape {list(divisors.shape)}; "
+            f"{divisors.file.path}: {DIVISORS} is {divisors.dtype} of shape {list(divisors.shape)}; "
             f"expected F32, one for each of {config.head_dim // 2} rotary frequencies"
         )
     return replace(config, rope_divisors=tuple(divisors.array().tolist()))
