@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+_LONG_S = 1200  # only a deadlock takes so long, on an emulated processor too
+
 
 def built(tmp_path, source, main, compiler, *options):
     """The program of `main`, a file beside this one; skips where compiler or sanitizer are missing."""
@@ -21,6 +23,6 @@ def built(tmp_path, source, main, compiler, *options):
 
 
 def assert_prints(expected, *command):
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=_LONG_S, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout == expected
