@@ -146,9 +146,9 @@ class _Answer:
     """A request's deltas as OpenAI's chunks or as one response."""
 
     def __init__(self, service: Service, request: Request, info: ResponseInfo, syntax: AnswerSyntax) -> None:
-        self._service, self._info = service, info
+        self._texts, self._info = service.texts, info
         n_choices = request.n * max(1, len(request.prompts))
-        prompts = [service.decode(p) for p in request.prompts] if request.echo else []
+        prompts = [service.texts.decode(p) for p in request.prompts] if request.echo else []
         self._echoes = [prompts[i // request.n] if prompts else "" for i in range(n_choices)]
         self._thinks = syntax.thinking is not None
         self._readers = [AnswerReader(syntax) for _ in range(n_choices)]
@@ -235,10 +235,8 @@ class _Answer:
         if self.request.params.logprobs is None:
             return None
         if self.request.is_chat:
-            return openai.chat_logprobs(logprobs, self._service.token)
-        found, self._offsets[index] = openai.text_logprobs(
-            logprobs, self._service.token, self._offsets[index]
-        )
+            return openai.chat_logprobs(logprobs, self._texts.token)
+        found, self._offsets[index] = openai.text_logprobs(logprobs, self._texts.token, self._offsets[index])
         return found
 
 

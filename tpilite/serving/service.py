@@ -51,17 +51,10 @@ class Recovery:
             self.waiting_for = None
 
 
-class Service(Closing):
-    """Serves a session's engine to many threads; closed by `with`.
+class TokenTexts:
+    """What a session's tokens read as; nothing where it has no tokenizer."""
 
-    `max_waiting` requests may wait beside the one that is served. `recovery` is the one that the session's
-    engine was given.
-    """
-
-    def __init__(self, session: Session, *, max_waiting: int = 64, recovery: Recovery | None = None) -> None:
-        self.session = session
-        self._max_waiting = max_waiting
-        self._recovery = recovery
+    def __init__(self, session: Session) -> None:
         self._tokenizer: Tokenizer | None
         try:
             self._tokenizer = session.tokenizer
@@ -70,19 +63,6 @@ class Service(Closing):
         self._names = (
             {} if self._tokenizer is None else {i: name for name, i in self._tokenizer.specials.items()}
         )
-        self._changed = threading.Condition()
-        # All below is guarded by it; the engine and what belongs to its passes by its thread alone.
-        self._inbox: list[Job] = []
-        self._unwanted: list[Job] = []
-        self._open: dict[Job, None] = {}  # as an ordered set
-        self._stopping = self._closing = False
-        self._failure: TpiliteError | None = None
-        self._figures = Figures()
-        self._thread = threading.Thread(target=self._run, name="tpilite-engine", daemon=True)
-
-    def start(self) -> None:
-        """Begins to serve."""
-        self._thread.start()
 
     def token(self, token_id: int) -> tuple[str, bytes | None]:
         """What a token reads as, and its bytes where it stands for any."""
@@ -96,6 +76,33 @@ class Service(Closing):
         if isinstance(prompt, str):
             return prompt
         return "" if self._tokenizer is None else self._tokenizer.decode(prompt)
+
+
+class Service(Closing):
+    """Serves a session's engine to many threads; closed by `with`. `texts` tells what its tokens read as.
+
+    `max_waiting` requests may wait beside the one that is served. `recovery` is the one that the session's
+    engine was given.
+    """
+
+    def __init__(self, session: Session, *, max_waiting: int = 64, recovery: Recovery | None = None) -> None:
+        self.session = session
+        self._max_waiting = max_waiting
+        self._recovery = recovery
+        self.texts = TokenTexts(session)
+        self._changed = threading.Condition()
+        # All below is guarded by it; the engine and what belongs to its passes by its thread alone.
+        self._inbox: list[Job] = []
+        self._unwanted: list[Job] = []
+        self._open: dict[Job, None] = {}  # as an ordered set
+        self._stopping = self._closing = False
+        self._failure: TpiliteError | None = None
+        self._figures = Figures()
+        self._thread = threading.Thread(target=self._run, name="tpilite-engine", daemon=True)
+
+    def start(self) -> None:
+        """Begins to serve."""
+        self._thread.start()
 
     def chat(
         self,
