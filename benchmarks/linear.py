@@ -2,6 +2,8 @@
 
     python benchmarks/linear.py --dtypes bf16,f16,f32 --rows 1,4,16,128,512 --threads 1,2
 
+Beside these three, of which one must come first, there are `packed` (bfloat16 in twelve bits) and the block
+types, by their names.
 One sample is one call: the matrices of a layer of the model's shape that share an x (q, k, v; o; gate, up;
 down), of random weights. Several layers take turns, so that no cache holds them, and so do the cases. A rate
 is that of a layer whose calls take the median of their samples each, or the quartiles.
@@ -15,6 +17,7 @@ disturbed one stands for them.
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
@@ -28,21 +31,24 @@ from typing import Any
 
 import numpy as np
 from models import PRESETS
-from numpy.typing import NDArray
 
 from tpilite.config.llama import LlamaConfig
 from tpilite.engine.compiled import new_products
+from tpilite.linear.block_types import BLOCK_TYPES, BlockType
 from tpilite.linear.linear import Linear
-from tpilite.linear.matrix import Matrix
+from tpilite.linear.matrix import Blocks, Matrix, Weights
+from tpilite.linear.packing import pack, packed_bytes
 from tpilite.linear.plans import KERNELS
 from tpilite.machine import limit_blas_threads
 
 N_LAYERS = 4
 MAX_WAIT = 0.03
 SGEMM_ROWS = 16
-BYTES = {"bf16": 2, "f16": 2, "f32": 4}
+BYTES = {"bf16": 2, "f16": 2, "f32": 4, "packed": 1.5} | {
+    name: kind.n_bytes / kind.n_weights for name, kind in BLOCK_TYPES.items()
+}
 
-Layer = list[list[NDArray[Any]]]  # matrices that share one x
+Layer = list[list[Weights]]  # matrices that share one x
 
 
 @dataclass
@@ -92,7 +98,7 @@ def main() -> None:
     }
     print(", ".join(f"{name} {value}" for name, value in conditions.items()))
     layers = {dtype: random_layers(PRESETS[args.model], dtype) for dtype in args.dtypes.split(",")}
-    sizes = [sum(w.size for w in group) for group in next(iter(layers.values()))[0]]
+    sizes = [sum(math.prod(w.shape) for w in group) for group in next(iter(layers.values()))[0]]
     with TemporaryDirectory() as folder:
         cases = make_cases(args, layers, Path(folder) / "linear.json")
         sample(cases, len(sizes), args.seconds)
@@ -110,13 +116,28 @@ def random_layers(config: LlamaConfig, dtype: str) -> list[Layer]:
     n_q, n_kv = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
     shapes = [[(n_q, d), (n_kv, d), (n_kv, d)], [(d, n_q)], [(f, d), (f, d)], [(d, f)]]
 
-    def weights(shape: tuple[int, int]) -> NDArray[Any]:
+    def weights(shape: tuple[int, int]) -> Weights:
+        if dtype in BLOCK_TYPES:
+            return random_blocks(rng, BLOCK_TYPES[dtype], shape)
         w = np.resize(rng.standard_normal(100_003, np.float32) * np.float32(0.02), shape)
-        if dtype == "bf16":
-            return w.view(np.uint16)[:, 1::2].copy()
+        if dtype in ("bf16", "packed"):
+            rows = w.view(np.uint16)[:, 1::2].copy()
+            packed = pack(rows, bytearray(packed_bytes(*shape))) if dtype == "packed" else rows
+            assert packed is not None
+            return packed
         return w.astype({"f16": np.float16, "f32": np.float32}[dtype])
 
     return [[[weights(shape) for shape in group] for group in shapes] for _ in range(N_LAYERS)]
+
+
+def random_blocks(rng: np.random.Generator, kind: BlockType, shape: tuple[int, int]) -> Blocks:
+    """Blocks of any codes, whose scales are not so random that sums become infinite."""
+    n_rows, n_cols = shape
+    few = rng.integers(0, 256, (1009, kind.n_bytes), np.uint8)
+    weights = kind.dequantize(few)
+    few = few[(np.abs(weights) < 1).all(axis=1)]
+    blocks = np.resize(few, (n_rows, n_cols // kind.n_weights * kind.n_bytes))
+    return Blocks(kind, blocks, n_cols)
 
 
 def make_cases(args: argparse.Namespace, layers: dict[str, list[Layer]], cache: Path) -> list[Case]:
@@ -139,6 +160,7 @@ def make_cases(args: argparse.Namespace, layers: dict[str, list[Layer]], cache: 
 def reading(threads: Linear, layers: list[Layer]) -> Callable[[int, int], object]:
     def run(layer: int, group: int) -> None:
         for w in layers[layer][group]:
+            assert isinstance(w, np.ndarray)
             words = w.reshape(-1).view(np.uint64)
             threads.share(
                 len(words), lambda start, stop, words=words: np.bitwise_or.reduce(words[start:stop])
@@ -155,7 +177,7 @@ def multiplying(threads: Linear, layer: Layer, n_rows: int) -> Callable[[int, in
     def run(_: int, group: int) -> None:
         for w in wide[group]:
             a, y = x[w.shape[1]], out[w.shape[0]]
-            threads.share(len(w), lambda i, j, a=a, w=w, y=y: np.matmul(a, w[i:j].T, out=y[:, i:j]))
+            threads.share(w.shape[0], lambda i, j, a=a, w=w, y=y: np.matmul(a, w[i:j].T, out=y[:, i:j]))
 
     return run
 
