@@ -8,7 +8,7 @@ demo: .venv/installed
 	$(BIN)/tpilite-node --local 2 --model_path fable --prompt "Once upon a time" --temperature 0 --echo
 
 chat: .venv/installed $(CHAT_MODEL)
-	$(BIN)/tpilite-node --local 2 --model_path $(CHAT_MODEL) --temperature 0.2
+	$(BIN)/tpilite-node --local 2 --model_path $(CHAT_MODEL) --chat --temperature 0 --repetition_penalty 1.1
 
 test: .venv/tested
 	$(BIN)/python -m pytest

@@ -33,7 +33,7 @@ def test_models_are_found_in_the_cache_and_here(tmp_path: Path) -> None:
     main = write_checkpoint(repository / "snapshots" / "bbb", tiny_config())
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("bbb")
-    write_checkpoint(here / "mine", tiny_config())
+    write_checkpoint(here / "mine", tiny_config(qkv_bias=True))
     (here / "empty").mkdir()
     other = write_checkpoint(here / "bert", tiny_config())
     (other / "config.json").write_text('{"model_type": "bert"}')

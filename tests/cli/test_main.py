@@ -88,7 +88,10 @@ def test_statistics_as_json(tmp_path: Path) -> None:
         (["--model_path", "fable", "--prompt", "x", "--threads", "0"], "threads must be"),
         (["--model_path", "fable", "--prompt", "x " * 5000], "does not fit the model's context"),
         (["--model_path", "fable", "--prompt", "x", "--use_gpu"], "--use_gpu"),
-        (["--model_path", "fable", "--prompt", "x", "--model_type", "bert"], "bert is not supported"),
+        (
+            ["--model_path", "fable", "--prompt", "x", "--model_type", "bert"],
+            "bert is not supported; expected llama, mistral, qwen2",
+        ),
         (["--model_path", "fable", "--prompt", "x", "--chat"], "not a chat model"),
         (["--model_path", "fable", "--prompt", "x", "--seed", "-1"], "seed must be"),
         (["--model_path", "fable", "--prompt", "x", "--length", "few"], "--length"),

@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+from tpilite.config.hugging_face import MODEL_TYPES
 from tpilite.errors import ConfigError
 from tpilite.formats.gguf import is_gguf
 from tpilite.formats.model_files import ModelFiles, ggufs_in, is_for_pictures
@@ -35,13 +36,13 @@ def find_models(current: Path | None = None, cache: Path | None = None) -> dict[
     """The models in Hugging Face's cache, in the current folder and in the folders of it, by name."""
     current = current or _current_folder()
     folders = (current, *_folders(current))
-    here = [*filter(_is_llama, folders), *filter(is_gguf, itertools.chain(*map(ggufs_in, folders)))]
+    here = [*filter(_is_model, folders), *filter(is_gguf, itertools.chain(*map(ggufs_in, folders)))]
     found = {path.resolve(): (str(path.relative_to(current)), path) for path in here}
     # Other than a Path's, this one leaves the name as it is for a user without a home.
     for repository in _folders(cache or Path(os.path.expanduser(_CACHE))):
         if repository.name.startswith("models--"):
             snapshots = _snapshots(repository)
-            folder = next(filter(_is_llama, snapshots), None)
+            folder = next(filter(_is_model, snapshots), None)
             if folder is not None:
                 found.setdefault(folder.resolve(), (model_name(folder), folder))
             for path in _ggufs_below(snapshots[0]) if snapshots else ():
@@ -153,10 +154,10 @@ def _snapshots(repository: Path) -> list[Path]:
     return sorted(folders, key=lambda folder: (folder.name != main, -folder.stat().st_mtime))
 
 
-def _is_llama(folder: Path) -> bool:
+def _is_model(folder: Path) -> bool:
     try:
         config = json.loads((folder / "config.json").read_bytes())
         has_weights = any(folder.glob("*.safetensors"))
     except (OSError, ValueError, RecursionError):
         return False
-    return isinstance(config, dict) and config.get("model_type") == "llama" and has_weights
+    return isinstance(config, dict) and config.get("model_type") in MODEL_TYPES and has_weights

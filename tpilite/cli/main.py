@@ -39,6 +39,7 @@ from tpilite.cluster.config import ClusterConfig
 from tpilite.cluster.host import Host, own_address
 from tpilite.cluster.worker import Worker, WorkerOptions
 from tpilite.collective import Solo
+from tpilite.config.hugging_face import MODEL_TYPES
 from tpilite.engine.config import EngineConfig
 from tpilite.engine.rank import Rank
 from tpilite.engine.sampling import SamplingParams, taken_from
@@ -123,8 +124,11 @@ def run(args: argparse.Namespace) -> int:
     """Does what the options ask for: a worker's part, rank 0's, or all of it on this machine."""
     if args.use_gpu:
         raise ConfigError("--use_gpu: tpilite computes on the CPU only; run without it")
-    if args.model_type not in (None, "llama"):
-        raise ConfigError(f"--model_type {args.model_type} is not supported; expected llama")
+    if args.model_type not in (None, *MODEL_TYPES):
+        raise ConfigError(
+            f"--model_type {args.model_type} is not supported; expected {', '.join(MODEL_TYPES)}, or none, "
+            "as the model's files say it"
+        )
     if args.clean:
         return clean(args, _local_files(args))
     rank, world_size = rank_of(args), world_size_of(args)

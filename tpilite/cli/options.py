@@ -81,7 +81,7 @@ def _add_model(group: _Group) -> None:
         metavar="PATH",
         help="a model's Hugging Face folder or GGUF file, its name on the Hub, or 'fable', which ships",
     )
-    add("--model_type", metavar="TYPE", help="llama, the only type there is")
+    add("--model_type", metavar="TYPE", help="not needed: a model's files say it")
     add("--use_gpu", action="store_true", help="refused: tpilite computes on the CPU")
     add("--threads", type=int, metavar="N", help="threads to compute with (physical cores within the quota)")
     add(

@@ -82,12 +82,13 @@ _FAMILIES = {
         reads=("attention_bias", "mlp_bias", *MULTIPLIERS), left_out={"attention_multiplier": 1.0}
     ),
 }
+MODEL_TYPES = tuple(_FAMILIES)
 _ALL_READ = ("max_position_embeddings", "rms_norm_eps", "tie_word_embeddings")
 
 # Keys of config.json that change the forward pass in ways that `model` does not compute, with the
 # values that leave it as it is. Everything else unknown is about training, caching or other software.
 _ONLY_SUPPORTED: dict[str, tuple[Any, ...]] = {
-    "model_type": tuple(_FAMILIES),
+    "model_type": MODEL_TYPES,
     "hidden_act": ("silu", "swish", None),
     "quantization_config": (None,),
     "partial_rotary_factor": (1, None),
