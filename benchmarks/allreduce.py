@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument(
         "--algorithms", default="star", help=f"of {', '.join(_ALGORITHMS)}; separated by commas"
     )
-    parser.add_argument("--payload", default="f32", choices=("f32", "f16", "bf16"))
+    parser.add_argument("--payload", default="f32", choices=tuple(CODECS))
     parser.add_argument("--delay_ms", type=float, default=0.0, help="one way, over wires")
     parser.add_argument("--rate_mbit", type=float, default=0.0, help="of each rank's wire")
     parser.add_argument("--protect", action="store_true", help="with a tag behind each frame")
@@ -113,7 +113,7 @@ def main() -> None:
             cluster = stack.enter_context(Cluster(n_ranks, args.payload, args.protect, delay_s, wires))
             for algorithm, kib in itertools.product(args.algorithms.split(","), kibs):
                 times_s, in_a_row_s, late_s, used = cluster.measure(algorithm, kib << 10, args.seconds)
-                n_bytes = (kib << 10) // (1 if args.payload == "f32" else 2)
+                n_bytes = sent_bytes(args.payload, kib << 8)
                 bounds = bounds_s(n_ranks, n_bytes, latency_s, per_byte_s)
                 bound_s = (
                     min(bounds.values()) if algorithm == "auto" else bounds[algorithm.removeprefix("plain-")]
@@ -248,7 +248,7 @@ def prepare(group: Group, algorithm: str) -> Callable[[Any], Any]:
     parts, rounds = (group.world_size, 2) if exchange == "scatter" else (1, 1)
 
     def exchange_all(x: Any) -> None:
-        part = memoryview(x).cast("B")[: x.size * CODECS[group.payload].dtype.itemsize // parts]
+        part = memoryview(x).cast("B")[: sent_bytes(group.payload, x.size) // parts]
         for _ in range(rounds):
             for sock in socks:
                 sock.sendall(part)
@@ -256,6 +256,12 @@ def prepare(group: Group, algorithm: str) -> Callable[[Any], Any]:
                 sock.recv_into(part, 0, socket.MSG_WAITALL)
 
     return exchange_all
+
+
+def sent_bytes(payload: str, n: int) -> int:
+    """What `n` numbers take on the wire."""
+    codec = CODECS[payload](1, n)
+    return codec.width * codec.dtype.itemsize
 
 
 def sums(sum_up: Callable[[Any], Any], n: int, starts: list[float]) -> tuple[Any, Any]:

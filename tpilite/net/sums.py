@@ -149,9 +149,10 @@ class ScatterSum(Sum):
             self.padded[: x.size] = x
         rows = (self.padded if self.padded.size else x).reshape(self.world_size, -1)
         codec.narrow(rows, self.chunks)
-        np.copyto(self.parts[rank], self.chunks[rank])
         self.scatter()
-        sum_in_rank_order(codec.widen(self.parts), rows[rank])  # which has been sent
+        parts = codec.widen(self.parts)
+        np.copyto(parts[rank], rows[rank])  # nobody else sums this chunk: its own part needs no rounding
+        sum_in_rank_order(parts, rows[rank])
         codec.narrow(rows[rank], self.chunks[rank])
         self.gather()
         np.copyto(rows, codec.widen(self.chunks))
