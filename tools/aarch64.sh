@@ -10,9 +10,9 @@ set -euo pipefail
 
 # What TPILITE_NATIVE concerns runs without compiled code first. The rest does the same with and without: it tests
 # NumPy's products, the compiled ones or both by themselves.
-OF_ENGINES=(tests/engine/test_bits.py tests/engine/test_engine.py tests/engine/test_families.py
-    tests/engine/test_gguf_models.py)
-OTHERS=(tests/linear tests/native tests/model tests/net/test_group.py tests/weights/test_pager.py)
+OF_ENGINES=(tests/engine/test_engine.py tests/engine/test_families.py tests/engine/test_gguf_models.py)
+OTHERS=(tests/linear tests/native tests/model tests/net/test_group.py tests/weights/test_pager.py
+    tests/engine/test_bits.py)
 
 # Debian's arm64 Python, the wheels for it, and `python`, which starts it.
 prepare() {
