@@ -24,8 +24,10 @@ from tpilite import LLM
 from tpilite.config.hugging_face import config_from_hf
 from tpilite.config.llama import RopeScaling
 from tpilite.dtypes import BLOCK_SIZES
+from tpilite.errors import CheckpointError
 from tpilite.linear.matrix import as_float32
 from tpilite.weights.gguf_tensors import gguf_name
+from tpilite.weights.partition import LM_HEAD
 
 IDS = list(np.random.default_rng(7).integers(0, 50, 20))
 
@@ -72,6 +74,28 @@ def test_paging_changes_nothing(tmp_path):
     with LLM(tmp_path, threads=2, memory_window=2) as llm:
         assert_close(llm.logits(IDS), expected_logits(config, values))
         assert llm.usage.paging.streaming_bytes > 0
+
+
+def test_a_model_in_parts_is_that_of_one_file(tmp_path):
+    config = gguf_config()
+    values = write_gguf_model(tmp_path / "whole.gguf", config, "F32")
+    (tmp_path / "parts").mkdir()
+    first = tmp_path / "parts" / "x-00001-of-00003.gguf"
+    tensors = [
+        (gguf_name(name), ("F32", rows.shape, rows)) for name, rows in values.items() if name != LM_HEAD
+    ]
+    for number in range(3):
+        path = first.with_name(f"x-{number + 1:05}-of-00003.gguf")
+        said = {"split.no": number, "split.count": 3}
+        write_gguf(path, dict(tensors[number::3]), said | (metadata_of(config) if number == 0 else {}))
+    expected = expected_logits(config, values)
+    for path in (first, first.parent):
+        with LLM(path, threads=1, memory_budget="unlimited") as llm:
+            assert_close(llm.logits(IDS), expected)
+    write_gguf(tmp_path / "parts" / "y-00001-of-00002.gguf", dict(tensors), metadata_of(config))
+    write_gguf(tmp_path / "parts" / "y-00002-of-00002.gguf", dict(tensors[:1]), {})
+    with pytest.raises(CheckpointError, match=r"both hold 'token_embd\.weight'; download"):
+        LLM(tmp_path / "parts" / "y-00001-of-00002.gguf")
 
 
 # Which layers rotate, and between which indices YaRN blends, a GGUF cannot say as freely.

@@ -73,6 +73,40 @@ def test_parts_are_found_from_the_first(tmp_path: Path) -> None:
         ModelFiles.find(tmp_path)
 
 
+@pytest.mark.parametrize("numbers", [(0, 1), None])
+def test_parts_are_opened_together(tmp_path: Path, numbers: tuple[int, int] | None) -> None:
+    paths = [tmp_path / f"big-{i:05}-of-00002.gguf" for i in (1, 2)]
+    for path, number in zip(paths, numbers or (0, 0), strict=True):
+        write_gguf(path, WEIGHTS, {"split.no": number, "split.count": 2} if numbers else {})
+    files = ModelFiles.find(tmp_path)
+    parts = files.open_gguf()
+    assert [part.path for part in parts] == paths
+    assert files.gguf is parts[0].metadata  # what is read already is not read again
+    for part in parts:
+        part.close()
+
+
+@pytest.mark.parametrize(
+    ("number", "count", "words"),
+    [
+        (0, 2, "has split.no = 0 and split.count = 2; expected 1 and 2 by its name: download"),
+        (1, 3, "split.count = 3; expected"),
+        (np.zeros(9, np.int32), 2, r"split.no = .*; expected 1"),
+        (1, 2.0, r"split.count = 2.0; expected"),
+    ],
+)
+def test_a_part_that_says_it_is_another_is_refused(
+    tmp_path: Path, number: object, count: object, words: str
+) -> None:
+    gguf(tmp_path / "big-00001-of-00002.gguf")
+    path = tmp_path / "big-00002-of-00002.gguf"
+    write_gguf(path, WEIGHTS, {"split.no": number, "split.count": count})
+    with pytest.raises(CheckpointError, match=words) as caught:
+        ModelFiles.find(tmp_path).open_gguf()
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)
+
+
 def test_a_count_of_parts_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"lacks big-00002-of-99999.gguf"):
         ModelFiles.find(gguf(tmp_path / "big-00001-of-99999.gguf"))

@@ -7,6 +7,7 @@ the files has no meaning here.
 import functools
 import re
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,16 @@ class ModelFiles:
         with GgufFile(self.gguf_paths[0]) as file:
             return file.metadata
 
+    def open_gguf(self) -> list[GgufFile]:
+        """All parts of a GGUF, open. Raises `CheckpointError` where they do not belong together."""
+        with ExitStack() as opened:
+            parts = [opened.enter_context(GgufFile(path)) for path in self.gguf_paths]
+            for number, part in enumerate(parts):
+                _check_number(part, number, len(parts))
+            opened.pop_all()
+        vars(self).setdefault("gguf", parts[0].metadata)  # to read a vocabulary once
+        return parts
+
     def json(self, name: str) -> Mapping[str, Any] | None:
         """The object in a JSON file of the folder; None where there is none. A GGUF has none of them."""
         path = self.path / name
@@ -96,6 +107,16 @@ def _first(path: Path) -> Path:
     """The first part of the model that a file belongs to, which may be the file itself."""
     part = _PART.fullmatch(path.name)
     return path.with_name(f"{part['name']}-00001-of-{part['count']}{_SUFFIX}") if part else path
+
+
+def _check_number(part: GgufFile, number: int, count: int) -> None:
+    """Raises `CheckpointError` where a part says that it is another than by its name. Some say nothing."""
+    found = tuple(part.metadata.get(key, 0) for key in ("split.no", "split.count"))
+    if set(map(type, found)) != {int} or (count > 1 and found not in ((number, count), (0, 0))):
+        raise CheckpointError(
+            f"{part.path} has split.no = {found[0]!r:.20} and split.count = {found[1]!r:.20}; "
+            f"expected {number} and {count} by its name: download it again"
+        )
 
 
 def _parts(path: Path) -> tuple[Path, ...]:

@@ -132,7 +132,7 @@ class Checkpoint(Closing):
 
     def _of_gguf(self) -> tuple[LlamaConfig, dict[str, StoredTensor]]:
         """The configuration and the tensors of a GGUF."""
-        parts = gguf_tensors.open_parts(self.files)
+        parts = self.files.open_gguf()
         self._open_files = {part.path.name: part for part in parts}
         stored = gguf_tensors.stored_in(parts)
         config = gguf_tensors.config_of(parts, stored)

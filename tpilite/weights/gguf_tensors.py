@@ -31,27 +31,6 @@ DIVISORS = "rope_freqs.weight"
 _OF_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
 
 
-def open_parts(files: ModelFiles) -> list[GgufFile]:
-    """All parts of a GGUF, open. Raises `CheckpointError` where they do not belong together."""
-    parts: list[GgufFile] = []
-    try:
-        for number, path in enumerate(files.gguf_paths):
-            part = GgufFile(path)
-            parts.append(part)
-            found = (part.metadata.get("split.no", 0), part.metadata.get("split.count", 0))
-            expected = (number, len(files.gguf_paths))
-            if found not in (expected, (0, 0)) and expected != (0, 1):
-                raise CheckpointError(
-                    f"{path} says that it is part {found[0]} of {found[1]}, counted from 0; expected part "
-                    f"{number} of {expected[1]} by its name: download it again"
-                )
-    except BaseException:
-        for part in parts:
-            part.close()
-        raise
-    return parts
-
-
 def config_of(parts: Sequence[GgufFile], stored: Mapping[str, StoredTensor]) -> LlamaConfig:
     """The model's configuration, by the metadata of the first part and all tensors.
 
