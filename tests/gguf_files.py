@@ -60,10 +60,13 @@ def write_gguf_model(
     dtypes: "str | Mapping[str, str]" = "Q8_0",
     seed: int = 0,
     metadata: Mapping[str, Any] | None = None,
+    *,
+    only: bool = False,
 ) -> dict[str, NDArray[np.float32]]:
     """Writes a random Llama as a GGUF, and gives its values by Hugging Face's names, as they are there.
 
-    `dtypes` is that of all matrices, or by the end of a tensor's name; vectors are F32.
+    `dtypes` is that of all matrices, or by the end of a tensor's name; vectors are F32. `metadata` is what
+    the file says beside what it must, or with `only` all that it says.
     """
     rng = np.random.default_rng(seed)
     stored, values = {}, {}
@@ -87,7 +90,7 @@ def write_gguf_model(
     if config.rope_divisors:
         divisors = np.array(config.rope_divisors, np.float32)
         stored["rope_freqs.weight"] = ("F32", divisors.shape, divisors)
-    write_gguf(path, stored, metadata_of(config) | dict(metadata or {}))
+    write_gguf(path, stored, ({} if only else metadata_of(config)) | dict(metadata or {}))
     if config.tie_word_embeddings:
         values[LM_HEAD] = values[EMBEDDING]
     return values

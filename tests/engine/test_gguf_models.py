@@ -1,7 +1,9 @@
 """A GGUF as it lies gives the logits of its weights' values."""
 
 import json
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,17 +16,20 @@ from gguf_files import (
     in_ggufs_order,
     in_hugging_faces_order,
     metadata_of,
+    vocab_of_pairs,
     write_gguf,
     write_gguf_model,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from random_weights import random_tensors
 from tiny_model import FAMILIES, GOLDEN
 
-from tpilite import LLM
+from tpilite import LLM, SamplingParams
 from tpilite.config.hugging_face import config_from_hf
-from tpilite.config.llama import RopeScaling
+from tpilite.config.llama import RopeScaling, YarnScaling
 from tpilite.dtypes import BLOCK_SIZES
-from tpilite.errors import CheckpointError
+from tpilite.errors import CheckpointError, TpiliteError
 from tpilite.linear.matrix import as_float32
 from tpilite.weights.gguf_tensors import gguf_name
 from tpilite.weights.partition import LM_HEAD
@@ -96,6 +101,60 @@ def test_a_model_in_parts_is_that_of_one_file(tmp_path):
     write_gguf(tmp_path / "parts" / "y-00002-of-00002.gguf", dict(tensors[:1]), {})
     with pytest.raises(CheckpointError, match=r"both hold 'token_embd\.weight'; download"):
         LLM(tmp_path / "parts" / "y-00001-of-00002.gguf")
+
+
+_VOCAB = vocab_of_pairs(
+    json.loads((GOLDEN.parent / "tokenizers.json").read_text(encoding="utf-8"))["cases"][0]["tokenizer.json"],
+    "gpt-2",
+    unknown_token_id=1,
+    padding_token_id=1,
+    eot_token_id=1,
+    add_bos_token=False,
+)
+_SAID = metadata_of(gguf_config(vocab_size=500, rope_scaling=YarnScaling(2.0, 64, 1.0))) | _VOCAB
+_SAID |= {"tokenizer.chat_template": "{{ messages[0].content }}", "llama.attention.sliding_window": 64}
+_NUMBERS = (
+    0,
+    1,
+    -1,
+    7,
+    2**31,
+    2**32 - 1,
+    2**63,
+    0.0,
+    -1.0,
+    0.5,
+    1e30,
+    float("inf"),
+    float("nan"),
+    True,
+    False,
+)
+_TEXTS = ("", "x", "\n", "llama", "yarn", "no_vocab")
+_LISTS = ([], ["a"], ["a", "b", "a"], [1, 2], np.zeros(3), np.zeros(1))
+
+
+@given(
+    changes=st.dictionaries(
+        st.sampled_from(sorted(_SAID)), st.sampled_from([*_NUMBERS, *_TEXTS, *_LISTS]), min_size=1, max_size=2
+    ),
+    missing=st.sets(st.sampled_from(sorted(_SAID)), max_size=1),
+)
+@settings(derandomize=True, deadline=None, max_examples=150)
+def test_whatever_a_file_says_of_itself_it_is_a_model_or_a_line_that_names_it(changes, missing):
+    config = gguf_config(vocab_size=500, num_hidden_layers=1)
+    said = {key: value for key, value in (_SAID | changes).items() if key not in missing}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "x.gguf")
+        write_gguf_model(path, config, metadata=said, only=True)
+        refused = "x.gguf"
+        try:
+            with LLM(path, threads=1, memory_budget="unlimited") as llm:
+                llm.generate([1, 2], SamplingParams(length=1, seed=0))
+        except TpiliteError as error:
+            refused = str(error)
+    assert "x.gguf" in refused
+    assert "\n" not in refused
 
 
 # Which layers rotate, and between which indices YaRN blends, a GGUF cannot say as freely.

@@ -130,6 +130,7 @@ def test_a_file_that_does_not_say_how_it_splits_is_warned_of(caplog: pytest.LogC
     [
         ({"model": "bert"}, r"kind 'bert' \(tokenizer\.ggml\.model\)"),
         ({"model": 7}, r"tokenizer\.ggml\.model = .*; expected text"),
+        ({"model": np.zeros(3)}, r"tokenizer\.ggml\.model = .*; expected text"),
         ({"pre": "no-such"}, r"as 'no-such' \(tokenizer.ggml.pre\), which is not known here; known are a.x"),
         ({"pre": 7}, r"pre = .*; expected text"),
         ({"tokens": None}, r"it has none of tokenizer\.ggml\.tokens; expected a list of text"),

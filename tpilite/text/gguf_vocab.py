@@ -113,7 +113,8 @@ def from_gguf(path: Path, metadata: Mapping[str, Any], vocab_size: int) -> Token
     Raises `CheckpointError` for damage, for another kind than "llama" and "gpt2", for an unknown `pre`, and
     for tokens beyond `vocab_size`.
     """
-    if metadata.get(KEY + "model", NO_VOCAB) == NO_VOCAB:
+    named = metadata.get(KEY + "model", NO_VOCAB)
+    if isinstance(named, str) and named == NO_VOCAB:
         return None
     vocab = _Vocab(path, metadata)
     kind = vocab.text("model")
