@@ -40,8 +40,8 @@ _INSIDE = {
     "residency part_table loader pager",
     "export": "architecture vocabulary gguf_file",
     "native": "bindings products exchange",
-    "engine": "compiled config sampling usage sequence scheduler stats step choice runner rank engine "
-    "session",
+    "engine": "compiled config sampling usage sequence scheduler stats step choice runner rank importance "
+    "engine session",
     "cluster": "config token sums slice_protocol catalog slice_server slice_client fetch terms splits clean "
     "host worker",
     "serving": "config errors openai_fields openai_requests openai_responses figures jobs service access "

@@ -64,7 +64,7 @@ def test_no_rows_are_no_blocks(stored):
 def test_importance_is_that_of_the_matrix(stored):
     tensors = stored("F32", up__weight=values(4, 256), gate__weight=values(4, 256))
     importance = np.random.default_rng(1).chisquare(1, 256).astype(np.float32)
-    made = Recipe("q4_k", {"gate.weight": importance}).applied(tensors, TABLES)
+    made = Recipe("q4_k", "", lambda: {"gate.weight": importance}).applied(tensors, TABLES)
     up, gate = (blocks_of(made[name]) for name in ("up.weight", "gate.weight"))
     rows, kind = values(4, 256), BLOCK_TYPES["Q4_K"]
     np.testing.assert_array_equal(up, quantize_rows("up", rows, kind))
@@ -113,11 +113,10 @@ def test_a_matrix_of_other_rows_stays_as_it_is(stored):
 
 
 def test_what_is_made_has_an_identity_of_its_own():
-    importance = {"up.weight": np.ones(4, np.float32)}
-    recipes = [Recipe("q4_k"), Recipe("q8_0"), Recipe("q4_k", importance)]
+    recipes = [Recipe("q4_k"), Recipe("q8_0"), Recipe("q4_k", "ab" * 32)]
     found = [recipe.identity(of) for recipe in recipes for of in ("ab", "cd")]
     assert len(set(found)) == 6
-    assert Recipe("q4_k", {"up.weight": np.ones(4, np.float32)}).identity("ab") == found[4]
+    assert Recipe("q4_k", "ab" * 32, lambda: {"x": np.ones(4)}).identity("ab") == found[4]
 
 
 def test_blocks_are_not_quantized_again(stored):

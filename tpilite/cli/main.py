@@ -163,7 +163,7 @@ def work(args: argparse.Namespace, rank: int | None) -> int:
             save_dir=save_dir,
             cache=save_dir or in_cache("slices"),
             model=files,
-            recipe=recipe_of(args),
+            recipe=recipe_of(args, files),
             rank=rank,
             force_download=args.force_download,
             verify=args.verify,
@@ -220,7 +220,7 @@ def hosted(args: argparse.Namespace, files: ModelFiles, world_size: int, stack: 
         force=args.split_bin,
         replace=args.save_dir is None,
         verify=args.verify,
-        recipe=recipe_of(args),
+        recipe=recipe_of(args, files),
     )
     stack.enter_context(host)
     host.listen()

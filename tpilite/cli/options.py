@@ -131,6 +131,12 @@ def _add_slices(group: _Group) -> None:
         help="slice the model into blocks of fewer bits (as it is stored)",
     )
     add(
+        "--calibrate",
+        type=Path,
+        metavar="FILE.txt",
+        help="with --quantize: columns count by what this text puts into them",
+    )
+    add(
         "--export",
         type=Path,
         metavar="FILE.gguf",

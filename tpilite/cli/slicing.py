@@ -1,34 +1,64 @@
 """Slices that the options ask for: made to be carried, or to be used here in fewer bits."""
 
 import argparse
+import functools
+import hashlib
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 
-from tpilite.cli.configs import save_dir_of
+from tpilite.arrays import Array
+from tpilite.cli.configs import engine_config, save_dir_of
 from tpilite.cli.terminal import progress_bar
 from tpilite.cluster.splits import Split
 from tpilite.config.llama import LlamaConfig
+from tpilite.engine.config import EngineConfig
+from tpilite.engine.importance import importance_of
 from tpilite.errors import ConfigError
 from tpilite.export.gguf_file import export_gguf
 from tpilite.formats.model_files import ModelFiles
 from tpilite.formats.stored import StoredTensor
 from tpilite.quantize.recipe import Recipe
+from tpilite.text.load import load_tokenizer
 from tpilite.weights.checkpoint import Checkpoint
 from tpilite.weights.partition import EMBEDDING, LM_HEAD
 from tpilite.weights.slices import SliceFolder
 
 
-def recipe_of(args: argparse.Namespace) -> Recipe | None:
-    """What becomes of the model's weights by the options; None where they stay as they are."""
-    return None if args.quantize is None else Recipe(args.quantize)
+def recipe_of(args: argparse.Namespace, files: ModelFiles | None) -> Recipe | None:
+    """What becomes of the weights of `files` by the options; None where they stay as they are.
+
+    Raises `ConfigError` where --calibrate names what cannot be used.
+    """
+    if args.calibrate is None:
+        return None if args.quantize is None else Recipe(args.quantize)
+    if args.quantize is None or files is None or not files.has_weights:
+        raise ConfigError("--calibrate needs --quantize, and the model that is to read the text")
+    try:
+        raw = args.calibrate.read_bytes()
+        text = raw.decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--calibrate {args.calibrate} cannot be read as UTF-8 text: {error}") from error
+    if not text:
+        raise ConfigError(f"--calibrate {args.calibrate} is empty; expected some pages of text")
+    weigh = functools.partial(_importance, files, text, engine_config(args))
+    return Recipe(args.quantize, hashlib.sha256(raw).hexdigest(), weigh)
+
+
+def _importance(files: ModelFiles, text: str, engine: EngineConfig) -> Mapping[str, Array]:
+    """How much each column of the model counts in a text."""
+    with Checkpoint(files) as checkpoint, progress_bar("reading the text of --calibrate", "token") as bar:
+        tokenizer = load_tokenizer(files, checkpoint.config.vocab_size)
+        if tokenizer is None:
+            raise ConfigError(f"{files.path} has no tokenizer, which --calibrate needs")
+        return importance_of(checkpoint, tokenizer.encode(text, bos=False), engine, bar)
 
 
 def split(args: argparse.Namespace, files: ModelFiles, world_size: int) -> int:
     """Makes the slices of all ranks, to be carried to their machines, and nothing else."""
     save_dir = save_dir_of(args, files, world_size)
     with (
-        Checkpoint(files, save_dir, trust=not args.verify, recipe=recipe_of(args)) as checkpoint,
+        Checkpoint(files, save_dir, trust=not args.verify, recipe=recipe_of(args, files)) as checkpoint,
         progress_bar("slicing the model") as bar,
     ):
         partition = checkpoint.partition(world_size, args.ratio)
@@ -49,7 +79,10 @@ def export(args: argparse.Namespace, files: ModelFiles) -> int:
     """Writes the model as a GGUF file, and nothing else."""
     if files.gguf_paths and args.quantize is None:
         raise ConfigError(f"{files.path} is a GGUF already: give --quantize to make one of fewer bits of it")
-    with Checkpoint(files, recipe=recipe_of(args)) as checkpoint, progress_bar("writing the model") as bar:
+    with (
+        Checkpoint(files, recipe=recipe_of(args, files)) as checkpoint,
+        progress_bar("writing the model") as bar,
+    ):
         export_gguf(checkpoint, args.export, bar)
     print(args.export)
     return 0
@@ -63,7 +96,7 @@ def whole_slice(
     Where embedding and lm_head are one, the slice has them once.
     """
     save_dir = save_dir_of(args, files, 1)
-    with Checkpoint(files, save_dir, trust=not args.verify, recipe=recipe_of(args)) as checkpoint:
+    with Checkpoint(files, save_dir, trust=not args.verify, recipe=recipe_of(args, files)) as checkpoint:
         config, partition = checkpoint.config, checkpoint.partition(1)
         split = stack.enter_context(
             Split.of(checkpoint, partition, save_dir, force=args.split_bin, replace=args.save_dir is None)

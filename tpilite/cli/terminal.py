@@ -71,9 +71,9 @@ def _bar(**options: Any) -> "tqdm[NoReturn]":
 
 
 @contextmanager
-def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar that appears after a while, and the function that tells it the bytes done and in all."""
-    with _bar(desc=what, unit="B", unit_scale=True, unit_divisor=1000) as bar:
+def progress_bar(what: str, unit: str = "B") -> Iterator[Callable[[int, int], None]]:
+    """A bar that appears after a while, and the function that tells it what is done and in all, in bytes."""
+    with _bar(desc=what, unit=unit, unit_scale=True, unit_divisor=1000) as bar:
 
         def show(n_done: int, n_total: int) -> None:
             bar.total = n_total

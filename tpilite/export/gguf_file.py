@@ -5,6 +5,7 @@ which llama.cpp needs. Rows of q and k are put where their architecture has the 
 """
 
 import contextlib
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -34,7 +35,7 @@ from tpilite.weights.partition import LM_HEAD
 from tpilite.weights.slices import Progress
 from tpilite.weights.trust import CHUNK_BYTES
 
-# How llama.cpp calls a file by the type of most of its weights (`llama_ftype`), and of its blocks' layouts.
+# How llama.cpp calls a file by the type of most of its layers' weights (`llama_ftype`), and blocks' layouts.
 _FILE_TYPES = {
     "F32": 0,
     "F16": 1,
@@ -110,11 +111,12 @@ def _divisors(config: LlamaConfig) -> dict[str, Array]:
 def _metadata(checkpoint: Checkpoint, path: Path, specs: list[TensorSpec]) -> dict[str, Any]:
     """All metadata: a GGUF's own, or what its folder says."""
     files, config = checkpoint.files, checkpoint.config
-    sizes: Counter[str] = Counter()
+    n_weights: Counter[str] = Counter()
     for spec in specs:
-        sizes[spec.dtype] += spec.nbytes
-    about: dict[str, Any] = {"general.file_type": _FILE_TYPES[sizes.most_common(1)[0][0]]}
-    if not sizes.keys().isdisjoint(BLOCK_SIZES):
+        if spec.name.startswith("blk."):
+            n_weights[spec.dtype] += math.prod(spec.shape)
+    about: dict[str, Any] = {"general.file_type": _FILE_TYPES[n_weights.most_common(1)[0][0]]}
+    if any(spec.dtype in BLOCK_SIZES for spec in specs):
         about["general.quantization_version"] = _QUANTIZATION_VERSION
     if files.gguf is not None:
         return {key: value for key, value in files.gguf.items() if not key.startswith("split.")} | about

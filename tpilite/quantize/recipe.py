@@ -1,9 +1,10 @@
 """Which type each matrix of a model gets, and the matrices in it: made while their rows are read."""
 
+import functools
 import hashlib
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from typing import Any, NoReturn
@@ -52,7 +53,7 @@ class Quantized:
 
     of: str  # `Checkpoint.origin`
     kind: str
-    calibration: str  # a hash of the importance of columns, empty where there was none
+    calibration: str  # a hash of the text that columns were weighed by, empty where there was none
     types: Mapping[str, str]
 
     @property
@@ -84,11 +85,13 @@ class Quantized:
 class Recipe:
     """How the matrices of a model become blocks. Raises `ConfigError` for a kind that is not known.
 
-    `importance` has for matrices by name how much each column counts (see `quantize_rows`).
+    `weigh` gives for matrices by name how much each column counts (see `quantize_rows`); it is called once
+    the first blocks are made. `calibration` is a hash of what that comes from.
     """
 
     kind: str
-    importance: Mapping[str, Array] | None = None
+    calibration: str = ""
+    weigh: Callable[[], Mapping[str, Array]] = dict
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -112,15 +115,9 @@ class Recipe:
         said = json.dumps([of, "quantized", _VERSION, self.kind, self.calibration])
         return hashlib.sha256(said.encode()).hexdigest()
 
-    @property
-    def calibration(self) -> str:
-        """A hash of all importance; empty where there is none."""
-        if self.importance is None:
-            return ""
-        digest = hashlib.sha256()
-        for name, importance in sorted(self.importance.items()):
-            digest.update(name.encode() + importance.tobytes())
-        return digest.hexdigest()
+    @functools.cached_property
+    def importance(self) -> Mapping[str, Array]:
+        return self.weigh()
 
     def described(self, of: str, tensors: Mapping[str, StoredTensor]) -> Quantized:
         """What the model `of` becomes by it: the types of all `tensors` that are matrices."""
@@ -140,17 +137,8 @@ class Recipe:
         dtype = type_for(self.kind, tensor.shape[1], is_table)
         if dtype is None:
             return tensor
-        importance = None if self.importance is None else self.importance.get(name)
-        return QuantizedTensor(
-            name,
-            dtype,
-            tensor.shape,
-            tensor.file,
-            0,
-            n_bytes_of(dtype, tensor.shape),
-            source=tensor,
-            importance=importance,
-        )
+        n_bytes = n_bytes_of(dtype, tensor.shape)
+        return QuantizedTensor(name, dtype, tensor.shape, tensor.file, 0, n_bytes, source=tensor, recipe=self)
 
 
 def type_for(kind: str, n_columns: int, is_table: bool) -> str | None:
@@ -168,7 +156,7 @@ class QuantizedTensor(StoredTensor):
     """
 
     source: StoredTensor | None = None
-    importance: Array | None = None
+    recipe: Recipe | None = None
 
     def read_into(self, buffer: Any) -> None:
         """Fills `buffer`, of exactly `nbytes` contiguous bytes, with all cores. Raises as `quantize_rows`."""
@@ -176,11 +164,12 @@ class QuantizedTensor(StoredTensor):
             return
         view = buffer.data if isinstance(buffer, np.ndarray) else memoryview(buffer)
         blocks = np.frombuffer(view.cast("B"), np.uint8).reshape(self.stored_shape)
-        n_rows = max(1, _PIECE // self.shape[1])
+        assert self.recipe is not None
+        n_rows, importance = max(1, _PIECE // self.shape[1]), self.recipe.importance.get(self.name)
         with ThreadPoolExecutor(usable_cores(), "quantize") as pool:
             starts = range(0, self.shape[0], n_rows)
             try:
-                for _ in pool.map(lambda start: self._make(blocks, start, n_rows), starts):
+                for _ in pool.map(lambda start: self._make(blocks, start, n_rows, importance), starts):
                     pass
             except BaseException:
                 pool.shutdown(cancel_futures=True)
@@ -189,7 +178,7 @@ class QuantizedTensor(StoredTensor):
     def array(self) -> NoReturn:
         raise AssertionError(f"{self.name} has no blocks that could be mapped")
 
-    def _make(self, blocks: NDArray[np.uint8], start: int, n_rows: int) -> None:
+    def _make(self, blocks: NDArray[np.uint8], start: int, n_rows: int, importance: Array | None) -> None:
         assert self.source is not None
         stop = min(start + n_rows, self.shape[0])
         first = self.offset // self.row_bytes
@@ -197,4 +186,4 @@ class QuantizedTensor(StoredTensor):
         stored = np.empty(rows.stored_shape, rows.stored_dtype)
         rows.read_into(stored)
         kind = BLOCK_TYPES[self.dtype]
-        blocks[start:stop] = quantize_rows(self.name, as_float32(stored), kind, self.importance)
+        blocks[start:stop] = quantize_rows(self.name, as_float32(stored), kind, importance)
