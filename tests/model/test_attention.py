@@ -7,7 +7,7 @@ from tiny_model import SMALL, Tiny, assert_close, ids_of
 from tpilite.linear.linear import Linear
 from tpilite.model import kept as kept_module
 from tpilite.model import llama as model_module
-from tpilite.model.kept import keep, kept_dtype, widened
+from tpilite.model.kept import KV_DTYPES, keep, kept_dtype, widened
 from tpilite.model.llama import attend
 
 
@@ -82,6 +82,20 @@ def test_threads_share_the_heads_of_attention(monkeypatch, n_heads, n_kv_heads):
     tiny, ids = Tiny(config), ids_of(30)
     with Linear(3) as linear:
         assert_close(tiny.logits(tiny.llama(linear), ids, chunk=7), tiny.reference(ids))
+
+
+@pytest.mark.parametrize("name", KV_DTYPES)
+def test_a_kept_prefix_is_as_good_as_a_new_one_and_what_followed_it_leaves_no_trace(name):
+    tiny, ids, others = Tiny(SMALL), ids_of(40), ids_of(25, seed=1)
+    llama = tiny.llama()
+    llama.kv_dtype = name
+    alone, kept = llama.new_cache(), llama.new_cache()
+    tiny.logits(llama, ids[:30], cache=alone)
+    tiny.logits(llama, ids[:30], cache=kept)
+    tiny.logits(llama, others, cache=kept, chunk=5)
+    kept.truncate(30)
+    found, expected = (tiny.logits(llama, ids[30:], cache=cache) for cache in (kept, alone))
+    np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize(("name", "n_bytes", "most"), [("f16", 8, 2e-3), ("q8_0", 6, 3e-2)])

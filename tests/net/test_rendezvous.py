@@ -74,6 +74,19 @@ def test_a_group_forms_works_and_ends(world_size: int, allreduce: str, pool: Thr
         assert used == allreduce == group.allreduce
 
 
+@pytest.mark.parametrize("allreduce", ["star", "direct", "scatter"])
+def test_all_ranks_sum_in_the_payload_that_rank_0_says(allreduce: str, pool: ThreadPoolExecutor) -> None:
+    with rendezvous_of(3, allreduce=allreduce, payload="q8") as rendezvous:
+        working = [pool.submit(work_once, rendezvous) for _ in range(2)]
+        with rendezvous.wait_for_group(LONG_S) as group:
+            total = sum_of_ranks(group)
+            group.broadcast(Message({"n": 1}))
+        workers = [future.result() for future in working]
+    assert 0 < np.abs(total - 6).max() < 0.1  # eight bits hold no 1, 2 and 3 exactly
+    for _, result, *_ in workers:
+        np.testing.assert_array_equal(result, total)
+
+
 def test_ranks_that_are_asked_for_are_given_and_the_rest_goes_to_the_others(
     pool: ThreadPoolExecutor,
 ) -> None:
