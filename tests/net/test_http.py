@@ -142,6 +142,8 @@ WRONG_FIELDS = [
     (b"Host: a\r\n", 400),
     (b"Host: b\r\n", 400),
     (b"Origin: http://a\r\nOrigin: http://b\r\n", 400),
+    (b"Origin: http://a, http://b\r\n", 400),
+    (b"Origin: http://a http://b\r\n", 400),
     (b"Authorization: a\r\nAuthorization: b\r\n", 400),
     (b"No colon\r\n", 400),
     (b": no name\r\n", 400),
@@ -167,6 +169,7 @@ SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: a\r\n\r\n"
     ("request_bytes", "status"),
     [(line + HEAD + b"\r\n", status) for line, status in WRONG_LINES]
     + [(b"POST / HTTP/1.1\r\n" + HEAD + field + b"\r\n", status) for field, status in WRONG_FIELDS]
+    + [(b"GET / HTTP/1.1\r\nHost: %s\r\n\r\n" % host, 400) for host in (b"a, b", b"a,a", b"a b")]
     + [(b"GET / HTTP/1.1\r\n\r\n", 400), (b"GET / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n", 400)],
 )
 def test_a_wrong_head_is_refused_and_nothing_behind_it_read(request_bytes: bytes, status: int) -> None:

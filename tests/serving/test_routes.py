@@ -103,6 +103,11 @@ def test_only_names_of_this_machine_reach_it(named: Server, host: bytes, status:
     assert found[0] == status
 
 
+@pytest.mark.parametrize("fields", [b"Host: user@localhost", b"Host:", b"Host: localhost\r\nOrigin: /"])
+def test_a_host_or_an_origin_that_is_none_ends_the_connection(named: Server, fields: bytes) -> None:
+    assert split(exchange(named.port, b"GET /health HTTP/1.1\r\n%s\r\n\r\n" % fields))[0] == 400
+
+
 @pytest.fixture(scope="module")
 def named(folder: Path) -> Iterator[Server]:
     config = ServerConfig(

@@ -28,6 +28,8 @@ _FIRST_BYTE = re.compile(rb"[\r!#$%&'*+.^_`|~0-9A-Za-z-]")
 _METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 # Of these, two are one too many: who reads the first and who reads the last would disagree.
 _ONCE = {"authorization", "content-length", "content-type", "host", "origin", "transfer-encoding"}
+# Some proxies make one of two.
+_JOINED = re.compile(r"[\s,]")
 
 
 class HttpError(Exception):
@@ -171,7 +173,8 @@ def _parse(lines: list[bytes]) -> Request:
     headers: dict[str, str] = {}
     for line in lines[1:]:
         name, value = _parse_field(line)
-        if name in headers and name in _ONCE:
+        is_joined = name in ("host", "origin") and _JOINED.search(value)
+        if is_joined or (name in headers and name in _ONCE):
             raise HttpError(400, f"there must be one {name.title()}, found two")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     is_http_1_0 = minor == "0"

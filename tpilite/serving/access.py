@@ -5,6 +5,7 @@ import ipaddress
 import re
 from collections.abc import Collection
 
+from tpilite.net.http import HttpError
 from tpilite.net.http_server import Connection
 from tpilite.serving.config import ORIGIN_HOST, ServerConfig
 from tpilite.serving.errors import ApiError
@@ -23,8 +24,9 @@ class Access:
         self._config, self._host_names = config, host_names
 
     def check(self, connection: Connection) -> str | None:
-        """The origin of the page that asks, where it is an allowed one of another site. Raises `ApiError`.
+        """The origin of the page that asks, where it is an allowed one of another site.
 
+        Raises `ApiError`, or `HttpError` where a host or an origin is none.
         Names that are not this machine's are refused: a page elsewhere could point its own name here. So are
         pages of other sites: they could make the server work without reading its answers.
         """
@@ -38,7 +40,7 @@ class Access:
             return None
         match = _ORIGIN.fullmatch(origin)
         if not match:
-            raise ApiError(400, "the Origin header is not one origin, like https://example.org")
+            raise HttpError(400, "the Origin header is not one origin, like https://example.org")
         if origin.partition("://")[2].lower() == host.lower():
             return None
         if not {origin, f"{match[1]}:*", "*"} & set(self._config.cors_origins):
@@ -73,7 +75,7 @@ class Access:
     def _check_host(self, host: str) -> None:
         match = _HOST.fullmatch(host)
         if not match:
-            raise ApiError(400, "a request needs one Host header with a name or an address")
+            raise HttpError(400, "a request needs one Host header with a name or an address")
         # By an address nobody else's page can be reached, so addresses are right whatever they are.
         name = match[1].strip("[]").rstrip(".").lower()
         if name in self._host_names or name.endswith(".localhost"):
