@@ -27,6 +27,7 @@ from tpilite.collective import Solo
 from tpilite.engine.usage import Usage
 from tpilite.errors import CheckpointError, ConfigError
 from tpilite.formats import uncached
+from tpilite.formats.stored import StoredTensor
 from tpilite.formats.uncached import UncachedFile
 from tpilite.linear import calls
 from tpilite.linear.linear import Linear
@@ -219,6 +220,18 @@ def test_a_system_without_linuxs_calls(checkpoint, monkeypatch):
         np.testing.assert_array_equal(within(lambda: logits(checkpoint, model)), expected)
         assert pager.usage().resident_bytes > 0
         assert pager.usage().streaming_bytes > 0
+
+
+def test_what_is_paged_is_not_touched_through_a_map(checkpoint, monkeypatch):
+    """What a touch maps around a norm, of a file in the page cache, counts as the process's memory."""
+    expected = reference(checkpoint)
+
+    def never(tensor):
+        raise AssertionError(f"{tensor.name} is mapped")
+
+    monkeypatch.setattr(StoredTensor, "array", never)
+    with paged(checkpoint, window=2) as (_, model):
+        assert np.array_equal(logits(checkpoint, model), expected)
 
 
 def test_tied_embeddings_and_biases(tmp_path):

@@ -42,7 +42,11 @@ def assemble(tensors: Mapping[str, StoredTensor], n_layers: int, matrix_of: Matr
     """The weights of `n_layers` layers. Norms and biases are read at once: together they are small."""
 
     def vector(name: str) -> Array:
-        return as_float32(tensors[name].array())
+        # Not through the map: of a file in the page cache, a touch maps half a megabyte around a norm.
+        tensor = tensors[name]
+        values = np.empty(tensor.stored_shape, tensor.stored_dtype)
+        tensor.read_into(values)
+        return as_float32(values)
 
     def vector_if_any(name: str) -> Array | None:
         return vector(name) if name in tensors else None
