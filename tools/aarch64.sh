@@ -44,6 +44,8 @@ build() {
     mkdir "$folder/work"
     tar -C "$root" -c --exclude='*.so' --exclude=.git --exclude=.venv --exclude=build . |
         tar -C "$folder/work" -x
+    # Optional material of the tests, which they look for beside the sources.
+    if [ -d "$root/../shared" ]; then ln -sfn "$(cd "$root/../shared" && pwd)" "$folder/shared"; fi
     cd "$folder/work"
     # The compiler is that of the tests too, which load what they build.
     export PYTHONPATH="$folder/work:$folder/site" CC=aarch64-linux-gnu-gcc
