@@ -17,6 +17,8 @@ from tpilite.engine.rank import Rank
 from tpilite.engine.sampling import Edits, best, choose
 from tpilite.engine.sequence import Sequence
 from tpilite.errors import NotFinite
+from tpilite.formats.safetensors import TensorFile
+from tpilite.model.kept import KV_DTYPES
 from tpilite.model.llama import Llama
 from tpilite.weights.checkpoint import Checkpoint
 from tpilite.weights.partition import Partition
@@ -137,3 +139,17 @@ def test_penalties_next_to_nothing_leave_scores_finite() -> None:
     assert np.isfinite(scores).all()
     params = SamplingParams(p=1.0)
     assert choose(best(scores, 0, 4, 1.0), params, 1, 1) == 0
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("projection", ["k_proj", "v_proj"])
+def test_no_cache_makes_numbers_of_what_is_not_finite(
+    tmp_path: Path, kv_dtype: str, value: float, projection: str
+) -> None:
+    write_checkpoint(tmp_path, CONFIG, "F32", seed=5)
+    with TensorFile(tmp_path / "model.safetensors") as file, open(file.path, "r+b") as weights:
+        weights.seek(file.tensors[f"model.layers.1.self_attn.{projection}.weight"].offset)
+        weights.write(np.float32(value).tobytes())
+    with LLM(tmp_path, threads=1, kv_dtype=kv_dtype) as llm, pytest.raises(NotFinite, match="rank 0"):
+        list(llm.engine.run(llm.start(PROMPT, GREEDY)))
