@@ -103,10 +103,6 @@ def config_from_gguf(
     n_layers = values.whole("block_count")
     if n_layers > MAX_LAYERS:
         values.refuse("block_count", f"at most {MAX_LAYERS}")
-    num_heads = values.whole("attention.head_count")
-    num_kv_heads = values.whole("attention.head_count_kv", num_heads)
-    if num_heads % num_kv_heads:
-        values.refuse("attention.head_count", f"a multiple of attention.head_count_kv, {num_kv_heads}")
     context, theta = values.whole("context_length"), values.number("rope.freq_base", 10000.0)
     scaling = _rope_scaling(values)
     if isinstance(scaling, YarnScaling):
@@ -118,9 +114,7 @@ def config_from_gguf(
         hidden_size=values.whole("embedding_length"),
         intermediate_size=values.whole("feed_forward_length"),
         num_hidden_layers=n_layers,
-        num_attention_heads=num_heads,
-        num_key_value_heads=num_kv_heads,
-        head_dim=_head_dim(values, num_heads),
+        **_heads(values),
         vocab_size=vocab_size,
         max_position_embeddings=context,
         rms_norm_eps=values.number("attention.layer_norm_rms_epsilon"),
@@ -171,8 +165,12 @@ def _check_supported(values: _Values, shapes: Mapping[str, tuple[int, ...]]) -> 
             raise ConfigError(f"{values.path} has a tensor {name}, which is not supported")
 
 
-def _head_dim(values: _Values, num_heads: int) -> int:
-    """The size of a head, the same of all three kinds and rotated as a whole."""
+def _heads(values: _Values) -> dict[str, Any]:
+    """How many heads there are, and their size: the same of all three kinds and rotated as a whole."""
+    num_heads = values.whole("attention.head_count")
+    num_kv_heads = values.whole("attention.head_count_kv", num_heads)
+    if num_heads % num_kv_heads:
+        values.refuse("attention.head_count", f"a multiple of attention.head_count_kv, {num_kv_heads}")
     head_dim = values.whole("attention.key_length", max(values.whole("embedding_length") // num_heads, 1))
     for key in ("attention.value_length", "rope.dimension_count"):
         if values.whole(key, head_dim) != head_dim:
@@ -182,7 +180,7 @@ def _head_dim(values: _Values, num_heads: int) -> int:
             f"{values.path} has heads of {head_dim} (by {values.architecture}.embedding_length and "
             "attention.head_count, or attention.key_length); expected an even number, for rotary embedding"
         )
-    return head_dim
+    return {"num_attention_heads": num_heads, "num_key_value_heads": num_kv_heads, "head_dim": head_dim}
 
 
 def _rope_scaling(values: _Values) -> RopeScaling | YarnScaling | None:
