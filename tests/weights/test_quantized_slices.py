@@ -5,6 +5,7 @@ import tracemalloc
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from tpilite.quantize import recipe
 from tpilite.quantize.quantizers import quantize_rows
 from tpilite.quantize.recipe import KINDS, Quantized, Recipe
 from tpilite.weights.checkpoint import Checkpoint
-from tpilite.weights.partition import EMBEDDING
+from tpilite.weights.partition import EMBEDDING, LM_HEAD
 from tpilite.weights.slicer import ensure_slices
 from tpilite.weights.slices import Manifest, SliceFolder, node_folder
 
@@ -133,7 +134,15 @@ def test_what_was_made_is_kept_and_other_bits_are_a_misfit(checkpoint: Checkpoin
             ensure_slices(original, partition, tmp_path)
 
 
-def test_tied_tables_are_made_alike(tmp_path: Path) -> None:
+def test_tied_tables_are_made_alike_and_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    n_made = 0
+
+    def counted(name: str, rows: np.ndarray, *rest: Any) -> np.ndarray:
+        nonlocal n_made
+        n_made += len(rows) if name in (EMBEDDING, LM_HEAD) else 0
+        return quantize_rows(name, rows, *rest)
+
+    monkeypatch.setattr(recipe, "quantize_rows", counted)
     config = tiny_config(hidden_size=256, head_dim=32, tie_word_embeddings=True)
     write_checkpoint(tmp_path / "model", config)
     with Checkpoint(tmp_path / "model", recipe=Recipe("q4_k")) as checkpoint:
@@ -145,6 +154,7 @@ def test_tied_tables_are_made_alike(tmp_path: Path) -> None:
     parts = [SliceFolder(node_folder(tmp_path / "split", rank)) for rank in range(2)]
     heads = [values(part.tensors["lm_head.weight"]) for part in parts]
     np.testing.assert_array_equal(np.concatenate(heads), values(parts[0].tensors[EMBEDDING]))
+    assert n_made == config.vocab_size
     for part in parts:
         part.close()
 

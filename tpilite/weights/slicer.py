@@ -11,13 +11,13 @@ import numpy as np
 
 from tpilite.dtypes import block_size
 from tpilite.errors import ConfigError, SliceError
-from tpilite.formats.safetensors import TensorFileWriter
+from tpilite.formats.safetensors import TensorFile, TensorFileWriter
 from tpilite.formats.stored import StoredTensor
 from tpilite.formats.writing import TensorSpec
 from tpilite.machine import format_size
 from tpilite.weights.checkpoint import Checkpoint
 from tpilite.weights.disk import free_bytes, full_error, is_full, sync_folder, write_error
-from tpilite.weights.partition import EMBEDDING, Partition, held
+from tpilite.weights.partition import EMBEDDING, LM_HEAD, Partition, held
 from tpilite.weights.slices import (
     EMBED_FILE,
     MANIFEST_NAME,
@@ -151,7 +151,7 @@ class _Slicer:
             for file_name, names in block_files(self._checkpoint.config):
                 writers = self._open_writers(file_name, names, stack)
                 for name in names:
-                    self._copy(name, writers)
+                    self._copy(name, self._source(name, stack), writers)
                 for future in flushing:  # so that no more than a block waits for the disk
                     future.result()
                 flushing = []
@@ -175,9 +175,16 @@ class _Slicer:
                 stack.callback(writers[rank].abandon)
         return writers
 
-    def _copy(self, name: str, writers: Mapping[int, TensorFileWriter]) -> None:
-        """Reads a tensor's rows once and gives each rank's writer its part of them."""
+    def _source(self, name: str, stack: contextlib.ExitStack) -> StoredTensor:
+        """A tensor to copy. A tied table that is made on the way is made once, and then read where it is."""
         tensor = self._checkpoint.tensors[name]
+        is_made = self._checkpoint.recipe is not None and EMBEDDING in self._shards.get(0, {})
+        if name == LM_HEAD and is_made and tensor is self._checkpoint.tensors[EMBEDDING]:
+            return stack.enter_context(TensorFile(self._folders[0] / EMBED_FILE)).tensors[EMBEDDING]
+        return tensor
+
+    def _copy(self, name: str, tensor: StoredTensor, writers: Mapping[int, TensorFileWriter]) -> None:
+        """Reads a tensor's rows once and gives each rank's writer its part of them."""
         holders = [
             (writer, self._shards[rank][name][0], _stored_columns(tensor, self._shards[rank][name]))
             for rank, writer in writers.items()
