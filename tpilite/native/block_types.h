@@ -37,26 +37,45 @@ typedef uint32_t FourWords __attribute__((vector_size(16)));
 /* ---- codes ---- */
 
 /* The codes of 32 weights: signed bytes. */
+enum { PARTS = 32 / CODES };
 typedef struct {
-    Bytes half[2];
+    CodeBytes part[PARTS];
 } Codes;
+
+/* The first 16 codes, or the last. */
+INLINE Bytes half_of(Codes codes, int half) {
+#if CODES == 32
+    __m256i all = (__m256i)codes.part[0];
+    return (Bytes)(half ? _mm256_extracti128_si256(all, 1) : _mm256_castsi256_si128(all));
+#else
+    return codes.part[half];
+#endif
+}
+
+INLINE Codes from_halves(Bytes first, Bytes last) {
+#if CODES == 32
+    return (Codes){{(CodeBytes)_mm256_inserti128_si256(_mm256_castsi128_si256((__m128i)first), (__m128i)last, 1)}};
+#else
+    return (Codes){{first, last}};
+#endif
+}
 
 /* All bytes `n` bits to the right, or -n to the left, with bits of neighbours in the places that become free: there
  * are no such instructions for single bytes. */
-INLINE Bytes moved(Bytes bytes, int n) {
-    typedef uint16_t Shorts __attribute__((vector_size(16)));
-    return n > 0 ? (Bytes)((Shorts)bytes >> n) : (Bytes)((Shorts)bytes << -n);
+INLINE CodeBytes moved(CodeBytes bytes, int n) {
+    typedef uint16_t Shorts __attribute__((vector_size(CODES)));
+    return n > 0 ? (CodeBytes)((Shorts)bytes >> n) : (CodeBytes)((Shorts)bytes << -n);
 }
 
-/* Where 16 codes of four bits lie, twice: in the lower halves of 16 bytes or in the upper ones. */
+/* Where 32 codes of four bits lie: in the lower halves of 32 bytes, in the upper ones, or in both of 16 bytes. */
 typedef struct {
-    const uint8_t *bytes[2];
-    int upper[2];
+    const uint8_t *bytes;
+    enum { LOWER, UPPER, BOTH } halves;
 } Nibbles;
 
-INLINE Nibbles both_halves(const uint8_t *p) { return (Nibbles){{p, p}, {0, 1}}; }
+INLINE Nibbles both_halves(const uint8_t *p) { return (Nibbles){p, BOTH}; }
 
-INLINE Nibbles one_half(const uint8_t *p, int upper) { return (Nibbles){{p, p + 16}, {upper, upper}}; }
+INLINE Nibbles one_half(const uint8_t *p, int upper) { return (Nibbles){p, upper ? UPPER : LOWER}; }
 
 /* Four bits of each code, of all types but Q8_0. */
 INLINE Nibbles nibbles_of(int64_t type, const uint8_t *block, int group) {
@@ -74,57 +93,69 @@ INLINE Nibbles nibbles_of(int64_t type, const uint8_t *block, int group) {
 
 INLINE Codes read_nibbles(Nibbles nibbles) {
     Codes codes;
-    for (int i = 0; i < 2; i++) {
-        Bytes bytes = load_bytes(nibbles.bytes[i]);
-        codes.half[i] = (nibbles.upper[i] ? moved(bytes, 4) : bytes) & 15;
+    if (nibbles.halves == BOTH) {
+        typedef uint16_t Shorts __attribute__((vector_size(16)));
+        Bytes bytes = load_bytes(nibbles.bytes);
+        codes = from_halves(bytes, (Bytes)((Shorts)bytes >> 4));
+        for (int i = 0; i < PARTS; i++) codes.part[i] &= 15;
+    } else {
+        for (int i = 0; i < PARTS; i++) {
+            CodeBytes bytes = load_codes(nibbles.bytes + CODES * i);
+            codes.part[i] = (nibbles.halves == UPPER ? moved(bytes, 4) : bytes) & 15;
+        }
     }
     return codes;
 }
 
-/* `value` in the bytes whose bits under the mask are not zero. */
-INLINE Bytes where(Bytes bytes, Bytes mask, int value) { return (Bytes)((bytes & mask) == mask) & (uint8_t)value; }
+/* 16 in the bytes whose bits under the mask are set. */
+INLINE CodeBytes fifth_bit(CodeBytes bytes, CodeBytes mask) { return (CodeBytes)((bytes & mask) == mask) & 16; }
 
 /* Adds 16 to each code whose bit in the 32 at p is set. */
 INLINE Codes add_fifth_bits(Codes codes, const uint8_t *p) {
-    const Bytes bits = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
-    const Bytes first = {0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1};
+    typedef uint32_t CodeWords __attribute__((vector_size(CODES)));
+    const CodeBytes bits = REPEATED(1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128);
+#if CODES == 32
+    CodeBytes places = {0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3};
+#else
+    CodeBytes places = {0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1};
+#endif
     uint32_t four;
     memcpy(&four, p, sizeof four);
-    Bytes fifth = (Bytes)(FourWords){four};
-    codes.half[0] |= where(LOOK_UP(fifth, first), bits, 16);
-    codes.half[1] |= where(LOOK_UP(fifth, first + 2), bits, 16);
+    for (int i = 0; i < PARTS; i++, places += 2)
+        codes.part[i] |= fifth_bit(LOOK_UP_CODES((CodeBytes)((CodeWords){0} + four), places), bits);
     return codes;
 }
 
-INLINE Codes less(Codes codes, int n) {
-    return (Codes){{codes.half[0] - (uint8_t)n, codes.half[1] - (uint8_t)n}};
-}
-
-#define IQ4_VALUES -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113
-
-INLINE Codes from_table(Codes places) {
-    typedef int8_t SignedBytes __attribute__((vector_size(16)));
-    const SignedBytes table = {IQ4_VALUES};
-    return (Codes){{LOOK_UP(table, places.half[0]), LOOK_UP(table, places.half[1])}};
-}
-
+/* Of the 32 bytes each has the bits of one code in all groups: adds 16 to codes whose bit of this group is set. */
 INLINE Codes add_fifth_bits_of_group(Codes codes, const uint8_t *bytes, int group) {
-    Bytes bit = (Bytes){0} + (uint8_t)(1 << group);
-    for (int i = 0; i < 2; i++) codes.half[i] |= where(load_bytes(bytes + 16 * i), bit, 16);
+    for (int i = 0; i < PARTS; i++) codes.part[i] |= moved(load_codes(bytes + CODES * i), group - 4) & 16;
     return codes;
 }
 
 /* Two bits each into places 4 and 5. */
 INLINE Codes add_upper_bits(Codes codes, const uint8_t *block, int group) {
     const uint8_t *upper = block + 128 + group / 4 * 32;
-    for (int i = 0; i < 2; i++)
-        codes.half[i] |= moved(load_bytes(upper + 16 * i), group % 4 * 2 - 4) & 48;
+    for (int i = 0; i < PARTS; i++) codes.part[i] |= moved(load_codes(upper + CODES * i), group % 4 * 2 - 4) & 48;
     return codes;
 }
 
-/* Of the weights of a group of 32, the first of the block if it has no others. */
+INLINE Codes less(Codes codes, int n) {
+    for (int i = 0; i < PARTS; i++) codes.part[i] -= (uint8_t)n;
+    return codes;
+}
+
+#define IQ4_VALUES -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113
+
+INLINE Codes from_table(Codes places) {
+    typedef int8_t SignedBytes __attribute__((vector_size(CODES)));
+    const SignedBytes table = REPEATED(IQ4_VALUES);
+    for (int i = 0; i < PARTS; i++) places.part[i] = LOOK_UP_CODES(table, places.part[i]);
+    return places;
+}
+
+/* Of the weights of a group of 32, the first of the block if it has no others; for all types but Q8_0, whose codes lie
+ * there as they are. */
 INLINE Codes codes_of(int64_t type, const uint8_t *block, int group) {
-    if (type == Q8_0) return (Codes){{load_bytes(block + 2), load_bytes(block + 18)}};
     Codes codes = read_nibbles(nibbles_of(type, block, group));
     switch (type) {
     case Q4_0: return less(codes, 8);
@@ -222,8 +253,9 @@ INLINE void look_up_weights(int64_t type, const uint8_t *block, const Scales *sc
     Floats weights = scaled(type, codes, scales, group, 0);
     Nibbles nibbles = nibbles_of(type, block, group);
     for (int i = 0; i < 2; i++) {
-        __m512i places = _mm512_cvtepu8_epi32((__m128i)load_bytes(nibbles.bytes[i]));
-        if (nibbles.upper[i]) places = _mm512_srli_epi32(places, 4);
+        const uint8_t *bytes = nibbles.bytes + (nibbles.halves == BOTH ? 0 : 16 * i);
+        __m512i places = _mm512_cvtepu8_epi32((__m128i)load_bytes(bytes));
+        if (nibbles.halves == UPPER || (nibbles.halves == BOTH && i)) places = _mm512_srli_epi32(places, 4);
         out[i] = (Floats)_mm512_permutexvar_ps(places, (__m512)weights); /* by the last four bits of a place */
     }
 }
@@ -241,7 +273,7 @@ INLINE void weights_of(int64_t type, const uint8_t *block, const Scales *scales,
     Codes codes = codes_of(type, block, group);
     for (int i = 0; i < 2; i++) {
         Floats *half = out + i * 16 / LANES;
-        widen_bytes(codes.half[i], half);
+        widen_bytes(type == Q8_0 ? load_bytes(block + 2 + 16 * i) : half_of(codes, i), half);
         for (int v = 0; v < 16 / LANES; v++) half[v] = scaled(type, half[v], scales, group, i);
     }
 }

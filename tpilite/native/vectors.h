@@ -21,6 +21,9 @@
 #define MULTIPLY_ADD(a, b, c) ((Floats)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
 #endif
 #define LOOK_UP(table, places) ((Bytes)_mm_shuffle_epi8((__m128i)(table), (__m128i)(places)))
+#define CODES 32
+#define REPEATED(...) {__VA_ARGS__, __VA_ARGS__} /* a table for LOOK_UP_CODES, which looks up in each 16 bytes */
+#define LOOK_UP_CODES(table, places) ((CodeBytes)_mm256_shuffle_epi8((__m256i)(table), (__m256i)(places)))
 #elif defined(__aarch64__)
 #include <arm_neon.h>
 #define VECTOR 16
@@ -29,6 +32,9 @@
 #define ALL(number) ((Floats)vdupq_n_f32(number))
 #define MULTIPLY_ADD(a, b, c) ((Floats)vfmaq_f32((float32x4_t)(c), (float32x4_t)(a), (float32x4_t)(b)))
 #define LOOK_UP(table, places) ((Bytes)vqtbl1q_u8((uint8x16_t)(table), (uint8x16_t)(places)))
+#define CODES 16
+#define REPEATED(...) {__VA_ARGS__}
+#define LOOK_UP_CODES LOOK_UP
 #else
 #error "there are no vectors for this processor here: NumPy does the products"
 #endif
@@ -40,6 +46,7 @@ typedef float Floats __attribute__((vector_size(VECTOR)));
 typedef uint32_t Words __attribute__((vector_size(VECTOR)));
 typedef int32_t Signed __attribute__((vector_size(VECTOR)));
 typedef uint8_t Bytes __attribute__((vector_size(16)));
+typedef uint8_t CodeBytes __attribute__((vector_size(CODES)));
 typedef float AnyFloats __attribute__((vector_size(VECTOR), aligned(1), may_alias));
 
 INLINE Floats load(const void *p) { return *(const AnyFloats *)p; }
@@ -54,6 +61,12 @@ INLINE Floats last_floats(const float *x, int64_t n_cols, int64_t at) {
 
 INLINE Bytes load_bytes(const void *p) {
     Bytes bytes;
+    memcpy(&bytes, p, sizeof bytes);
+    return bytes;
+}
+
+INLINE CodeBytes load_codes(const void *p) {
+    CodeBytes bytes;
     memcpy(&bytes, p, sizeof bytes);
     return bytes;
 }
