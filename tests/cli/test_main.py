@@ -121,6 +121,17 @@ def test_a_damaged_model_is_one_line_and_code_2(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("ranks", ["1", "2"])
+def test_a_damaged_tokenizer_is_one_line_before_anything_is_sliced(tmp_path: Path, ranks: str) -> None:
+    folder = write_checkpoint(tmp_path, tiny_config())
+    (folder / "tokenizer.json").write_text('{"model": {"type": "Unigram"}}')
+    done = node("--model_path", str(folder), "--local", ranks, "--prompt", "x")
+    assert done.returncode == 2
+    assert "Unigram" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not list(folder.glob("**/node_*"))
+
+
 @pytest.mark.parametrize("stream", ["<&-", ">&-", "2>&-"])
 def test_closed_streams_are_no_reason_to_fail(tmp_path: Path, stream: str) -> None:
     stats = tmp_path / "stats.json"

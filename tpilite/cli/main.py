@@ -43,7 +43,7 @@ from tpilite.config.hugging_face import MODEL_TYPES
 from tpilite.engine.config import EngineConfig
 from tpilite.engine.rank import Rank
 from tpilite.engine.sampling import SamplingParams, taken_from
-from tpilite.engine.session import Completion, Session
+from tpilite.engine.session import Completion, Session, TextFormat
 from tpilite.errors import ConfigError, TpiliteError
 from tpilite.formats.model_files import ModelFiles
 from tpilite.llm import LLM
@@ -195,15 +195,20 @@ def run_as_rank_0(
 ) -> int:
     """This process as the rank that the others join, and that talks to people and programs."""
     with ExitStack() as stack:
-        host = hosted(args, files, world_size, stack)
+        host, text_format = hosted(args, files, world_size, stack)
         recovery = Recovery(interruptible(host.recover), lambda: host.states)
-        session = Session(files, host.config, host.rank, recover=recovery)
+        session = Session(files, host.config, host.rank, text_format=text_format, recover=recovery)
         session.open()
         return answer_all(session, args, params, recovery)
 
 
-def hosted(args: argparse.Namespace, files: ModelFiles, world_size: int, stack: ExitStack) -> Host:
-    """Rank 0 with all others connected, until the end of `stack`. With `--local` they are started here."""
+def hosted(
+    args: argparse.Namespace, files: ModelFiles, world_size: int, stack: ExitStack
+) -> tuple[Host, TextFormat]:
+    """Rank 0 with all others connected, until the end of `stack`. With `--local` they are started here.
+
+    Slicing may take minutes: what is wrong with the files of the model's texts is said before.
+    """
     cluster, engine = cluster_config(args, world_size, make_token=True), engine_config(args)
     save_dir = save_dir_of(args, files, world_size)
     if args.local is not None:
@@ -224,6 +229,7 @@ def hosted(args: argparse.Namespace, files: ModelFiles, world_size: int, stack: 
     )
     stack.enter_context(host)
     host.listen()
+    text_format = TextFormat.of(files, host.config)
     if args.local is None:
         print(_invitation(host, cluster, shows_token(args)), file=sys.stderr)
     else:
@@ -239,7 +245,7 @@ def hosted(args: argparse.Namespace, files: ModelFiles, world_size: int, stack: 
         stack.callback(host.close)  # then they leave by themselves
     with progress_bar("slicing the model") as bar:
         host.start(bar)
-    return host
+    return host, text_format
 
 
 def answer_all(

@@ -65,6 +65,26 @@ class EncodedPrompt:
     syntax: AnswerSyntax | None = None
 
 
+@dataclass(frozen=True)
+class TextFormat:
+    """What a model's files say of its texts: tokens, ends, messages, and how tokens are chosen."""
+
+    defaults: GenerationDefaults
+    tokenizer: Tokenizer | None  # None: it serves ids alone
+    chat: ChatFormat | None  # None: it was not made for chat
+    eos_ids: frozenset[int]
+
+    @classmethod
+    def of(cls, files: ModelFiles, config: LlamaConfig) -> "TextFormat":
+        """Raises `TpiliteError`s for files that are damaged or of a kind that is not known."""
+        defaults = GenerationDefaults() if files.gguf_paths else GenerationDefaults.from_folder(files.folder)
+        tokenizer = load_tokenizer(files, config.vocab_size)
+        if tokenizer is None:
+            return cls(defaults, None, None, frozenset(config.eos_token_ids))
+        chat = chat_format(tokenizer, find_templates(files, tokenizer.specials), find_token_names(files))
+        return cls(defaults, tokenizer, chat, tokenizer.eos_ids.union(config.eos_token_ids))
+
+
 class Session(Closing):
     """Prompts and messages in, text out, by rank 0 of however many ranks; closed by `with`.
 
@@ -79,21 +99,14 @@ class Session(Closing):
         config: LlamaConfig,
         rank: Rank,
         *,
+        text_format: TextFormat | None = None,  # None: what the files say
         recover: Recover | None = None,
     ) -> None:
         self.files, self.config = files, config
         self._rank = rank
-        self.defaults = (
-            GenerationDefaults() if files.gguf_paths else GenerationDefaults.from_folder(files.folder)
-        )
-        self._tokenizer = load_tokenizer(files, config.vocab_size)
-        # How messages become a prompt; None for a model that was not made for chat.
-        self.chat_format: ChatFormat | None = None
-        self._eos_ids = frozenset(config.eos_token_ids)
-        if self._tokenizer is not None:
-            templates = find_templates(files, self._tokenizer.specials)
-            self.chat_format = chat_format(self._tokenizer, templates, find_token_names(files))
-            self._eos_ids |= self._tokenizer.eos_ids
+        text_format = text_format or TextFormat.of(files, config)
+        self.defaults, self.chat_format = text_format.defaults, text_format.chat
+        self._tokenizer, self._eos_ids = text_format.tokenizer, text_format.eos_ids
         self.engine = Engine(config, rank, recover=recover)
 
     def open(self) -> None:
