@@ -104,5 +104,5 @@ def test_a_model_that_is_not_for_chat_says_so(fable: Path) -> None:
 
 
 def test_a_folder_that_is_none_is_the_users_mistake(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="not a folder"):
+    with pytest.raises(CheckpointError, match="nothing does not exist; expected a model folder"):
         LLM(tmp_path / "nothing")
