@@ -83,11 +83,12 @@ def vocabulary_of(files: ModelFiles, vocab_size: int) -> dict[str, Any]:
     for token_id, token in tokenizer.added.items():
         texts[token_id] = token.text
         types[token_id] = CONTROL if token.special else USER_DEFINED
-    unused = {i: f"[PAD{i}]" for i in range(vocab_size) if i not in texts}
-    types |= dict.fromkeys(unused, UNUSED)
     ids = range(vocab_size)
+    unused = {i: f"[PAD{i}]" for i in ids if i not in texts}
+    texts |= unused
+    types |= dict.fromkeys(unused, UNUSED)
     values = vocab.values | {
-        "tokens": [(texts | unused)[i] for i in ids],
+        "tokens": [texts[i] for i in ids],
         "token_type": np.array([types.get(i, NORMAL) for i in ids], np.int32),
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": tokenizer.eos_id,
