@@ -109,6 +109,11 @@ def test_what_cannot_be_said_is_told(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert "cannot be said in a GGUF file as it is: some texts become other tokens, as" in caplog.text
 
 
+def test_a_vocabulary_without_bytes_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    vocabulary_of(ModelFiles(write(tmp_path, train(byte_fallback=False, vocab_size=200))), 448)
+    assert "has no tokens of single bytes: llama.cpp ends at a character that is no token" in caplog.text
+
+
 def test_what_has_no_name_is_refused(tmp_path: Path) -> None:
     write(tmp_path, train(model_type="unigram", vocab_size=300))
     with pytest.raises(ConfigError, match=r"tokenizer\.model is no model of byte pairs"):

@@ -97,6 +97,10 @@ def vocabulary_of(files: ModelFiles, vocab_size: int) -> dict[str, Any]:
         "add_eos_token": tokenizer.add_eos,
     }
     if vocab.scores is not None:
+        if BYTE not in types.values():
+            logger.warning(
+                "%s has no tokens of single bytes: llama.cpp ends at a character that is no token", path
+            )
         lowest = min(vocab.scores.values()) - 1
         values["scores"] = np.array([vocab.scores.get(i, lowest) for i in ids], np.float32)
     metadata = {KEY + name: value for name, value in values.items() if value is not None}
