@@ -24,9 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tpilite import LLM, SamplingParams
+from tpilite.cli.calibration import importance_of
 from tpilite.dtypes import DTYPES
 from tpilite.engine.config import EngineConfig
-from tpilite.engine.importance import importance_of
 from tpilite.export.gguf_file import export_gguf
 from tpilite.formats.gguf import TENSOR_TYPES, GgufFile
 from tpilite.formats.gguf_writer import GgufWriter

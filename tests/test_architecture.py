@@ -40,13 +40,13 @@ _INSIDE = {
     "residency part_table loader pager",
     "export": "architecture vocabulary gguf_file",
     "native": "bindings products exchange",
-    "engine": "compiled config sampling usage sequence scheduler stats step choice runner rank importance "
+    "engine": "compiled config sampling usage sequence scheduler stats step choice runner rank "
     "engine session",
     "cluster": "config token sums slice_protocol catalog slice_server slice_client fetch terms splits clean "
     "host worker",
     "serving": "config errors openai_fields openai_requests openai_responses figures jobs service access "
     "answer page routes server",
-    "cli": "streams memory_report local terminal hub configs options clean slicing main __main__",
+    "cli": "streams memory_report local terminal hub configs options clean calibration slicing main __main__",
     "shipped": "",
 }
 # `local` hands its own environment on to the ranks that it starts; `compiled` asks whether compiled code is

@@ -7,19 +7,16 @@ import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 
-from tpilite.arrays import Array
+from tpilite.cli.calibration import importance_in
 from tpilite.cli.configs import engine_config, save_dir_of
 from tpilite.cli.terminal import progress_bar
 from tpilite.cluster.splits import Split
 from tpilite.config.llama import LlamaConfig
-from tpilite.engine.config import EngineConfig
-from tpilite.engine.importance import importance_of
 from tpilite.errors import ConfigError
 from tpilite.export.gguf_file import export_gguf
 from tpilite.formats.model_files import ModelFiles
 from tpilite.formats.stored import StoredTensor
 from tpilite.quantize.recipe import Recipe
-from tpilite.text.load import load_tokenizer
 from tpilite.weights.checkpoint import Checkpoint
 from tpilite.weights.partition import EMBEDDING, LM_HEAD
 from tpilite.weights.slices import SliceFolder
@@ -41,17 +38,8 @@ def recipe_of(args: argparse.Namespace, files: ModelFiles | None) -> Recipe | No
         raise ConfigError(f"--calibrate {args.calibrate} cannot be read as UTF-8 text: {error}") from error
     if not text:
         raise ConfigError(f"--calibrate {args.calibrate} is empty; expected some pages of text")
-    weigh = functools.partial(_importance, files, text, engine_config(args))
+    weigh = functools.partial(importance_in, files, text, engine_config(args))
     return Recipe(args.quantize, hashlib.sha256(raw).hexdigest(), weigh)
-
-
-def _importance(files: ModelFiles, text: str, engine: EngineConfig) -> Mapping[str, Array]:
-    """How much each column of the model counts in a text."""
-    with Checkpoint(files) as checkpoint, progress_bar("reading the text of --calibrate", "token") as bar:
-        tokenizer = load_tokenizer(files, checkpoint.config.vocab_size)
-        if tokenizer is None:
-            raise ConfigError(f"{files.path} has no tokenizer, which --calibrate needs")
-        return importance_of(checkpoint, tokenizer.encode(text, bos=False), engine, bar)
 
 
 def split(args: argparse.Namespace, files: ModelFiles, world_size: int) -> int:

@@ -7,9 +7,9 @@ import pytest
 import reference
 from checkpoints import hf_config, random_tensors, tiny_config, write_checkpoint
 
-from tpilite.engine import importance
+from tpilite.cli import calibration
+from tpilite.cli.calibration import importance_of
 from tpilite.engine.config import EngineConfig
-from tpilite.engine.importance import importance_of
 from tpilite.linear.matrix import as_float32
 from tpilite.weights.checkpoint import Checkpoint
 from tpilite.weights.partition import tensor_shapes
@@ -43,7 +43,7 @@ def inputs_of(monkeypatch: pytest.MonkeyPatch, stretches: list[list[int]]) -> di
 def test_it_is_the_mean_square_of_the_inputs(
     engine: EngineConfig, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(importance, "MAX_ROWS", 16)
+    monkeypatch.setattr(calibration, "MAX_ROWS", 16)
     reports: list[tuple[int, int]] = []
     with Checkpoint(folder) as checkpoint:
         found = importance_of(checkpoint, IDS, engine, lambda *report: reports.append(report))

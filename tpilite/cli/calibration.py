@@ -4,23 +4,36 @@ An error in a column of W costs as much as that column's inputs are large, so le
 squares of W with these weights, as far as the inputs are not correlated.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tpilite.arrays import Array
+from tpilite.cli.terminal import progress_bar
 from tpilite.collective import Solo
 from tpilite.engine.config import MAX_ROWS, EngineConfig
 from tpilite.engine.rank import Rank
+from tpilite.errors import ConfigError
+from tpilite.formats.model_files import ModelFiles
 from tpilite.linear.matrix import Matrix
 from tpilite.model.llama import Linear, LlamaWeights, Segment
 from tpilite.model.ops import rms_norm
+from tpilite.text.load import load_tokenizer
 from tpilite.weights.checkpoint import Checkpoint
 from tpilite.weights.partition import LM_HEAD, layer_tensor
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+def importance_in(files: ModelFiles, text: str, engine: EngineConfig) -> Mapping[str, Array]:
+    """`importance_of` a model in its files, with a bar. Raises `ConfigError` where it has no tokenizer."""
+    with Checkpoint(files) as checkpoint, progress_bar("reading the text of --calibrate", "token") as bar:
+        tokenizer = load_tokenizer(files, checkpoint.config.vocab_size)
+        if tokenizer is None:
+            raise ConfigError(f"{files.path} has no tokenizer, which --calibrate needs")
+        return importance_of(checkpoint, tokenizer.encode(text, bos=False), engine, bar)
 
 
 def importance_of(
