@@ -121,11 +121,13 @@ def test_a_damaged_model_is_one_line_and_code_2(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("ranks", ["1", "2"])
-def test_a_damaged_tokenizer_is_one_line_before_anything_is_sliced(tmp_path: Path, ranks: str) -> None:
+@pytest.mark.parametrize("how", [("--local", "1"), ("--local", "2"), ("--quantize", "q8_0")])
+def test_a_damaged_tokenizer_is_one_line_before_anything_is_sliced(
+    tmp_path: Path, how: tuple[str, str]
+) -> None:
     folder = write_checkpoint(tmp_path, tiny_config())
     (folder / "tokenizer.json").write_text('{"model": {"type": "Unigram"}}')
-    done = node("--model_path", str(folder), "--local", ranks, "--prompt", "x")
+    done = node("--model_path", str(folder), *how, "--prompt", "x")
     assert done.returncode == 2
     assert "Unigram" in done.stderr
     assert done.stderr.count("\n") == 1

@@ -32,7 +32,7 @@ from tpilite.cli.hub import find_models, is_hub_name, model_name, resolve
 from tpilite.cli.local import LocalWorkers, end_with_stdin, share_of, worker_options
 from tpilite.cli.memory_report import MemoryReport, paging_columns
 from tpilite.cli.options import parse
-from tpilite.cli.slicing import export, recipe_of, split, whole_slice
+from tpilite.cli.slicing import checkpoint_of, export, recipe_of, split, whole_slice
 from tpilite.cli.streams import PROGRAM, set_up_streams
 from tpilite.cli.terminal import Interrupt, answer, converse, interruptible, progress_bar
 from tpilite.cluster.config import ClusterConfig
@@ -183,9 +183,12 @@ def run_alone(args: argparse.Namespace, files: ModelFiles, params: SamplingParam
 def run_quantized(args: argparse.Namespace, files: ModelFiles, params: SamplingParams) -> int:
     """The whole model in this process, from a slice that holds all of it in fewer bits."""
     with ExitStack() as stack:
-        config, tensors = whole_slice(args, files, stack)
+        with checkpoint_of(args, files, 1) as checkpoint:
+            config = checkpoint.config
+            text_format = TextFormat.of(files, config)  # before minutes of quantizing, as with more ranks
+            tensors = whole_slice(args, checkpoint, stack)
         rank = stack.enter_context(Rank(config, tensors, 0, Solo(), engine_config(args)))
-        session = stack.enter_context(Session(files, config, rank))
+        session = stack.enter_context(Session(files, config, rank, text_format=text_format))
         session.open()
         return answer_all(session, args, params)
 

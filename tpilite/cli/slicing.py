@@ -4,21 +4,20 @@ import argparse
 import functools
 import hashlib
 import sys
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 
 from tpilite.cli.calibration import importance_in
 from tpilite.cli.configs import engine_config, save_dir_of
 from tpilite.cli.terminal import progress_bar
 from tpilite.cluster.splits import Split
-from tpilite.config.llama import LlamaConfig
 from tpilite.errors import ConfigError
 from tpilite.export.gguf_file import export_gguf
 from tpilite.formats.model_files import ModelFiles
 from tpilite.formats.stored import StoredTensor
 from tpilite.quantize.recipe import Recipe
 from tpilite.weights.checkpoint import Checkpoint
-from tpilite.weights.partition import EMBEDDING, LM_HEAD
+from tpilite.weights.partition import EMBEDDING, LM_HEAD, Partition
 from tpilite.weights.slices import SliceFolder
 
 
@@ -42,25 +41,43 @@ def recipe_of(args: argparse.Namespace, files: ModelFiles | None) -> Recipe | No
     return Recipe(args.quantize, hashlib.sha256(raw).hexdigest(), weigh)
 
 
+def checkpoint_of(args: argparse.Namespace, files: ModelFiles, world_size: int) -> Checkpoint:
+    """The model to slice, as the options want its weights."""
+    save_dir = save_dir_of(args, files, world_size)
+    return Checkpoint(files, save_dir, trust=not args.verify, recipe=recipe_of(args, files))
+
+
 def split(args: argparse.Namespace, files: ModelFiles, world_size: int) -> int:
     """Makes the slices of all ranks, to be carried to their machines, and nothing else."""
-    save_dir = save_dir_of(args, files, world_size)
-    with (
-        Checkpoint(files, save_dir, trust=not args.verify, recipe=recipe_of(args, files)) as checkpoint,
-        progress_bar("slicing the model") as bar,
-    ):
+    with checkpoint_of(args, files, world_size) as checkpoint:
         partition = checkpoint.partition(world_size, args.ratio)
-        with Split.of(
-            checkpoint, partition, save_dir, force=args.split_bin, replace=args.save_dir is None
-        ) as slices:
-            slices.make(checkpoint, partition, verify=args.verify, progress=bar)
-    print(
-        "tpilite: carry each node_I to the machine of rank I, into the folder named there with --save_dir",
-        file=sys.stderr,
-    )
-    for rank in range(world_size):
-        print(slices.node(rank))
+        with _made(args, checkpoint, partition, "slicing the model") as slices:
+            print(
+                "tpilite: carry each node_I to the machine of rank I, into the folder named there with "
+                "--save_dir",
+                file=sys.stderr,
+            )
+            for rank in range(world_size):
+                print(slices.node(rank))
     return 0
+
+
+@contextmanager
+def _made(
+    args: argparse.Namespace,
+    checkpoint: Checkpoint,
+    partition: Partition,
+    what: str,
+    *,
+    embedding: bool = True,
+) -> Iterator[Split]:
+    """All slices of a partition, made where they are missing, under a bar that says `what`."""
+    save_dir = save_dir_of(args, checkpoint.files, partition.world_size)
+    replace = args.save_dir is None
+    with Split.of(checkpoint, partition, save_dir, force=args.split_bin, replace=replace) as slices:
+        with progress_bar(what) as bar:
+            slices.make(checkpoint, partition, embedding=embedding, verify=args.verify, progress=bar)
+        yield slices
 
 
 def export(args: argparse.Namespace, files: ModelFiles) -> int:
@@ -77,25 +94,13 @@ def export(args: argparse.Namespace, files: ModelFiles) -> int:
 
 
 def whole_slice(
-    args: argparse.Namespace, files: ModelFiles, stack: ExitStack
-) -> tuple[LlamaConfig, Mapping[str, StoredTensor]]:
+    args: argparse.Namespace, checkpoint: Checkpoint, stack: ExitStack
+) -> Mapping[str, StoredTensor]:
     """The slice of the only rank there is, made where it is missing, and open until the end of `stack`.
 
     Where embedding and lm_head are one, the slice has them once.
     """
-    save_dir = save_dir_of(args, files, 1)
-    with Checkpoint(files, save_dir, trust=not args.verify, recipe=recipe_of(args, files)) as checkpoint:
-        config, partition = checkpoint.config, checkpoint.partition(1)
-        split = stack.enter_context(
-            Split.of(checkpoint, partition, save_dir, force=args.split_bin, replace=args.save_dir is None)
-        )
-        with progress_bar("quantizing the model") as bar:
-            split.make(
-                checkpoint,
-                partition,
-                embedding=not config.tie_word_embeddings,
-                verify=args.verify,
-                progress=bar,
-            )
-    tensors = stack.enter_context(SliceFolder(split.node(0))).tensors
-    return config, {EMBEDDING: tensors[LM_HEAD], **tensors}
+    own = not checkpoint.config.tie_word_embeddings
+    made = _made(args, checkpoint, checkpoint.partition(1), "quantizing the model", embedding=own)
+    tensors = stack.enter_context(SliceFolder(stack.enter_context(made).node(0))).tensors
+    return {EMBEDDING: tensors[LM_HEAD], **tensors}
