@@ -1,9 +1,11 @@
 """Tokenizer files for tests: sentencepiece models trained here, and a tiktoken one from the fixtures."""
 
+import copy
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece
@@ -51,6 +53,15 @@ def write(folder: Path, model: bytes, **config: object) -> Path:
     if config:
         (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
+
+
+def without_flags(content: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """A tokenizer.json without the flags of added tokens, which a GGUF has not; it is in `folder` as well."""
+    plain = copy.deepcopy(dict(content))
+    for token in plain["added_tokens"]:
+        token.update(lstrip=False, rstrip=False, single_word=False, normalized=False)
+    (folder / "tokenizer.json").write_text(json.dumps(plain), encoding="utf-8")
+    return plain
 
 
 def loaded(folder: Path, vocab_size: int) -> Tokenizer:

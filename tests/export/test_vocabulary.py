@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizer_files import FIXTURES, loaded, train, write
+from tokenizer_files import FIXTURES, loaded, train, without_flags, write
 
 from tpilite.errors import ConfigError
 from tpilite.export.vocabulary import vocabulary_of
@@ -54,10 +54,7 @@ def assert_same(folder: Path, vocab_size: int) -> dict[str, Any]:
     ],
 )
 def test_pairs_are_called_by_how_they_split(family: str, pre: str, tmp_path: Path) -> None:
-    content = copy.deepcopy(_JSON[family])
-    for token in content["added_tokens"]:  # their flags cannot be said
-        token.update(lstrip=False, rstrip=False, single_word=False, normalized=False)
-    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    without_flags(_JSON[family], tmp_path)
     metadata = assert_same(tmp_path, 1000)
     assert (metadata["tokenizer.ggml.model"], metadata["tokenizer.ggml.pre"]) == ("gpt2", pre)
 

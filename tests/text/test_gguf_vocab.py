@@ -1,6 +1,5 @@
 """The tokenizers of GGUF metadata against those of the files that they were made from."""
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 import sentencepiece
 from gguf_files import vocab_keys, vocab_of_pairs
-from tokenizer_files import FIXTURES, loaded, train, write
+from tokenizer_files import FIXTURES, loaded, train, without_flags, write
 
 from tpilite.errors import CheckpointError
 from tpilite.text import gguf_vocab
@@ -48,10 +47,7 @@ def from_gguf(path: Path, metadata: dict[str, Any], vocab_size: int) -> Tokenize
 def test_pairs_split_by_each_name_give_the_ids_of_tokenizer_json(
     tmp_path: Path, family: str, pre: str
 ) -> None:
-    content = copy.deepcopy(_JSON[family])
-    for token in content["added_tokens"]:  # their flags are not in a GGUF
-        token.update(lstrip=False, rstrip=False, single_word=False, normalized=False)
-    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    content = without_flags(_JSON[family], tmp_path)
     right, tokenizer = loaded(tmp_path, 1000), from_gguf(_PATH, vocab_of_pairs(content, pre), 1000)
     for line in _GOLDEN["lines"]:
         for allowed in (True, False):

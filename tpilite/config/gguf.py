@@ -40,7 +40,7 @@ _ONLY_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "rope.scaling.type": ("none", "linear", "yarn"),
     "rope.scaling.yarn_ext_factor": (1, -1),
 }
-_BOS, _EOS = "bos_token_id", ("eos_token_id", "eot_token_id", "eom_token_id")
+EOS_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 _EMBEDDING = "token_embd.weight"
 
 
@@ -128,8 +128,8 @@ def config_from_gguf(
         qkv_bias="blk.0.attn_q.bias" in shapes and "blk.0.attn_output.bias" not in shapes,
         qk_norm="blk.0.attn_q_norm.weight" in shapes,
         mlp_bias="blk.0.ffn_down.bias" in shapes,
-        bos_token_id=next(_tokens(path, metadata, vocab_size, _BOS), None),
-        eos_token_ids=tuple(dict.fromkeys(_tokens(path, metadata, vocab_size, *_EOS))),
+        bos_token_id=next(_tokens(path, metadata, vocab_size, "bos_token_id"), None),
+        eos_token_ids=tuple(dict.fromkeys(_tokens(path, metadata, vocab_size, *EOS_KEYS))),
         **_multipliers(values),
     )
 

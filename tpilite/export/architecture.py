@@ -7,12 +7,10 @@ from typing import Any
 
 from tpilite.arrays import Array
 from tpilite.checks import short
-from tpilite.config.gguf import GRANITE, INTERLEAVED, config_from_gguf
+from tpilite.config.gguf import EOS_KEYS, GRANITE, INTERLEAVED, config_from_gguf
 from tpilite.config.llama import MULTIPLIERS, LlamaConfig, RopeScaling, YarnScaling, yarn_attention_factor
 from tpilite.errors import ConfigError
 from tpilite.model.ops import rope_frequencies
-
-_EOS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
 
 def architecture_of(config: LlamaConfig) -> str:
@@ -51,7 +49,7 @@ def metadata_of(path: Path, config: LlamaConfig, shapes: Mapping[str, tuple[int,
     }
     if architecture == "granite":
         values |= {GRANITE[name]: getattr(config, name) for name in MULTIPLIERS}
-    tokens = {"bos_token_id": config.bos_token_id, **dict(zip(_EOS, config.eos_token_ids, strict=False))}
+    tokens = {"bos_token_id": config.bos_token_id, **dict(zip(EOS_KEYS, config.eos_token_ids, strict=False))}
     metadata: dict[str, Any] = {"general.architecture": architecture}
     metadata |= {f"{architecture}.{key}": value for key, value in values.items() if value is not None}
     metadata |= {f"tokenizer.ggml.{key}": value for key, value in tokens.items() if value is not None}

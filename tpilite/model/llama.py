@@ -173,7 +173,7 @@ class Llama:
             keys, values = segment.cache.append(layer, k[rows], v[rows])
             self._attend(q[rows], keys, values, heads[rows])
             start += segment.n_rows
-        if not (is_finite(k) and is_finite(v)):  # float16 caches make numbers of what is none
+        if self.kv_dtype == "f16" and not (is_finite(k) and is_finite(v)):  # it makes numbers of what is none
             heads.fill(np.nan)
         return heads.reshape(n_rows, -1)
 

@@ -8,19 +8,9 @@ from tpilite.checks import short
 from tpilite.serving.errors import ApiError, Json
 
 # What comes with a message, or with a part of one, and is nothing that the model reads.
-_MESSAGE_HINTS: dict[str, type] = {
-    "annotations": list,
-    "cache_control": dict,
-    "id": str,
-    "name": str,
-}
-_PART_HINTS: dict[str, type] = {
-    "annotations": list,
-    "cache_control": dict,
-    "id": str,
-    "index": int,
-    "prompt_cache_breakpoint": dict,
-}
+_HINTS: dict[str, type] = {"annotations": list, "cache_control": dict, "id": str}
+_MESSAGE_HINTS = _HINTS | {"name": str}
+_PART_HINTS = _HINTS | {"index": int, "prompt_cache_breakpoint": dict}
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 
 _KINDS: dict[type, str] = {
