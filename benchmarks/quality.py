@@ -21,6 +21,7 @@ from pathlib import Path
 
 import llama_cpp
 import numpy as np
+from divergence import divergence, log_softmax
 from numpy.typing import NDArray
 
 from tpilite import LLM, SamplingParams
@@ -72,10 +73,10 @@ def compare(model: Path, kinds: Sequence[str], n_texts: int, length: int, folder
         for who, path in quantized(source, kind, folder, others):
             with LLM(path, memory_budget="unlimited") as llm:
                 found = [log_softmax(llm.logits(text)) for text in texts]
-            divergence = np.concatenate([kl(a, b) for a, b in zip(truth, found, strict=True)])
+            kl = np.concatenate([divergence(a, b) for a, b in zip(truth, found, strict=True)])
             print(
-                f"  {kind:5} {who:15} {bits(path):5.2f} bits, KL {divergence.mean():.6f} "
-                f"+- {divergence.std() / np.sqrt(len(divergence)):.6f}, perplexity "
+                f"  {kind:5} {who:15} {bits(path):5.2f} bits, KL {kl.mean():.6f} "
+                f"+- {kl.std() / np.sqrt(len(kl)):.6f}, perplexity "
                 f"{perplexity(texts, found):.3f}",
                 flush=True,
             )
@@ -149,17 +150,7 @@ def bits(path: Path) -> float:
         return 8 * sum(t.nbytes for t in matrices) / sum(t.shape[0] * t.shape[1] for t in matrices)
 
 
-def log_softmax(scores: NDArray[np.float32]) -> NDArray[np.float32]:
-    scores = scores - scores.max(axis=1, keepdims=True)
-    return scores - np.log(np.exp(scores).sum(axis=1, keepdims=True, dtype=np.float64)).astype(np.float32)
-
-
-def kl(true: NDArray[np.float32], other: NDArray[np.float32]) -> NDArray[np.float64]:  # [T, V] x 2 -> [T]
-    """The divergence of each position's distribution from the true one, in nats."""
-    return (np.exp(true.astype(np.float64)) * (true.astype(np.float64) - other)).sum(axis=1)
-
-
-def perplexity(texts: Sequence[list[int]], scores: Sequence[NDArray[np.float32]]) -> float:
+def perplexity(texts: Sequence[list[int]], scores: Sequence[NDArray[np.float64]]) -> float:
     losses = [-own[np.arange(len(ids) - 1), ids[1:]] for ids, own in zip(texts, scores, strict=True)]
     return float(np.exp(np.concatenate(losses).mean(dtype=np.float64)))
 

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 from allreduce import close_all, sent_bytes, tcp_pair
+from divergence import divergence, log_softmax
 
 from tpilite.arrays import Array
 from tpilite.cluster.sums import new_sums
@@ -180,8 +181,8 @@ def compared(exact: Array, scores: Array, ids: list[int]) -> str:
     """How far scores [T, V] are from the exact ones."""
     divergences, others, surprises = [], [], []
     for i in range(len(ids)):
-        p, q = log_probabilities(exact[i]), log_probabilities(scores[i])
-        divergences.append(float((np.exp(p) * (p - q)).sum()))
+        p, q = log_softmax(exact[i]), log_softmax(scores[i])
+        divergences.append(float(divergence(p, q)))
         others.append(bool(p.argmax() != q.argmax()))
         if i + 1 < len(ids):
             surprises.append(-float(q[ids[i + 1]]))
@@ -189,12 +190,6 @@ def compared(exact: Array, scores: Array, ids: list[int]) -> str:
         f"KL mean {np.mean(divergences):.2e}, greatest {np.max(divergences):.2e}, "
         f"perplexity {np.exp(np.mean(surprises)):.4f}, another likeliest token {np.mean(others):.2%}"
     )
-
-
-def log_probabilities(scores: Array) -> Array:  # [V] -> [V], in float64
-    wide = scores.astype(np.float64)
-    wide -= wide.max()
-    return wide - np.log(np.exp(wide).sum())
 
 
 if __name__ == "__main__":
