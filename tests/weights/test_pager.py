@@ -703,6 +703,28 @@ def test_a_disk_error_ends_its_pass_and_no_other(checkpoint, share, monkeypatch)
         np.testing.assert_array_equal(within(lambda: logits(checkpoint, model)), expected)
 
 
+def test_what_was_read_ahead_and_fails_while_it_is_waited_for_is_read_again(checkpoint, monkeypatch):
+    expected, read, reading, go_on = (
+        reference(checkpoint),
+        UncachedFile.read,
+        threading.Event(),
+        threading.Event(),
+    )
+
+    def failing_once(self, *args):
+        if not reading.is_set():
+            reading.set()
+            go_on.wait(_LONG_S)
+            raise CheckpointError("x cannot be read: Input/output error")
+        return read(self, *args)
+
+    monkeypatch.setattr(UncachedFile, "read", failing_once)
+    with paged(checkpoint, window=2) as (_, model):
+        assert reading.wait(_LONG_S)
+        threading.Timer(0.05, go_on.set).start()  # by then it is waited for, or else has failed before
+        np.testing.assert_array_equal(within(lambda: logits(checkpoint, model)), expected)
+
+
 def test_closing_while_it_reads(checkpoint, monkeypatch):
     reading, go_on = threading.Event(), threading.Event()
     read = UncachedFile.read

@@ -195,8 +195,9 @@ class PartTable:
         with self._changed:
             assert self.window_bytes, "the pager was not started"
             assert not any(load.opened for load in self._queue), "one part is open at a time"
-            # Reading ahead may have failed long ago, for a pass that has ended since: it is tried again.
-            for failed in [load for load in self._queue if load.error]:
+            # Reading ahead may have failed, or be about to, for a pass that has ended: it is tried again.
+            ahead = [*self._queue]
+            for failed in [load for load in ahead if load.error]:
                 self._queue.remove(failed)
                 self._drop(failed)
             try:
@@ -206,7 +207,9 @@ class PartTable:
                     load = self._first_for(part)
                     if load is not None and load.error is not None:
                         self._drop(self._queue.popleft())
-                        raise load.error
+                        if not any(load is other for other in ahead):
+                            raise load.error
+                        continue
                     if load is not None and load.done:
                         load.opened = True
                         return load
